@@ -1,0 +1,337 @@
+"""Make the small Stable Diffusion, from nothing, on a CPU: paint, train the VAE, cache latents, train UNet and text.
+
+    python -m dkto.embedded.pretrain vae  --folder runs/world --minutes 30
+    torchrun --nproc-per-node 2 -m dkto.embedded.pretrain unet --folder runs/world --minutes 240
+    python -m dkto.embedded.pretrain export --folder runs/world --output dkto/embedded/weights
+
+Every stage saves its state every few minutes and goes on where it stopped when called again, so
+the training may be split over any number of sessions.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dkto.embedded.autoencoder import new_autoencoder
+from dkto.embedded.painter import IMAGE_SIZE, paint, random_finish
+from dkto.embedded.scenes import caption, random_scene, split_of
+from dkto.embedded.tokenizer import MAX_LENGTH, build_tokenizer
+
+SCHEDULE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False
+)
+
+
+def new_unet(channels=(32, 64, 128)) -> UNet2DConditionModel:
+    """The small UNet: attention to the prompt at 8x8 and 4x4 latents."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=4,  # diffusers means the number of heads
+        norm_num_groups=8,
+    )
+
+
+def new_text_encoder(vocab_size: int, end: int, start: int) -> CLIPTextModel:
+    """The small CLIP text encoder, 3 layers of width 96."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=96,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def paint_scenes(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Paint `count` training scenes once; (N, 64, 64, 3) uint8 memory map and their captions."""
+    images, captions = folder / "images.npy", folder / "captions.json"
+    if not captions.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng, texts = np.random.default_rng(seed), []
+        array = np.lib.format.open_memmap(images, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+        for index in tqdm(range(count), desc="painting scenes", mininterval=5):
+            scene = random_scene(rng)
+            while split_of(caption(scene)) != "train":
+                scene = random_scene(rng)
+            array[index] = paint(scene, random_finish(rng), rng)
+            texts.append(caption(scene))
+        array.flush()
+        captions.write_text(json.dumps(texts))
+    return np.load(images, mmap_mode="r"), json.loads(captions.read_text())
+
+
+def to_pixel_values(images: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) in [-1, 1]."""
+    return torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _save(state: dict, path: Path) -> None:
+    """Write training state whole or not at all (our own file, read back with weights_only)."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    error = ((reconstruction.clamp(-1, 1) - pixel_values) / 2).square().mean()
+    return float(-10 * torch.log10(error))
+
+
+def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: int = 16, lr: float = 2e-3) -> None:
+    """Train the autoencoder for `minutes` in all: squared error, its edges, a faint KL; rate decays at the end."""
+    images, _ = paint_scenes(folder, scenes, seed)
+    torch.manual_seed(seed)
+    vae = new_autoencoder()
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    spent, step, path = 0.0, 0, folder / "vae.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        spent, step = state["spent"], state["step"]
+    wrapped, optimizer = accelerator.prepare(_Reconstruct(vae), optimizer)
+    held_out = to_pixel_values(images[-128:])
+    rng = np.random.default_rng([seed, step, accelerator.process_index])
+    saved = began = time.monotonic()
+    while spent + (now := time.monotonic() - began) < 60 * minutes:
+        done = (spent + now) / (60 * minutes)
+        decay = 1.0 if done < 0.5 else 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * decay)
+        pixel_values = to_pixel_values(images[np.sort(rng.integers(0, len(images) - 128, batch))])
+        loss = wrapped(pixel_values)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        stop = torch.tensor(float(time.monotonic() - began))
+        began_all = accelerator.reduce(stop, "mean")  # every rank sees the same clock
+        began += float(stop - began_all)
+        if accelerator.is_main_process and time.monotonic() - saved > 60:
+            saved = time.monotonic()
+            state = {"model": vae.state_dict(), "optimizer": optimizer.optimizer.state_dict()}
+            _save({**state, "spent": spent + saved - began, "step": step}, path)
+            with torch.no_grad():
+                code = vae.encode(held_out).latent_dist
+                quality = psnr(vae.decode(code.mean).sample, held_out)
+            live = [round(float(s), 2) for s in code.mean.std((0, 2, 3))]
+            print(f"step {step} minutes {(spent + saved - began) / 60:.1f} loss {loss.item():.5f} PSNR {quality:.2f} dB latent std {live}", flush=True)
+    if accelerator.is_main_process:
+        with torch.no_grad():
+            codes = torch.cat([vae.encode(to_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)])
+        vae.register_to_config(scaling_factor=float(1 / codes.std()))
+        vae.save_pretrained(folder / "vae")
+        print(f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}")
+
+
+class _Reconstruct(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        code = self.vae.encode(pixel_values).latent_dist
+        error = self.vae.decode(code.sample()).sample - pixel_values
+        edges = sum(g.square().mean() for g in _gradients(error))
+        return error.square().mean() + 0.05 * error.abs().mean() + 0.5 * edges + 5e-8 * code.kl().mean()
+
+
+def cache_latents(folder: Path, scenes: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Latent means of the painted scenes, (N, 4, 16, 16) float16, scaled, computed once."""
+    images, captions = paint_scenes(folder, scenes, seed)
+    path = folder / "latents.npy"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        parts = []
+        with torch.no_grad():
+            for start in tqdm(range(0, len(images), 256), desc="encoding latents", mininterval=5):
+                code = vae.encode(to_pixel_values(images[start : start + 256])).latent_dist.mean
+                parts.append((code * vae.config.scaling_factor).half().numpy())
+        np.save(folder / "latents.part.npy", np.concatenate(parts))
+        (folder / "latents.part.npy").replace(path)
+    return np.load(path, mmap_mode="r"), captions
+
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder as one module, so that one optimiser and one backward pass train both."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        prompt_embeds = self.text_encoder(input_ids)[0]
+        return self.unet(noisy_latents, timesteps, prompt_embeds).sample
+
+
+def timestep_tables(alphas_cumprod: torch.Tensor, gamma: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where to draw timesteps and how to weigh them so that the expected loss is min-SNR-5 weighted.
+
+    Low-noise steps have next to no weight, so drawing all steps alike would waste most of the
+    passes there: steps are drawn with density max(weight, 0.15) and weighted by weight / density.
+
+    Returns:
+        (T,) cumulative density and (T,) loss weight (mean 1 under the density).
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weight = snr.clamp(max=gamma) / snr
+    density = weight.clamp(min=0.15)
+    density = density / density.sum()
+    loss_weight = weight / density
+    return density.cumsum(0), loss_weight / (density * loss_weight).sum()
+
+
+def vary_caption(text: str, rng: np.random.Generator) -> str:
+    """What people type: often the whole caption, now and then without its style or background, or nothing."""
+    draw = rng.random()
+    if draw < 0.10:
+        return ""
+    if draw < 0.16:
+        return text.split(" on a")[0]
+    if draw < 0.22:
+        return text.split(" of ", 1)[1]
+    return text
+
+
+def train_unet(folder: Path, *, samples: int, cooldown: float, scenes: int, seed: int, batch: int, lr: float) -> None:
+    """Train UNet and text encoder until `samples` pictures have been seen (all sessions together).
+
+    The rate is constant after a short warm-up and falls to 1 % over the last `cooldown` share of
+    `samples`; calling again with a larger number goes on from the state before the decay.
+    """
+    latents, captions = cache_latents(folder, scenes, seed)
+    accelerator = Accelerator(cpu=True)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    torch.manual_seed(seed)
+    model = Denoiser(new_unet(), new_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id))
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    trunk, latest, seen, spent = folder / "unet.pt", folder / "unet-cooling.pt", 0, 0.0
+    for path in (latest, trunk):
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            if path == latest and state["samples"] != samples:
+                continue
+            model.load_state_dict(state["model"])
+            ema = state["ema"]
+            optimizer.load_state_dict(state["optimizer"])
+            seen, spent = state["seen"], state["spent"]
+            break
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    cumulative, loss_weight = timestep_tables(alphas_cumprod)
+    width = batch * accelerator.num_processes
+    began, saved, average = time.monotonic(), time.monotonic(), None
+    while seen < samples:
+        rng = np.random.default_rng([seed, seen, accelerator.process_index])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        rows = np.sort(rng.integers(0, len(latents), batch))
+        target_latents = torch.from_numpy(latents[rows]).float()
+        texts = [vary_caption(captions[int(rng.integers(len(captions))) if rng.random() < 0.01 else i], rng) for i in rows]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        timesteps = torch.searchsorted(cumulative, strata).clamp(max=999)[torch.randperm(batch, generator=generator)]
+        noise = torch.randn(target_latents.shape, generator=generator)
+        noise = noise + 0.15 * torch.randn(batch, noise.shape[1], 1, 1, generator=generator)
+        alpha = alphas_cumprod[timesteps][:, None, None, None]
+        noise_pred = wrapped(alpha.sqrt() * target_latents + (1 - alpha).sqrt() * noise, timesteps, tokens.input_ids)
+        error = (noise_pred - noise).square().mean((1, 2, 3))
+        loss = (loss_weight[timesteps] * error).mean()
+        left = (samples - seen) / max(cooldown * samples, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (seen + width) / (500 * width)) * (0.01 + 0.99 * min(1, left))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        seen += width
+        with torch.no_grad():
+            decay = min(0.9995, (1 + seen / width) / (10 + seen / width))
+            torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        if accelerator.is_main_process and (time.monotonic() - saved > 120 or seen >= samples):
+            saved = time.monotonic()
+            state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.optimizer.state_dict()}
+            state |= {"seen": seen, "spent": spent + saved - began, "samples": samples}
+            _save(state, latest if left < 1 else trunk)
+            print(f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {group['lr']:.1e} loss {average:.5f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Train the autoencoder."""
+
+    folder: Path
+    minutes: float = 30.0
+    scenes: int = 48_000
+    seed: int = 0
+
+    def run(self) -> None:
+        train_vae(self.folder, self.minutes, scenes=self.scenes, seed=self.seed, batch=10)
+
+
+@dataclass(frozen=True)
+class Unet:
+    """Train UNet and text encoder."""
+
+    folder: Path
+    samples: int = 1_500_000
+    cooldown: float = 0.25
+    scenes: int = 48_000
+    batch: int = 24
+    lr: float = 1e-3
+    seed: int = 0
+
+    def run(self) -> None:
+        train_unet(
+            self.folder,
+            samples=self.samples,
+            cooldown=self.cooldown,
+            scenes=self.scenes,
+            seed=self.seed,
+            batch=self.batch,
+            lr=self.lr,
+        )
+
+
+def main() -> None:
+    """Command-line entry."""
+    torch.set_num_threads(1)
+    tyro.extras.subcommand_cli_from_dict({"vae": Vae, "unet": Unet}).run()
+
+
+if __name__ == "__main__":
+    main()

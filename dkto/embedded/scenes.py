@@ -1,0 +1,150 @@
+"""The small world's language: scenes, captions, and prompts kept apart by split.
+
+A scene is one thing, or two things in a relation, in a picture style on a background.
+The caption is a small grammar over it:
+
+    "a sticker of a large red star on a navy background"
+    "an icon of a green ring left of a pink cross on a white background"
+
+`caption` writes it, `parse` reads it back (ground truth for any prompt of the world), and
+`split_of` assigns every caption to training, validation or test by a hash of its text, so that
+no prompt is ever in two splits.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS = {
+    "red": (224, 42, 42),
+    "yellow": (242, 206, 44),
+    "green": (48, 172, 68),
+    "cyan": (52, 200, 218),
+    "blue": (48, 84, 228),
+    "pink": (232, 84, 196),
+}
+BACKGROUNDS = {
+    "black": (18, 18, 20),
+    "white": (240, 240, 238),
+    "grey": (132, 132, 134),
+    "navy": (24, 32, 92),
+    "brown": (116, 78, 50),
+}
+STYLES = ("icon", "toy", "sticker", "painting")
+SIZES = {"small": (22, 26), "large": (32, 40)}
+RELATIONS = ("left of", "right of", "above", "below")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: a shape name, a colour name and, for a lone object, a size name."""
+
+    shape: str
+    colour: str
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for. `relation` places the first thing relative to the second.
+
+    >>> scene = parse("a toy of a red star left of a blue ring on a black background")
+    >>> scene.things[1].shape, scene.relation
+    ('ring', 'left of')
+    """
+
+    style: str
+    things: tuple[Thing, ...]
+    relation: str
+    background: str
+
+
+def random_scene(rng: np.random.Generator, two_things: float = 0.5) -> Scene:
+    """Draw a scene; with probability `two_things` it holds two things of different colours."""
+    colours = rng.permutation(list(COLOURS))
+    shapes = rng.choice(SHAPES, 2)
+    style, background = rng.choice(STYLES), rng.choice(list(BACKGROUNDS))
+    if rng.random() < two_things:
+        things = tuple(Thing(str(s), str(c)) for s, c in zip(shapes, colours[:2], strict=True))
+        return Scene(str(style), things, str(rng.choice(RELATIONS)), str(background))
+    thing = Thing(str(shapes[0]), str(colours[0]), str(rng.choice(list(SIZES))))
+    return Scene(str(style), (thing,), "", str(background))
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def caption(scene: Scene) -> str:
+    """The scene's full prompt (lower case, no full stop).
+
+    >>> caption(Scene("icon", (Thing("star", "red", "large"),), "", "navy"))
+    'an icon of a large red star on a navy background'
+    """
+    things = [_with_article(" ".join(filter(None, (t.size, t.colour, t.shape)))) for t in scene.things]
+    return (
+        f"{_with_article(scene.style)} of {f' {scene.relation} '.join(things)} "
+        f"on {_with_article(scene.background)} background"
+    )
+
+
+_THING = rf"an? (?:(?P<size{{i}}>{'|'.join(SIZES)}) )?(?P<colour{{i}}>{'|'.join(COLOURS)}) (?P<shape{{i}}>{'|'.join(SHAPES)})"
+_PROMPT = re.compile(
+    rf"an? (?P<style>{'|'.join(STYLES)}) of {_THING.format(i=0)}"
+    rf"(?: (?P<relation>{'|'.join(RELATIONS)}) {_THING.format(i=1)})?"
+    rf" on an? (?P<background>{'|'.join(BACKGROUNDS)}) background"
+)
+
+
+def parse(prompt: str) -> Scene:
+    """Read a prompt of the world back into its scene.
+
+    Raises:
+        ValueError: if the prompt is not a full caption of this world.
+    """
+    match = _PROMPT.fullmatch(prompt.strip().lower())
+    if match is None:
+        raise ValueError(
+            f"prompt {prompt!r} is not a caption of the small world; expected for example "
+            "'a sticker of a large red star on a navy background'"
+        )
+    found = match.groupdict()
+    things = tuple(
+        Thing(found[f"shape{i}"], found[f"colour{i}"], found[f"size{i}"] or "")
+        for i in range(1 + bool(found["relation"]))
+    )
+    return Scene(found["style"], things, found["relation"] or "", found["background"])
+
+
+def split_of(prompt: str) -> str:
+    """The split a prompt belongs to: 80 % training, 10 % validation, 10 % test, by hash of the text.
+
+    >>> split_of("an icon of a large red star on a navy background") in SPLITS
+    True
+    """
+    bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
+    return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
+
+
+def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) -> list[str]:
+    """`count` distinct prompts of one split, the four styles in turn.
+
+    Raises:
+        ValueError: if `split` is unknown or has fewer than `count` prompts.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    wanted: dict[str, None] = {}
+    for _ in range(400 * count + 10_000):
+        if len(wanted) == count:
+            return list(wanted)
+        scene = random_scene(rng, two_things)
+        text = caption(scene)
+        if scene.style == STYLES[len(wanted) % len(STYLES)] and split_of(text) == split:
+            wanted.setdefault(text)
+    raise ValueError(f"split {split!r} has fewer than {count} prompts (found {len(wanted)})")
