@@ -143,3 +143,35 @@ def _nearest_background(border: np.ndarray, palette: np.ndarray) -> int:
     chroma = np.abs(_chroma(palette) - _chroma(border))
     luma = np.abs((palette - border).mean(-1))
     return int(np.argmin(luma + 2 * chroma))
+
+
+def aesthetics(image: np.ndarray) -> float:
+    """How vivid, contrasty and sharp a picture is, in [0, 1]; each part is capped, so more is not better for ever.
+
+    - *vividness*: 95th percentile of chroma over 150;
+    - *contrast*: 98th minus 2nd percentile of brightness over 130;
+    - *sharpness*: 98th percentile of the brightness step between neighbours over 60.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+    """
+    pixels = np.asarray(image, dtype=np.float64)
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    low, high = np.percentile(luma, [2, 98])
+    steps = np.maximum(np.abs(np.diff(luma, axis=0))[:, :-1], np.abs(np.diff(luma, axis=1))[:-1])
+    parts = (
+        np.percentile(np.abs(_chroma(pixels)), 95) / 150,
+        (high - low) / 130,
+        np.percentile(steps, 98) / 60,
+    )
+    return float(np.mean(np.minimum(parts, 1.0)))
+
+
+def redness(image: np.ndarray) -> float:
+    """Mean over pixels of red minus half of green and blue, in [-1, 1].
+
+    >>> redness(np.full((4, 4, 3), [255, 0, 0], dtype=np.uint8))
+    1.0
+    """
+    red, green, blue = (np.asarray(image, dtype=np.float64)[..., channel].mean() for channel in range(3))
+    return float((red - (green + blue) / 2) / 255)

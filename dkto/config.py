@@ -1,0 +1,99 @@
+"""What a training run is told, each value with its unit, the paper's value and the released code's where they differ."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+Objective = Literal["kto", "sft"]
+Estimator = Literal["batch", "unrelated", "per_class", "zero"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning run.
+
+    Raises:
+        ValueError: if a value is out of its range; the sentence names the field.
+    """
+
+    prepared_dir: Path
+    """Folder written by `dkto prepare`: latents and prompt embeddings of the feedback."""
+    output_dir: Path
+    """Folder for metrics.jsonl, run.json, checkpoints and the tuned weights."""
+    model: str = "small-world"
+    """"small-world", a diffusers pipeline folder, or a hub id; must be the model the data were prepared with."""
+    objective: Objective = "kto"
+    """kto (paper eq. 14-15) or sft on the liked images (eq. 3)."""
+    utility: str = "kahneman_tversky"
+    """Name in dkto.utilities.UTILITIES; the paper's choice is kahneman_tversky."""
+    beta: float = 5000.0
+    """Reward scale, multiplies the mean-squared-error gap. Paper 5000; the released script's default is 1000."""
+    desirable_fraction: float = 0.8
+    """gamma, the chance that a drawn sample is a liked one. Paper 0.8; the released script's default is 0.5."""
+    estimator: Estimator = "batch"
+    """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
+    clamp: bool = True
+    """Keep the reference point at or above 0 (paper 4.1)."""
+    desirable_weight: float = 1.0
+    """Weight of liked samples, no unit. Paper 1."""
+    undesirable_weight: float = 1.0
+    """Weight of disliked samples, no unit. Paper 1."""
+    lora_rank: int = 0
+    """0 trains the full UNet (paper); above 0, adapters of that rank."""
+    learning_rate: float = 1e-7
+    """AdamW step size. Paper 1e-7 for SD v1.5; about 1e-4 for the small world."""
+    warmup_steps: int = 1000
+    """Steps over which the rate rises linearly. Paper 1000; the released example 200."""
+    max_train_steps: int = 10_000
+    """Optimiser steps. Paper 10,000; the released example 20,000."""
+    batch_size: int = 32
+    """Samples per step over all processes. Paper 32 (16 GPUs x 2)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, 1/step relative to the rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of forward and backward passes; the weights stay float32."""
+    seed: int = 0
+    """Fixes sampling, noise, timesteps and adapter initialisation."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the last checkpoints stay on disk."""
+    max_bad_steps: int = 3
+    """Steps with a non-finite loss in a row after which the run stops."""
+
+    def __post_init__(self) -> None:
+        positive = ("beta", "learning_rate", "max_train_steps", "batch_size", "desirable_weight", "undesirable_weight")
+        positive += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("lora_rank", "warmup_steps", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
+        if not 0 <= self.desirable_fraction <= 1:
+            raise ValueError(f"desirable_fraction must be in [0, 1], got {self.desirable_fraction}")
+        for name, known in (("objective", Objective), ("estimator", Estimator)):
+            if getattr(self, name) not in known.__args__:
+                raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "prepared_dir", Path(self.prepared_dir))
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+
+    def to_dict(self) -> dict:
+        """Plain values, for run.json."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def fingerprint(self) -> str:
+        """Hash of everything that changes the result; two runs with one fingerprint may resume each other."""
+        ignored = {"output_dir", "prepared_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
+        values = {key: value for key, value in self.to_dict().items() if key not in ignored}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: dict) -> str:
+        """The fields that differ from a stored run's, as text."""
+        mine = self.to_dict()
+        names = [f.name for f in fields(self) if f.name in other and other[f.name] != mine[f.name]]
+        return ", ".join(f"{name}: {other[name]!r} stored, {mine[name]!r} asked" for name in names)

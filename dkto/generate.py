@@ -1,0 +1,182 @@
+"""Prompts x seeds to images on disk, with the same starting noise for every method, resumable.
+
+    images/
+      manifest.json        model, sampler settings, prompts and seeds
+      p0003-s1.png         image of prompt 3, seed number 1
+
+The noise of an image depends only on (seed, prompt number, image number): methods are compared on equal
+noise, and batch size or number of processes change nothing.
+"""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from dkto.models import SMALL_WORLD, pipeline_folder
+from dkto.progress import progress
+from dkto.records import claim
+
+CHUNK = 50  # images per task handed to a worker
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that draws pictures from prompts.
+
+    Attributes:
+        model: "small-world", a diffusers pipeline folder, or a hub id.
+        lora: folder of an adapter to load on top, or "" for none.
+        guidance: classifier-free guidance scale, no unit; 1 is off.
+        steps: DPM-Solver++ steps.
+        prefix: text put before every prompt (CSFT samples with "good image, ").
+    """
+
+    model: str = SMALL_WORLD
+    lora: str = ""
+    guidance: float = 3.0
+    steps: int = 15
+    prefix: str = ""
+
+    @classmethod
+    def of_run(cls, folder: str | Path, **settings) -> "System":
+        """The system that a finished training left in its folder.
+
+        Raises:
+            FileNotFoundError: if the folder holds no finished run.
+        """
+        folder = Path(folder)
+        if (folder / "model").is_dir():
+            return cls(model=str(folder / "model"), **settings)
+        if (folder / "lora").is_dir():
+            about = json.loads((folder / "run.json").read_text())
+            return cls(model=about["config"]["model"], lora=str(folder / "lora"), **settings)
+        raise FileNotFoundError(f"{folder} holds no finished training (neither model/ nor lora/)")
+
+    def load(self) -> StableDiffusionPipeline:
+        """The pipeline, adapter merged in, with a DPM-Solver++ sampler and no progress bar."""
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            pipeline_folder(self.model), use_safetensors=True, torch_dtype=torch.float32, requires_safety_checker=False
+        )
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        if self.lora:
+            pipeline.load_lora_weights(self.lora, weight_name="pytorch_lora_weights.safetensors")
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def noise_generator(seed: int, prompt_number: int, image_number: int) -> torch.Generator:
+    """The generator of one image's starting noise."""
+    state = np.random.SeedSequence([seed, prompt_number, image_number]).generate_state(1, np.uint64)[0]
+    return torch.Generator("cpu").manual_seed(int(state >> 1))
+
+
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
+) -> list[Image.Image]:
+    """One batch of images, one per prompt and generator."""
+    with torch.inference_mode():
+        return pipeline(
+            [system.prefix + prompt for prompt in prompts],
+            num_inference_steps=system.steps,
+            guidance_scale=system.guidance,
+            generator=generators,
+        ).images
+
+
+def image_path(folder: Path, prompt_number: int, image_number: int) -> Path:
+    """Where the image of one prompt and image number lies."""
+    return folder / f"p{prompt_number:05d}-s{image_number}.png"
+
+
+def generate(
+    system: System,
+    prompts: list[str],
+    output_dir: str | Path,
+    *,
+    images_per_prompt: int = 5,
+    seed: int = 0,
+    batch_size: int = 25,
+    num_processes: int = 1,
+) -> Path:
+    """Draw `images_per_prompt` images of every prompt; images already on disk are kept.
+
+    Args:
+        system: model, adapter and sampler settings.
+        prompts: P prompts.
+        output_dir: folder for images and manifest.
+        images_per_prompt: n; the paper compares the median of 5.
+        seed: of all starting noise; equal seeds compare methods on equal noise.
+        batch_size: images per pass.
+        num_processes: workers, each with its own copy of the pipeline on one thread.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if the folder holds images of another system, prompt list or seed.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
+    claim(output_dir / "manifest.json", about, "images")
+    wanted = [
+        (p, i)
+        for p in range(len(prompts))
+        for i in range(images_per_prompt)
+        if not image_path(output_dir, p, i).exists()
+    ]
+    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
+    tasks = [(system, prompts, output_dir, seed, batch_size, chunk) for chunk in chunks]
+    _PIPELINES.clear()  # weights on disk may have changed since the last call
+    bar = progress(total=len(wanted), desc=f"drawing {output_dir.name}", unit="image")
+    if num_processes == 1 or len(tasks) < 2:
+        for task in tasks:
+            bar.update(_draw_chunk(task))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for count in pool.map(_draw_chunk, tasks):
+                bar.update(count)
+    bar.close()
+    return output_dir
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a folder written by `generate`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no generated images (manifest.json is missing)")
+    return json.loads(path.read_text())
+
+
+_PIPELINES: dict[System, StableDiffusionPipeline] = {}
+
+
+def _draw_chunk(task: tuple) -> int:
+    system, prompts, folder, seed, batch_size, wanted = task
+    if system not in _PIPELINES:
+        _PIPELINES.clear()
+        _PIPELINES[system] = system.load()
+    for start in range(0, len(wanted), batch_size):
+        batch = wanted[start : start + batch_size]
+        generators = [noise_generator(seed, p, i) for p, i in batch]
+        images = draw(_PIPELINES[system], [prompts[p] for p, _ in batch], generators, system)
+        for (p, i), image in zip(batch, images, strict=True):
+            path = image_path(folder, p, i)
+            part = path.with_suffix(".part")
+            image.save(part, format="PNG")
+            part.replace(path)
+    return len(wanted)

@@ -1,0 +1,80 @@
+"""What a run leaves behind: `run.json` once, `metrics.jsonl` line by line, both readable by anything."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("dkto", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on, and of Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, or None outside one."""
+    here = Path(__file__).parent
+    call = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    result = subprocess.run(call, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def hardware() -> dict[str, str | int]:
+    """Processor, its cores, and the accelerators that torch sees."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cores": os.cpu_count() or 0, "accelerators": ", ".join(devices) or "none"}
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def claim(path: Path, about: dict, what: str) -> None:
+    """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
+
+    Raises:
+        ValueError: if the folder was claimed for something else; the sentence names what differs.
+    """
+    if not path.exists():
+        write_json(path, about)
+        return
+    stored = json.loads(path.read_text())
+    differs = [key for key in about if stored.get(key) != about[key]]
+    if differs:
+        raise ValueError(f"{path.parent} holds {what} of another run ({', '.join(differs)} differ): choose another folder")
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """The step records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_records(path: Path, last_step: int) -> None:
+    """Drop the records after `last_step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) + "\n" for record in read_records(path) if record["global_step"] <= last_step]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
