@@ -5,17 +5,6 @@ diffusers nor transformers.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dkto.config import TrainConfig
-    from dkto.evaluate import compare, win_rate_table
-    from dkto.feedback import FeedbackTable, make_feedback, read_feedback, write_feedback
-    from dkto.generate import System, draw, generate, noise_generator
-    from dkto.losses import dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
-    from dkto.prepare import prepare
-    from dkto.trainer import run_training, train
-    from dkto.utilities import UTILITIES, get_utility, register_utility
 
 __version__ = "0.1.0"
 
@@ -50,3 +39,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'dkto' has no attribute {name!r}")
     return getattr(import_module(f"dkto.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -10,6 +10,7 @@ noise, and batch size or number of processes change nothing.
 
 import json
 import multiprocessing
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,29 +126,58 @@ def generate(
         ValueError: if the folder holds images of another system, prompt list or seed.
     """
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
-    claim(output_dir / "manifest.json", about, "images")
-    wanted = [
-        (p, i)
-        for p in range(len(prompts))
-        for i in range(images_per_prompt)
-        if not image_path(output_dir, p, i).exists()
-    ]
-    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
-    tasks = [(system, prompts, output_dir, seed, batch_size, chunk) for chunk in chunks]
-    _PIPELINES.clear()  # weights on disk may have changed since the last call
-    bar = progress(total=len(wanted), desc=f"drawing {output_dir.name}", unit="image")
-    if num_processes == 1 or len(tasks) < 2:
-        for task in tasks:
-            bar.update(_draw_chunk(task))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for count in pool.map(_draw_chunk, tasks):
-                bar.update(count)
-    bar.close()
+    options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
+    generate_all({output_dir.name: system}, prompts, output_dir.parent, **options, num_processes=num_processes)
     return output_dir
+
+
+def generate_all(
+    systems: Mapping[str, System],
+    prompts: list[str],
+    output_dir: str | Path,
+    *,
+    images_per_prompt: int = 5,
+    seed: int = 0,
+    batch_size: int = 25,
+    num_processes: int = 1,
+) -> dict[str, Path]:
+    """`generate` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
+    folders = {name: Path(output_dir) / name for name in systems}
+    tasks = []
+    for name, system in systems.items():
+        folder = folders[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
+        claim(folder / "manifest.json", about, "images")
+        keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
+        wanted = [key for key in keys if not image_path(folder, *key).exists()]
+        for start in range(0, len(wanted), CHUNK):
+            tasks.append(_Task(system, prompts, folder, seed, batch_size, wanted[start : start + CHUNK]))
+    bar = progress(total=sum(len(task.wanted) for task in tasks), desc="drawing", unit="image")
+    for count in _perform(tasks, min(num_processes, len(tasks))):
+        bar.update(count)
+    bar.close()
+    return folders
+
+
+@dataclass(frozen=True)
+class _Task:
+    system: System
+    prompts: list[str]
+    folder: Path
+    seed: int
+    batch_size: int
+    wanted: list[tuple[int, int]]
+
+
+def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
+    _PIPELINES.clear()  # weights on disk may have changed since the last call
+    if workers < 2:
+        yield from map(_draw_chunk, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(_draw_chunk, tasks)
 
 
 def read_manifest(folder: str | Path) -> dict:
@@ -165,18 +195,17 @@ def read_manifest(folder: str | Path) -> dict:
 _PIPELINES: dict[System, StableDiffusionPipeline] = {}
 
 
-def _draw_chunk(task: tuple) -> int:
-    system, prompts, folder, seed, batch_size, wanted = task
-    if system not in _PIPELINES:
+def _draw_chunk(task: _Task) -> int:
+    if task.system not in _PIPELINES:
         _PIPELINES.clear()
-        _PIPELINES[system] = system.load()
-    for start in range(0, len(wanted), batch_size):
-        batch = wanted[start : start + batch_size]
-        generators = [noise_generator(seed, p, i) for p, i in batch]
-        images = draw(_PIPELINES[system], [prompts[p] for p, _ in batch], generators, system)
-        for (p, i), image in zip(batch, images, strict=True):
-            path = image_path(folder, p, i)
+        _PIPELINES[task.system] = task.system.load()
+    for start in range(0, len(task.wanted), task.batch_size):
+        batch = task.wanted[start : start + task.batch_size]
+        generators = [noise_generator(task.seed, p, i) for p, i in batch]
+        images = draw(_PIPELINES[task.system], [task.prompts[p] for p, _ in batch], generators, task.system)
+        for key, image in zip(batch, images, strict=True):
+            path = image_path(task.folder, *key)
             part = path.with_suffix(".part")
             image.save(part, format="PNG")
             part.replace(path)
-    return len(wanted)
+    return len(task.wanted)

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,26 @@ from torch import Tensor
 
 from dkto.config import TrainConfig
 from dkto.feedback import BiasedSampler
-from dkto.losses import denoising_error, implicit_reward, kto_loss, reference_point, sft_loss
+from dkto.losses import (
+    denoising_error,
+    implicit_reward,
+    kto_loss,
+    reference_point,
+    sft_loss,
+)
 from dkto.metrics import implicit_accuracy
-from dkto.models import PolicyAndReference, StableDiffusion, load_model, make_policy, read_weights, write_weights
+from dkto.models import (
+    PolicyAndReference,
+    StableDiffusion,
+    load_model,
+    make_policy,
+    read_weights,
+    write_weights,
+)
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
 from dkto.records import git_commit, hardware, keep_records, versions, write_json
-from dkto.utilities import get_utility
+from dkto.utilities import Utility, get_utility
 
 NOISE_STREAM = 1  # the sampler draws from stream 0
 
@@ -128,8 +141,9 @@ def train(config: TrainConfig) -> Iterator[dict]:
             group["lr"] = learning_rate_at(step, config)
         batch = to_device(draw_batch(data, sampler, model, step, config.batch_size, share), accelerator.device)
         with accelerator.autocast():
-            policy_error, reference_error = denoising_errors(model, policy, pair, batch)
-        loss, measured = objective(config, utility, policy_error, reference_error, batch, accelerator)
+            errors = denoising_errors(model, policy, pair, batch)
+            unrelated = unrelated_errors(model, policy, pair, batch) if config.estimator == "unrelated" else None
+        loss, measured = objective(config, utility, errors, unrelated, batch, accelerator)
         if not bool(torch.isfinite(accelerator.reduce(loss.detach(), "mean"))):
             bad_steps += 1
             prepared_optimizer.zero_grad()
@@ -183,13 +197,35 @@ def denoising_errors(
     return policy_error, reference_error
 
 
+@torch.no_grad()
+def unrelated_errors(
+    model: StableDiffusion, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Errors on the same noisy latents under another sample's prompt: prompts rolled by one (paper 4.1)."""
+    if len(batch.timesteps) < 2:
+        raise ValueError("estimator 'unrelated' needs at least 2 samples per process, got 1")
+    rolled = {name: value.roll(1, 0) for name, value in batch.conditioning.items()}
+    return denoising_errors(model, policy, pair, replace(batch, conditioning=rolled))
+
+
 def objective(
-    config: TrainConfig, utility, policy_error: Tensor, reference_error: Tensor, batch: Batch, accelerator: Accelerator
+    config: TrainConfig,
+    utility: Utility,
+    errors: tuple[Tensor, Tensor],
+    unrelated: tuple[Tensor, Tensor] | None,
+    batch: Batch,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one rank's share and the measures of the whole global batch."""
-    reward = implicit_reward(policy_error, reference_error, config.beta)
+    """The loss of one rank's share and the measures of the whole global batch.
+
+    Args:
+        errors: policy's and reference's denoising error, each (B,).
+        unrelated: the same under mismatched prompts, for the estimator of that name.
+    """
+    policy_error = errors[0]
+    reward = implicit_reward(*errors, config.beta)
     point = reference_point(
-        reward,
+        reward if unrelated is None else implicit_reward(*unrelated, config.beta),
         config.estimator,
         is_desirable=batch.is_desirable,
         clamp=config.clamp,

@@ -140,7 +140,7 @@ def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) 
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     wanted: dict[str, None] = {}
-    for _ in range(400 * count + 10_000):
+    for _ in range(200 * count + 2_000):
         if len(wanted) == count:
             return list(wanted)
         scene = random_scene(rng, two_things)

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import CLIPTokenizer
 
 from dkto.embedded.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES

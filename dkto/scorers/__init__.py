@@ -10,7 +10,12 @@ from difflib import get_close_matches
 import numpy as np
 from PIL import Image
 
-from dkto.scorers.world import world_aesthetics, world_fidelity, world_redness, world_utility
+from dkto.scorers.world import (
+    world_aesthetics,
+    world_fidelity,
+    world_redness,
+    world_utility,
+)
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
 
