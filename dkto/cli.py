@@ -13,7 +13,7 @@ from dkto.config import TrainConfig
 class Prepare:
     """Encode the images and prompts of a feedback table to disk, once."""
 
-    feedback: Path
+    feedback: tyro.conf.Positional[Path]
     """CSV, JSONL or Parquet with image, prompt, liked; or a folder with liked/ and disliked/."""
     output_dir: Path
     """Folder for the encoded data."""
@@ -53,7 +53,7 @@ class Train:
 class Generate:
     """Draw images for a list of prompts with the same starting noise for every method."""
 
-    prompts: Path
+    prompts: tyro.conf.Positional[Path]
     """Text file, one prompt a line."""
     output_dir: Path
     """Folder for images and manifest."""
@@ -92,7 +92,7 @@ class Generate:
 class Score:
     """Score a folder of generated images."""
 
-    folder: Path
+    folder: tyro.conf.Positional[Path]
     """Folder written by `dkto generate`."""
     scorers: tuple[str, ...] = ("world_fidelity",)
     """Names of scorers."""
@@ -109,9 +109,9 @@ class Score:
 class Evaluate:
     """Win-rate of one folder of images over others: median image per prompt, ties half, Wilson interval."""
 
-    ours: Path
+    ours: tyro.conf.Positional[Path]
     """Images of the method whose wins are counted."""
-    theirs: tuple[Path, ...]
+    theirs: tyro.conf.Positional[tuple[Path, ...]]
     """Images of the methods it is compared with."""
     scorers: tuple[str, ...] = ("world_fidelity",)
     """Names of scorers."""
@@ -128,9 +128,9 @@ class Evaluate:
 class Run:
     """Execute a notebook with papermill, refusing parameters that it does not declare."""
 
-    notebook: Path
+    notebook: tyro.conf.Positional[Path]
     """The notebook."""
-    output: Path
+    output: tyro.conf.Positional[Path]
     """Where the executed copy goes."""
     parameters: tuple[str, ...] = field(default=())
     """NAME=VALUE, read by the type that the notebook declares."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -63,7 +64,7 @@ class System:
     def load(self) -> StableDiffusionPipeline:
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler and no progress bar."""
         pipeline = StableDiffusionPipeline.from_pretrained(
-            pipeline_folder(self.model), use_safetensors=True, torch_dtype=torch.float32, requires_safety_checker=False
+            pipeline_folder(self.model), use_safetensors=True, dtype=torch.float32, requires_safety_checker=False
         )
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         if self.lora:

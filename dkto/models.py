@@ -86,13 +86,13 @@ class StableDiffusion:
     def load_denoiser(self) -> UNet2DConditionModel:
         """A fresh UNet in float32."""
         return UNet2DConditionModel.from_pretrained(
-            self.folder, subfolder="unet", use_safetensors=True, torch_dtype=torch.float32
+            self.folder, subfolder="unet", use_safetensors=True, dtype=torch.float32
         )
 
     def load_vae(self) -> AutoencoderKL:
         """The frozen autoencoder in float32."""
         vae = AutoencoderKL.from_pretrained(
-            self.folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32
+            self.folder, subfolder="vae", use_safetensors=True, dtype=torch.float32
         )
         return vae.eval().requires_grad_(False)
 

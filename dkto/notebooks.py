@@ -19,6 +19,7 @@ import nbformat
 import pandas as pd
 import papermill
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from dkto.progress import QUIET_VARIABLE
 from dkto.records import versions, write_json
@@ -143,7 +144,13 @@ def run_notebook(
     try:
         with _quiet_kernel():
             papermill.execute_notebook(
-                str(path), str(output), checked, kernel_name="python3", progress_bar=progress, cwd=os.getcwd()
+                str(path),
+                str(output),
+                checked,
+                kernel_name="python3",
+                progress_bar=progress,
+                cwd=os.getcwd(),
+                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             )
     except PapermillExecutionError as error:
         raise RuntimeError(

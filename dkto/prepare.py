@@ -164,7 +164,7 @@ def _feedback_hash(feedback: FeedbackTable) -> str:
 def _encode_prompts(model: StableDiffusion, prompts: list[str]) -> dict[str, Tensor]:
     tokenizer, encoder = model.load_text()
     parts = [model.encode_prompts(tokenizer, encoder, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
-    return {name: torch.cat([part[name] for part in parts]).half() for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]).half().contiguous() for name in parts[0]}
 
 
 def _encode_images(model: StableDiffusion, vae, images: tuple[Path, ...], batch_size: int) -> dict[str, Tensor]:
@@ -173,4 +173,4 @@ def _encode_images(model: StableDiffusion, vae, images: tuple[Path, ...], batch_
         batch = [to_pixel_values(load_image(path), model.image_size) for path in images[start : start + batch_size]]
         parts.append(model.encode_images(vae, torch.stack(batch)))
     means, stds = zip(*parts, strict=True)
-    return {"mean": torch.cat(means).half(), "std": torch.cat(stds).half()}
+    return {"mean": torch.cat(means).half().contiguous(), "std": torch.cat(stds).half().contiguous()}
