@@ -1,10 +1,17 @@
-"""What is measured: implicit accuracy, margins, win-rates with intervals, drift and diversity."""
+"""What is measured: implicit accuracy, margins, win-rates with intervals, drift and diversity.
+
+Measures on tensors belong to training: they keep leading ensemble dimensions, and a NaN makes that
+member's measure NaN, so that a diverged run is seen. Measures on arrays judge finished pictures: there
+a NaN is a mistake and raises.
+"""
 
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
@@ -19,24 +26,27 @@ def implicit_accuracy(
     rejected_reward: Tensor | None = None,
     reference_point: Tensor | float = 0.0,
 ) -> Tensor:
-    """Share of samples (or pairs) whose implicit reward is on the right side (paper 7).
+    """Share of samples, or pairs, whose implicit reward is on the right side (paper 7).
 
-        pair            share of pairs with chosen reward > rejected reward, ties count half
+        pair            share of pairs with chosen reward > rejected reward; a tie counts half
         sample          share of samples with w * r > 0, w = +1 liked, -1 disliked
         sample_centred  share of samples with w * (r - reference point) > 0 (the released code)
 
+    A tie of a sample (a reward of exactly 0, or at the reference point) is not on the right side: before
+    the first step, policy = reference gives 0 by "sample", and 0.5 by "pair".
+
     Args:
-        reward: (..., B); for "pair" the rewards of the chosen sides.
+        reward: (..., B) implicit rewards; for "pair" those of the chosen sides.
         is_desirable: (..., B) bool, for the two definitions on samples.
         definition: one of `ACCURACIES`; there is no default, since published numbers mix them.
         rejected_reward: (..., B), for "pair".
-        reference_point: (...) for "sample_centred".
+        reference_point: (...) or a number, for "sample_centred".
 
     Returns:
-        (...) in [0, 1].
+        (...) in [0, 1]; NaN where a reward is NaN.
 
     Raises:
-        ValueError: for an unknown definition or a missing argument.
+        ValueError: for an unknown definition, or a missing or misshapen argument.
 
     >>> implicit_accuracy(torch.tensor([2.0, -1.0]), torch.tensor([True, True]), definition="sample")
     tensor(0.5000)
@@ -46,22 +56,42 @@ def implicit_accuracy(
     if definition == "pair":
         if rejected_reward is None:
             raise ValueError("definition 'pair' needs rejected_reward")
-        return ((reward > rejected_reward).float() + 0.5 * (reward == rejected_reward).float()).mean(-1)
-    if is_desirable is None:
-        raise ValueError(f"definition {definition!r} needs is_desirable")
-    if definition == "sample_centred":
-        reward = reward - torch.as_tensor(reference_point)[..., None]
-    return torch.where(is_desirable, reward > 0, reward < 0).float().mean(-1)
+        if rejected_reward.shape != reward.shape:
+            shape, came = tuple(reward.shape), tuple(rejected_reward.shape)
+            raise ValueError(f"rejected_reward must have the shape of reward {shape}, got {came}")
+        gap = reward - rejected_reward
+        right = torch.where(reward == rejected_reward, 0.5, (gap > 0).to(torch.float32))
+    else:
+        if is_desirable is None:
+            raise ValueError(f"definition {definition!r} needs is_desirable")
+        _check_labels(is_desirable, reward)
+        point = torch.as_tensor(reference_point if definition == "sample_centred" else 0.0).to(reward)
+        gap = reward - point[..., None]
+        right = torch.where(is_desirable, gap > 0, gap < 0).to(torch.float32)
+    unknown = reward.isnan() if rejected_reward is None else reward.isnan() | rejected_reward.isnan()
+    return right.to(torch.promote_types(reward.dtype, torch.float32)).masked_fill(unknown, torch.nan).mean(-1)
 
 
 def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
-    """Mean reward of the liked minus mean reward of the disliked samples, (...) in beta x MSE; NaN if a class is absent.
+    """Mean implicit reward of the liked minus that of the disliked samples.
+
+    Args:
+        reward: (..., B) implicit rewards.
+        is_desirable: (..., B) bool.
+
+    Returns:
+        (...) in beta x MSE; NaN if a class has no sample.
+
+    Raises:
+        ValueError: if `is_desirable` is not bool of that shape.
 
     >>> reward_margin(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
     tensor(3.)
     """
-    liked, disliked = is_desirable.to(reward.dtype), (~is_desirable).to(reward.dtype)
-    return (reward * liked).sum(-1) / liked.sum(-1) - (reward * disliked).sum(-1) / disliked.sum(-1)
+    _check_labels(is_desirable, reward)
+    liked = torch.where(is_desirable, reward, 0).sum(-1) / is_desirable.sum(-1)
+    disliked = torch.where(is_desirable, 0, reward).sum(-1) / (~is_desirable).sum(-1)
+    return liked - disliked
 
 
 @dataclass(frozen=True)
@@ -70,9 +100,9 @@ class WinRate:
 
     Attributes:
         rate: (wins + ties / 2) / n, in [0, 1].
-        low, high: ends of the interval.
+        low, high: ends of the interval, in [0, 1].
         n: comparisons.
-        wins, ties, losses: counts.
+        wins, ties, losses: counts, adding up to n.
     """
 
     rate: float
@@ -88,101 +118,194 @@ class WinRate:
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a rate; `successes` may be fractional, since ties count half.
+    """Score interval of a rate (Wilson 1927): all p that a test at 1 - confidence does not reject.
+
+        |successes / n - p| <= z * sqrt(p * (1 - p) / n)
+
+    Args:
+        successes: in [0, n]; may be a fraction, since ties count half.
+        n: trials.
+        confidence: in (0, 1).
+
+    Returns:
+        Low and high end, in [0, 1].
+
+    Raises:
+        ValueError: if an argument is out of its range.
 
     >>> [round(end, 3) for end in wilson_interval(47, 50)]
     [0.838, 0.979]
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must be in [0, {n}], got {successes}")
+    _check_confidence(confidence)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    shrink = 1 / (1 + z * z / n)
+    centre = (rate + z * z / (2 * n)) * shrink
+    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5 * shrink
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def win_rate(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95) -> WinRate:
+def win_rate(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.95) -> WinRate:
     """How often our score is the higher one, prompt by prompt (paper 5.1.2).
 
     Args:
         ours, theirs: (P,) scores of the same prompts in the same order.
-        confidence: of the interval.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        The rate with its Wilson interval and counts. Half a win for a tie makes the interval slightly
+        too wide, never too narrow.
 
     Raises:
         ValueError: if the shapes differ, are empty, or a score is not finite.
 
-    >>> str(win_rate(np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0, 5.0])))
+    >>> str(win_rate([1.0, 2.0, 3.0], [0.0, 2.0, 5.0]))
     '50 % [13, 87] n=3'
     """
     ours, theirs = _paired(ours, theirs)
-    wins, ties = int((ours > theirs).sum()), int((ours == theirs).sum())
-    n = len(ours)
+    wins, ties, n = int((ours > theirs).sum()), int((ours == theirs).sum()), len(ours)
     low, high = wilson_interval(wins + ties / 2, n, confidence)
     return WinRate((wins + ties / 2) / n, low, high, n, wins, ties, n - wins - ties)
 
 
-def median_of_images(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The median-scoring image of each prompt (paper A.2); for an even number the lower of the middle two.
+def median_of_images(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The median-scoring image of each prompt (paper 5.1.2); for an even number the lower of the middle two.
+
+    Always the score of an image that exists, never a mean of two, so that the image can be shown. Among
+    equal scores the earlier image comes first.
 
     Args:
-        scores: (P, n).
+        scores: (P, n), n >= 1 images of each prompt.
 
     Returns:
         (P,) its scores and (P,) which image it is.
 
-    >>> median_of_images(np.array([[3.0, 1.0, 2.0]]))
+    Raises:
+        ValueError: if `scores` has another shape or a score is not finite.
+
+    >>> median_of_images([[3.0, 1.0, 2.0]])
     (array([2.]), array([2]))
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores must have shape (prompts, images), got {scores.shape}")
+    if not np.isfinite(scores).all():
+        prompt, image = np.argwhere(~np.isfinite(scores))[0]
+        raise ValueError(f"score of prompt {prompt}, image {image} is not finite")
     chosen = np.argsort(scores, axis=1, kind="stable")[:, (scores.shape[1] - 1) // 2]
     return np.take_along_axis(scores, chosen[:, None], axis=1)[:, 0], chosen
 
 
-def sign_test(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Two-sided p-value that wins and losses are equally likely; ties are left out. 1 if all tie."""
+def sign_test(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Two-sided p-value of "wins and losses are equally likely"; ties are left out, and all ties give 1.
+
+    Args:
+        ours, theirs: (P,) scores of the same prompts in the same order.
+
+    Raises:
+        ValueError: as `win_rate`.
+
+    >>> sign_test([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    0.25
+    """
     ours, theirs = _paired(ours, theirs)
     wins, losses = int((ours > theirs).sum()), int((ours < theirs).sum())
     return 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses).pvalue)
 
 
+class MeanDifference(NamedTuple):
+    """Mean of ours - theirs and its interval, in the scorer's unit."""
+
+    mean: float
+    low: float
+    high: float
+
+
 def paired_bootstrap(
-    ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean difference of paired scores with a percentile bootstrap interval over prompts: (mean, low, high)."""
+    ours: ArrayLike, theirs: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> MeanDifference:
+    """Mean difference of paired scores with a percentile bootstrap interval over prompts.
+
+    Args:
+        ours, theirs: (P,) scores of the same prompts in the same order, P >= 2.
+        confidence: of the interval, in (0, 1).
+        resamples: how often the prompts are drawn anew.
+        seed: of these draws.
+
+    Raises:
+        ValueError: as `win_rate`, and for a single prompt.
+
+    >>> paired_bootstrap([2.0, 3.0], [1.0, 2.0])
+    MeanDifference(mean=1.0, low=1.0, high=1.0)
+    """
     difference = np.subtract(*_paired(ours, theirs))
-    rows = np.random.default_rng(seed).integers(0, len(difference), (resamples, len(difference)))
-    low, high = np.quantile(difference[rows].mean(1), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(difference.mean()), float(low), float(high)
+    _check_confidence(confidence)
+    if len(difference) < 2:
+        raise ValueError("paired_bootstrap needs at least 2 prompts, got 1")
+    interval = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        random_state=np.random.default_rng(seed),  # known to every scipy; newer ones call it rng too
+    ).confidence_interval
+    return MeanDifference(float(difference.mean()), float(interval.low), float(interval.high))
 
 
 def drift(images: np.ndarray, base_images: np.ndarray) -> float:
-    """Mean absolute pixel distance from the base's pictures of the same noise, in [0, 1].
+    """How far tuning moved the pictures: mean absolute pixel distance from the base's of the same noise.
 
     Args:
-        images, base_images: (N, H, W, 3) uint8.
+        images, base_images: (N, H, W, 3) uint8, picture by picture from the same seed and prompt.
+
+    Returns:
+        In [0, 1], share of the pixel range.
+
+    Raises:
+        ValueError: if shapes differ or the pixels are not uint8.
+
+    >>> drift(np.full((1, 2, 2, 3), 51, np.uint8), np.zeros((1, 2, 2, 3), np.uint8))
+    0.2
     """
+    _check_pixels("images", images)
+    _check_pixels("base_images", base_images)
     if images.shape != base_images.shape:
-        raise ValueError(f"images and base_images must have one shape, got {images.shape} and {base_images.shape}")
-    return float(np.abs(images.astype(np.float64) - base_images).mean() / 255)
+        raise ValueError(f"base_images must have the shape of images {images.shape}, got {base_images.shape}")
+    return _pixel_distance(images, base_images)
 
 
 def diversity(images: np.ndarray) -> float:
-    """Mean absolute pixel distance between pictures of one prompt, in [0, 1].
+    """How unlike each other the pictures of one prompt are: mean absolute pixel distance over all pairs.
 
     Args:
-        images: (P, n, H, W, 3) uint8 with n >= 2.
+        images: (P, n, H, W, 3) uint8, n >= 2 pictures of each prompt.
+
+    Returns:
+        In [0, 1], share of the pixel range; 0 if every prompt always gives the same picture.
+
+    Raises:
+        ValueError: if the shape is another or the pixels are not uint8.
+
+    >>> diversity(np.stack([np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 51, np.uint8)], axis=1))
+    0.2
     """
+    _check_pixels("images", images)
     if images.ndim != 5 or images.shape[1] < 2:
         raise ValueError(f"images must have shape (prompts, 2 or more, H, W, 3), got {images.shape}")
-    pixels, n = images.astype(np.float64) / 255, images.shape[1]
-    pairs = [np.abs(pixels[:, i] - pixels[:, j]).mean() for i in range(n) for j in range(i)]
+    pairs = [_pixel_distance(images[:, i], images[:, j]) for i in range(images.shape[1]) for j in range(i)]
     return float(np.mean(pairs))
 
 
-def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pixel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.int16) - b).mean() / 255)
+
+
+def _paired(ours: ArrayLike, theirs: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) == 0:
         raise ValueError(f"scores must be two lists of equal length, got shapes {ours.shape} and {theirs.shape}")
@@ -190,3 +313,21 @@ def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarra
         if not np.isfinite(values).all():
             raise ValueError(f"score {int(np.argmin(np.isfinite(values)))} of {name} is not finite")
     return ours, theirs
+
+
+def _check_labels(is_desirable: Tensor, like: Tensor) -> None:
+    if is_desirable.dtype != torch.bool or is_desirable.shape != like.shape:
+        kind = str(is_desirable.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"is_desirable must be bool of shape {tuple(like.shape)}, got {kind} of shape {tuple(is_desirable.shape)}"
+        )
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def _check_pixels(name: str, images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.size == 0:
+        raise ValueError(f"{name} must be uint8 and not empty, got {images.dtype} of shape {images.shape}")

@@ -5,10 +5,12 @@ ends by writing `metrics.json` with `write_metrics`.
 """
 
 import ast
+import io
 import json
 import logging
 import math
 import os
+import tokenize
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -56,25 +59,43 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
 
     Raises:
         FileNotFoundError: if there is no such notebook.
-        ValueError: if the cell is missing or holds anything but annotated literals of plain types.
+        ValueError: if the cell is missing, is repeated, or holds anything but annotated literals of plain types.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"notebook {path} does not exist")
     source = parameters_cell(nbformat.read(path, as_version=4), path.name).source
-    lines = source.splitlines()
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"notebook {path.name}: line {error.lineno} of its parameters is not Python") from error
+    comments = _comments(source)
     found = {}
-    for statement in ast.parse(source).body:
-        line = lines[statement.lineno - 1]
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+    for statement in statements:
+        line = ast.get_source_segment(source, statement)
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
             raise ValueError(f"notebook {path.name}: parameters must read 'name: type = literal', got {line!r}")
         name, type_name = statement.target.id, ast.unparse(statement.annotation)
+        if name in found:
+            raise ValueError(f"notebook {path.name}: parameter {name} is declared twice")
         if type_name not in PARAMETER_TYPES:
             known = ", ".join(PARAMETER_TYPES)
             raise ValueError(f"notebook {path.name}: type of {name} must be one of {known}, got {type_name}")
-        default = ast.literal_eval(statement.value)
-        found[name] = Parameter(name, type_name, default, line.partition("#")[2].strip())
+        try:
+            default = ast.literal_eval(statement.value)
+        except ValueError as error:
+            value = ast.unparse(statement.value)
+            raise ValueError(f"notebook {path.name}: default of {name} must be a literal, got {value}") from error
+        if type(default) is not PARAMETER_TYPES[type_name]:
+            raise ValueError(f"notebook {path.name}: default of {name} must be {type_name}, got {default!r}")
+        found[name] = Parameter(name, type_name, default, comments.get(statement.end_lineno, ""))
     return found
+
+
+def _comments(source: str) -> dict[int, str]:
+    """The comment that ends each line, by line number; a # inside a string is none."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def coerce(parameter: Parameter, value: object, where: str) -> object:
@@ -134,11 +155,14 @@ def run_notebook(
 
     Raises:
         FileNotFoundError, ValueError, TypeError: before anything runs, see `check_parameters`.
-        RuntimeError: if a cell fails; the sentence names the notebook, the cell and the error.
+        RuntimeError: if a cell fails or the kernel dies; the sentence names the notebook, the cell and the error.
     """
     path, output = Path(path), Path(output)
     checked = check_parameters(path, parameters or {})
-    folder = Path(str(checked.get("output_dir", declared_parameters(path)["output_dir"].default)))
+    declared = declared_parameters(path)
+    if "output_dir" not in declared:
+        raise ValueError(f"notebook {path.name} must declare the parameter output_dir; declared: {', '.join(declared)}")
+    folder = Path(checked.get("output_dir", declared["output_dir"].default))
     (folder / "metrics.json").unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,6 +172,7 @@ def run_notebook(
                 str(output),
                 checked,
                 kernel_name="python3",
+                language="python",
                 progress_bar=progress,
                 cwd=os.getcwd(),
                 config=Config({"KernelManager": {"transport_encryption": "auto"}}),
@@ -155,6 +180,10 @@ def run_notebook(
     except PapermillExecutionError as error:
         raise RuntimeError(
             f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (executed copy: {output})"
+        ) from error
+    except DeadKernelError as error:
+        raise RuntimeError(
+            f"{path.name}: its kernel died, most often for lack of memory; use smaller parameters (in {output})"
         ) from error
     result = folder / "metrics.json"
     if not result.is_file():
@@ -214,5 +243,3 @@ def environment_table() -> pd.DataFrame:
     found["torch"] = torch.__version__
     found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return pd.DataFrame({"": found}).T
-
-

@@ -1,7 +1,8 @@
 """Figures: each function takes axes or makes them, draws, and returns them; none calls show.
 
-Colour follows role everywhere (Okabe-Ito, safe for colour-blind readers): pretraining grey, desirable
-blue, undesirable vermilion, model samples black.
+Colour follows role everywhere: pretraining grey, desirable blue, undesirable vermilion, model samples
+black. Utilities have colours that no role has. Hues are safe for colour-blind readers (Okabe and Ito;
+Tol for registered utilities), sizes meant for a notebook about 7 inches wide.
 """
 
 import textwrap
@@ -9,11 +10,13 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
+from torch import Tensor
 
-from dkto.losses import sample_weight
+from dkto.losses import effective_weight
 from dkto.metrics import WinRate
 from dkto.utilities import Utility, get_utility
 
@@ -25,114 +28,138 @@ COLOURS = {
     "reference_point": "#009E73",
 }
 UTILITY_COLOURS = {
-    "kahneman_tversky": "#D55E00",
-    "loss_averse": "#0072B2",
-    "risk_seeking": "#009E73",
-    "risk_seeking_literal": "#56B4E9",
-    "exponential": "#CC79A7",
+    "kahneman_tversky": "#E69F00",
+    "loss_averse": "#56B4E9",
+    "risk_seeking": "#CC79A7",
+    "risk_seeking_literal": "#882255",
+    "exponential": "#332288",
+    "linear": "#999999",
 }
+REGISTERED_COLOURS = ("#44AA99", "#117733", "#999933", "#661100")
+DASHED = ("risk_seeking_literal", "linear")  # the first lies on risk_seeking
 PAPER_UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
 
-
-def _axes(ax: Axes | None, width: float = 4.6, height: float = 3.2) -> Axes:
-    return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
-
-
-def plain(text: str) -> str:
-    """Text as it stands: no mathematics between dollar signs."""
-    return text.replace("$", r"\$")
+NOTEBOOK_WIDTH = 7.0  # inches
+CAPTION_SIZE = 7.0  # points
+LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
+REWARD_AXIS = r"implicit reward ($\beta$ × MSE)"
+LEGEND = {"fontsize": "x-small", "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
 
 
 def plot_utilities(
-    utilities: Sequence[str | Utility] = PAPER_UTILITIES,
-    *,
-    slopes: bool = False,
-    limit: float = 6.0,
-    ax: Axes | None = None,
+    utilities: Sequence[str | Utility] = PAPER_UTILITIES, x: Tensor | None = None, ax: Axes | None = None
 ) -> Axes:
-    """U (paper Figure 2) or its slope U' (Figure 8) over [-limit, limit].
+    """U over gains and losses (paper Figure 2); a curve that outgrows that range is cut off.
 
     Args:
         utilities: names or `Utility` objects.
-        slopes: draw U' instead of U.
-        limit: half width of the range, in the unit of the reward.
+        x: (N,) gains and losses in beta x MSE; 401 points on [-6, 6] if left out.
+        ax: axes to draw on, made if left out.
     """
-    ax = _axes(ax)
-    x = torch.linspace(-limit, limit, 401, dtype=torch.float64)
-    for utility in map(get_utility, utilities):
-        y = utility.slope(x) if slopes else utility.value(x)
-        ax.plot(x, y, label=utility.name, color=UTILITY_COLOURS.get(utility.name), lw=2)
-    ax.axvline(0, color="0.8", lw=0.8, zorder=0)
-    ax.set_xlabel("gain or loss x = reward - reference point (beta x MSE)")
-    ax.set_ylabel("slope U'(x)" if slopes else "utility U(x)")
-    ax.legend(frameon=False, fontsize="small")
+    x = _default_range() if x is None else x
+    ax = _draw_curves([(u, u.value(x)) for u in map(get_utility, utilities)], x, ax)
+    ax.set_ylabel("utility U (no unit)")
+    most = 1.15 * float(x.abs().max())
+    _cut_off(ax, -most, most)
+    return ax
+
+
+def plot_slopes(
+    utilities: Sequence[str | Utility] = PAPER_UTILITIES, x: Tensor | None = None, ax: Axes | None = None
+) -> Axes:
+    """U', the weight with which a sample is learnt from (paper Figure 8); slopes above 2 are cut off.
+
+    Args:
+        utilities: names or `Utility` objects.
+        x: (N,) gains and losses in beta x MSE; 401 points on [-6, 6] if left out.
+        ax: axes to draw on, made if left out.
+    """
+    x = _default_range() if x is None else x
+    ax = _draw_curves([(u, u.slope(x)) for u in map(get_utility, utilities)], x, ax)
+    ax.set_ylabel(r"slope U' (1 / ($\beta$ × MSE))")
+    _cut_off(ax, -0.1, 2.0)
     return ax
 
 
 def plot_sample_weights(
     utility: str | Utility,
+    x: Tensor | None = None,
+    ax: Axes | None = None,
     *,
     reference_point: float = 0.0,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    limit: float = 6.0,
-    ax: Axes | None = None,
 ) -> Axes:
-    """How hard a liked and a disliked sample pull, over their implicit reward (`dkto.losses.sample_weight`)."""
+    """How hard a liked and a disliked sample pull on the denoising error (`dkto.losses.effective_weight`).
+
+    Args:
+        utility: name or `Utility`.
+        x: (N,) implicit rewards in beta x MSE; 401 points on [-6, 6] if left out.
+        ax: axes to draw on, made if left out.
+        reference_point: in beta x MSE.
+        desirable_weight, undesirable_weight: class weights, no unit.
+    """
     ax = _axes(ax)
-    reward = torch.linspace(-limit, limit, 401, dtype=torch.float64)
-    point = torch.tensor(reference_point, dtype=torch.float64)
-    for role, liked in (("desirable", True), ("undesirable", False)):
-        weight = sample_weight(
-            reward,
-            torch.full_like(reward, liked, dtype=torch.bool),
-            point,
+    utility = get_utility(utility)
+    x = _default_range() if x is None else x
+    for role, liked, label in (("desirable", True, "a liked sample"), ("undesirable", False, "a disliked sample")):
+        weight = effective_weight(
+            x,
+            torch.full_like(x, liked, dtype=torch.bool),
+            torch.tensor(reference_point, dtype=x.dtype),
             utility,
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
         )
-        ax.plot(reward, weight, color=COLOURS[role], lw=2, label=role)
+        ax.plot(x, weight, color=COLOURS[role], lw=2, label=label)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":", label="reference point")
-    ax.set_xlabel("implicit reward r (beta x MSE)")
-    ax.set_ylabel("weight on the denoising error\n(> 0 pulls it down)")
-    ax.set_title(get_utility(utility).name, fontsize="medium")
-    ax.legend(frameon=False, fontsize="small")
+    ax.set_xlabel(REWARD_AXIS, fontsize="small")
+    ax.set_ylabel("weight on the denoising error\n(> 0: training lowers it)", fontsize="small")
+    ax.set_title(utility.name, fontsize="medium", parse_math=False)
+    _cut_off(ax, -2.0, 2.0)
+    ax.legend(**LEGEND)
     return ax
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    window = max(1, min(window, len(values)))
-    padded = np.concatenate([np.full(window - 1, values[0]), values])
-    return np.convolve(padded, np.ones(window) / window, mode="valid")
-
-
 def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Loss and implicit rewards over optimiser steps; thin lines as recorded, thick ones a running mean.
+    """Loss, and implicit rewards with their margin, over optimiser steps: thin as recorded, thick a running mean.
 
     Args:
-        records: step records of `dkto.trainer.train`.
-        window: steps of the running mean.
+        records: step records of `dkto.trainer.train`; a key that a record lacks is skipped in that step.
+        window: records under the running mean, 1 or more.
         axes: two axes, made if left out.
-    """
-    if axes is None:
-        axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")[1]
 
-    def draw(ax: Axes, key: str, colour: str, label: str) -> None:
-        points = [(r["global_step"], r[key]) for r in records if key in r]
+    Returns:
+        The two axes: loss, rewards.
+
+    Raises:
+        ValueError: if there is no record, or not two axes.
+    """
+    if not records:
+        raise ValueError("records must hold at least one step, got none")
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(NOTEBOOK_WIDTH, 3.0), layout="constrained")[1]
+    if len(axes) != 2:
+        raise ValueError(f"axes must be two, got {len(axes)}")
+
+    def draw(ax: Axes, key: str, colour: str, label: str, style: str = "-") -> None:
+        points = [(record["global_step"], record[key]) for record in records if key in record]
         if points:
-            steps, values = map(np.array, zip(*points, strict=True))
-            ax.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
-            ax.plot(steps, _smooth(values, window), color=colour, lw=2, label=label)
+            steps, values = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
+            ax.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
+            ax.plot(steps, _running_mean(values, window), style, color=colour, lw=1.8, label=label)
 
     draw(axes[0], "loss", COLOURS["model"], "loss")
-    axes[0].set_ylabel("loss (no unit)")
     draw(axes[1], "reward/desirable", COLOURS["desirable"], "liked")
     draw(axes[1], "reward/undesirable", COLOURS["undesirable"], "disliked")
+    draw(axes[1], "reward/margin", COLOURS["model"], "margin (liked - disliked)", "--")
     draw(axes[1], "reference_point", COLOURS["reference_point"], "reference point")
+    axes[0].set_ylabel("loss (no unit)")
+    axes[1].set_ylabel(REWARD_AXIS)
     axes[1].axhline(0, color="0.8", lw=0.8, zorder=0)
-    axes[1].set_ylabel("implicit reward (beta x MSE)")
-    axes[1].legend(frameon=False, fontsize="small")
+    if axes[1].get_legend_handles_labels()[1]:
+        axes[1].legend(**LEGEND)
     for ax in axes:
         ax.set_xlabel("optimiser step")
     return axes
@@ -140,56 +167,126 @@ def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[A
 
 def image_grid(
     rows: Sequence[Sequence[Image.Image | np.ndarray]],
-    *,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
-    size: float = 1.1,
-) -> np.ndarray:
-    """Rows of images, one row per method; labels are plain text, long ones wrapped.
+    ax: Axes | None = None,
+) -> Axes:
+    """Images in rows and columns, in one pair of axes; an image of another aspect is not stretched.
+
+    Labels are taken as they stand (a dollar sign is a dollar sign), wrapped to the width of an image,
+    and shortened after six lines.
 
     Args:
-        rows: equally long rows of images.
-        row_labels: name of each row.
-        column_labels: prompt of each column.
-        size: side of an image in inches.
+        rows: equally long rows of PIL images or uint8 arrays (H, W, 3); one row per method, say.
+        row_labels: name of each row, or none.
+        column_labels: prompt of each column, or none.
+        ax: axes to draw on, made as wide as a notebook at the most if left out.
 
-    Returns:
-        (rows, columns) array of axes.
+    Raises:
+        ValueError: if rows are empty or unequal, labels too few or too many, or an array is not uint8.
     """
-    height, width = len(rows), len(rows[0])
-    header = 0.9 if column_labels else 0.1
-    figure, axes = plt.subplots(
-        height, width, figsize=(size * width + 0.9, size * height + header), squeeze=False, layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    for line, images in zip(axes, rows, strict=True):
-        for ax, image in zip(line, images, strict=True):
-            ax.imshow(np.asarray(image), interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            for spine in ax.spines.values():
-                spine.set_visible(False)
-    for line, label in zip(axes, row_labels, strict=False):
-        line[0].set_ylabel(plain(label), rotation=0, ha="right", va="center", fontsize="small")
-    for ax, label in zip(axes[0], column_labels, strict=False):
-        ax.set_title(plain(textwrap.fill(label, 16)), fontsize=6)
-    return axes
-
-
-def plot_win_rates(results: Sequence[tuple[str, WinRate]], *, ax: Axes | None = None) -> Axes:
-    """Win-rates with their 95 % intervals beside the line of equal chances.
-
-    Args:
-        results: label and win-rate of each row, from top to bottom.
-    """
-    ax = _axes(ax, 5.6, 0.6 + 0.42 * len(results))
-    for row, (label, result) in enumerate(results):
-        ax.plot([100 * result.low, 100 * result.high], [row, row], color=COLOURS["model"], lw=1.6)
-        ax.plot(100 * result.rate, row, "o", color=COLOURS["desirable"], ms=6)
-        ax.annotate(f"{100 * result.rate:.0f} %", (100 * result.rate, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    ax.axvline(50, color="0.6", ls="--", lw=1, zorder=0)
-    ax.set_yticks(range(len(results)), [plain(label) for label, _ in results])
-    ax.set(xlim=(0, 102), ylim=(len(results) - 0.4, -0.7))
-    ax.set_xlabel(f"win-rate in %, 95 % interval, n = {', '.join(sorted({str(r.n) for _, r in results}))} prompts")
+    height, width = len(rows), len(rows[0]) if rows else 0
+    if not width or any(len(row) != width for row in rows):
+        raise ValueError(f"rows must be equally long and not empty, got lengths {[len(row) for row in rows]}")
+    for name, labels, count in (("row_labels", row_labels, height), ("column_labels", column_labels, width)):
+        if len(labels) not in (0, count):
+            raise ValueError(f"{name} must be {count} or none, got {len(labels)}")
+    images = [[_to_pil(image) for image in row] for row in rows]
+    cell = images[0][0].height / images[0][0].width  # a cell is 1 wide
+    names = [_wrapped(label, 18) for label in row_labels]
+    margin = 0.15 + LETTER * max((len(line) for name in names for line in name.split("\n")), default=0)
+    side = min(1.2, (NOTEBOOK_WIDTH - margin) / width)  # inches
+    columns = [_wrapped(label, int(side / LETTER)) for label in column_labels]
+    if ax is None:
+        header = 0.2 + CAPTION_SIZE / 72 * 1.4 * max((name.count("\n") + 1 for name in columns), default=0)
+        ax = plt.subplots(figsize=(margin + side * width, header + side * cell * height), layout="constrained")[1]
+    gap = 1.04
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            scale = min(1 / image.width, cell / image.height) / 2
+            x, y, dx, dy = j * gap, i * gap * cell, image.width * scale, image.height * scale
+            ax.imshow(image, extent=(x - dx, x + dx, y + dy, y - dy), interpolation="nearest")
+    ax.set(xlim=(-0.5, (width - 1) * gap + 0.5), ylim=(((height - 1) * gap + 0.5) * cell, -0.5 * cell), aspect="equal")
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelsize=CAPTION_SIZE)
+    ax.set_xticks([j * gap for j in range(len(columns))], columns, parse_math=False)
+    ax.set_yticks([i * gap * cell for i in range(len(names))], names, parse_math=False)
+    sns.despine(ax=ax, left=True, bottom=True)
     return ax
 
 
+def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = None) -> Axes:
+    """Win-rates with their intervals beside the line of equal chances.
+
+    Args:
+        results: label and win-rate of each row, from top to bottom.
+        ax: axes to draw on, made if left out.
+
+    Raises:
+        ValueError: if there is no result.
+    """
+    if not results:
+        raise ValueError("results must hold at least one win-rate, got none")
+    ax = _axes(ax, 5.6, 0.8 + 0.42 * len(results))
+    for row, (_, result) in enumerate(results):
+        ax.plot([100 * result.low, 100 * result.high], [row, row], color=COLOURS["model"], lw=1.6)
+        ax.plot(100 * result.rate, row, "o", color=COLOURS["model"], ms=6)
+        label = f"{100 * result.rate:.0f} %"
+        ax.annotate(label, (100 * result.rate, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    ax.axvline(50, color="0.6", ls="--", lw=1, zorder=0)
+    counts = sorted({result.n for _, result in results})
+    shared = f", n = {counts[0]} prompts" if len(counts) == 1 else ""
+    labels = [label if shared else f"{label} (n = {result.n})" for label, result in results]
+    ax.set_yticks(range(len(results)), labels, parse_math=False)
+    ax.set(xlim=(0, 102), ylim=(len(results) - 0.4, -0.8))
+    ax.set_xlabel(f"win-rate (%) with its interval{shared}")
+    return ax
+
+
+def _axes(ax: Axes | None, width: float = 4.6, height: float = 3.2) -> Axes:
+    return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
+
+
+def _default_range() -> Tensor:
+    return torch.linspace(-6, 6, 401, dtype=torch.float64)
+
+
+def _draw_curves(curves: Sequence[tuple[Utility, Tensor]], x: Tensor, ax: Axes | None) -> Axes:
+    ax = _axes(ax)
+    registered = [utility.name for utility, _ in curves if utility.name not in UTILITY_COLOURS]
+    spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
+    for utility, y in curves:
+        style = "--" if utility.name in DASHED else "-"
+        ax.plot(x, y, style, label=utility.name, color=(UTILITY_COLOURS | spare)[utility.name], lw=2)
+    ax.axvline(0, color="0.8", lw=0.8, zorder=0)
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.set_xlabel(r"gain or loss: reward $-$ reference point ($\beta$ × MSE)", fontsize="small")
+    ax.legend(**LEGEND)
+    return ax
+
+
+def _cut_off(ax: Axes, low: float, high: float) -> None:
+    """Bound the view to [low, high]; left to matplotlib where it is within, so that shared axes still grow."""
+    bottom, top = ax.get_ylim()
+    if bottom < low:
+        ax.set_ylim(bottom=low)
+    if top > high:
+        ax.set_ylim(top=high)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and the window - 1 before it; of fewer at the start."""
+    return np.array([values[max(0, end - window) : end].mean() for end in range(1, len(values) + 1)])
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, max_lines=6, placeholder=" ...")
+
+
+def _to_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        came = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be a PIL image or a uint8 array of shape (H, W, 3), got {came}")
+    return Image.fromarray(image)

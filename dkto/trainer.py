@@ -116,7 +116,8 @@ def train(config: TrainConfig) -> Iterator[dict]:
     data = PreparedFeedback(config.prepared_dir, model)
     gamma = 1.0 if config.objective == "sft" else config.desirable_fraction
     sampler = BiasedSampler(data.is_desirable, gamma, config.seed)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)  # without cpu=True, one gloo rank only
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of {accelerator.num_processes} processes")
     per_rank = config.batch_size // accelerator.num_processes
@@ -178,11 +179,10 @@ def train(config: TrainConfig) -> Iterator[dict]:
 
 def run_training(config: TrainConfig) -> Path:
     """Train to the end with a progress bar; returns the run's folder (see `dkto.generate.System.of_run`)."""
-    bar = progress(total=config.max_train_steps, desc="training", unit="step")
-    for record in train(config):
-        bar.update(record["global_step"] - bar.n)
-        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-    bar.close()
+    with progress(total=config.max_train_steps, desc="training", unit="step") as bar:
+        for record in train(config):
+            bar.update(record["global_step"] - bar.n)
+            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     return config.output_dir
 
 

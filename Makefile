@@ -1,0 +1,75 @@
+# make demo   the main job, end to end        make test   the tests
+# Everything is set up on first use in .venv; PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+COVERAGE := --cov=dkto --cov-report=term
+NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all toy paper bench lab lint format site clean
+
+help:
+	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 6 minutes on 2 cores)"
+	@echo "make test      the tests (under 15 minutes on 2 cores)"
+	@echo "make test-all  the tests with the slow and browser ones"
+	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
+	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
+	@echo "make bench     the benchmarks"
+	@echo "make setup     only the environment (.venv); every target above does it first"
+	@echo "make clean     remove outputs and caches (not .venv)"
+	@echo "make toy, make paper and make site belong to later versions and say so"
+
+setup: $(READY)
+
+# The stamp is written last: an interrupted set-up leaves no stamp, and the next call goes on. pip writes RECORD last, so
+# a package without one was cut short and is installed again. torch comes first and by its exact pin, so that nothing
+# else chooses a build of it; one of that version that is already in .venv stays.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "dkto needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1). Call make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || \
+	  { echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian: apt-get install python3-venv)"; \
+	    rm -rf $(VENV); exit 1; }
+	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
+	@echo "setting up $(VENV): about 3 minutes and 2 GB, once; if it is interrupted, the same command goes on"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/dkto demo
+
+test: $(READY)
+	$(PYTEST) -m "not slow and not gpu and not browser" $(COVERAGE)
+
+test-all: $(READY)
+	$(PYTEST) $(COVERAGE)
+
+lab: $(READY)
+	$(BIN)/jupyter lab --ip=127.0.0.1 --no-browser notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout --verify
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout
+
+bench: $(READY)
+	@test -d tests/benchmarks || { echo "make bench has nothing to run yet: tests/benchmarks does not exist"; exit 1; }
+	$(PYTEST) tests/benchmarks --benchmark-only --benchmark-json=tests/benchmarks/results.json
+
+toy paper site:
+	@echo "make $@ is not part of this version yet; see CHANGELOG.md"; exit 1
+
+clean:
+	rm -rf papermill_runs/outputs .pytest_cache .ruff_cache .hypothesis .coverage .benchmarks tests/benchmarks/results.json
+	find dkto toy tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

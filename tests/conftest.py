@@ -1,0 +1,134 @@
+"""Every test runs offline, without a display, from the same seeds; what the machine lacks is skipped, not failed."""
+
+import os
+import random
+import shutil
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    lacks = {
+        "gpu": not torch.cuda.is_available(),
+        "browser": not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    }
+    for item in items:
+        for name, absent in lacks.items():
+            if absent and name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"this machine has no {name}"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The global generators start each test at the same place, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """A real Stable Diffusion pipeline of a few thousand random weights: 16 px images, 8x8 latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from dkto.embedded.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tokenizer(folder / "made")
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def likes(tmp_path_factory):
+    """Twelve pictures: bright ones liked, dark ones disliked."""
+    from dkto.feedback import make_feedback
+
+    folder = tmp_path_factory.mktemp("likes")
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(12):
+        level = 200 if index % 2 == 0 else 40
+        pixels = np.clip(level + rng.normal(0, 12, (20, 24, 3)), 0, 255).astype(np.uint8)
+        paths.append(folder / f"{index:02d}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return make_feedback(paths, [f"a picture {i % 3}" for i in range(12)], [i % 2 == 0 for i in range(12)])
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, likes, tiny_pipeline):
+    """The twelve pictures, encoded by the tiny pipeline."""
+    from dkto.prepare import prepare
+
+    return prepare(likes, tmp_path_factory.mktemp("prepared"), str(tiny_pipeline))
+
+
+@pytest.fixture
+def config(prepared, tiny_pipeline, tmp_path):
+    """A short training of the tiny pipeline."""
+    from dkto.config import TrainConfig
+
+    return TrainConfig(
+        prepared,
+        tmp_path / "run",
+        model=str(tiny_pipeline),
+        beta=500.0,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        max_train_steps=8,
+        batch_size=4,
+        checkpoint_every=3,
+    )
