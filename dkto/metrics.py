@@ -146,7 +146,10 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     shrink = 1 / (1 + z * z / n)
     centre = (rate + z * z / (2 * n)) * shrink
     half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5 * shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at 0 and n wins one end is the rate itself, which rounding would miss
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
 
 
 def win_rate(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.95) -> WinRate:

@@ -113,8 +113,8 @@ def coerce(parameter: Parameter, value: object, where: str) -> object:
             return kind(value)
         if isinstance(value, str) and kind is bool and value.lower() in (*YES, *NO):
             return value.lower() in YES
-        if isinstance(value, str) and kind is list:
-            value = json.loads(value)
+        if isinstance(value, str) and kind is list and isinstance(json.loads(value), list):
+            return json.loads(value)
     except ValueError:
         pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

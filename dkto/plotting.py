@@ -207,6 +207,7 @@ def image_grid(
             x, y, dx, dy = j * gap, i * gap * cell, image.width * scale, image.height * scale
             ax.imshow(image, extent=(x - dx, x + dx, y + dy, y - dy), interpolation="nearest")
     ax.set(xlim=(-0.5, (width - 1) * gap + 0.5), ylim=(((height - 1) * gap + 0.5) * cell, -0.5 * cell), aspect="equal")
+    ax.set_anchor("S")  # what height is left over goes to the captions
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=CAPTION_SIZE)
     ax.set_xticks([j * gap for j in range(len(columns))], columns, parse_math=False)

@@ -111,6 +111,12 @@ def test_the_ends_of_a_wilson_interval_solve_the_score_equation(n, rate):
         assert abs(rate - end) == pytest.approx(z * (end * (1 - end) / n) ** 0.5, abs=1e-7)
 
 
+def test_the_interval_of_no_win_and_of_wins_only_reaches_the_rate_exactly():
+    for n in range(1, 200):
+        assert wilson_interval(0, n)[0] == 0.0
+        assert wilson_interval(n, n)[1] == 1.0
+
+
 def test_a_half_win_lies_between_its_neighbours():
     low = [wilson_interval(successes, 20)[0] for successes in (12, 12.5, 13)]
     high = [wilson_interval(successes, 20)[1] for successes in (12, 12.5, 13)]

@@ -75,9 +75,9 @@ def test_a_hash_inside_a_string_is_no_comment(make):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("seed = 0", r"must read 'name: type = literal', got 'seed = 0'"),
-        ("seed: int", r"must read 'name: type = literal', got 'seed: int'"),
-        ("import os", r"must read 'name: type = literal', got 'import os'"),
+        ("seed = 0", r"parameters must read 'name: type = literal', got 'seed = 0'"),
+        ("seed: int", r"parameters must read 'name: type = literal', got 'seed: int'"),
+        ("import os", r"parameters must read 'name: type = literal', got 'import os'"),
         ("seed: int | None = None", r"type of seed must be one of int, float, str, bool, list, got int \| None"),
         ("steps: int = 2 * width", r"default of steps must be a literal, got 2 \* width"),
         ("rate: float = 1", r"default of rate must be float, got 1"),
