@@ -121,9 +121,10 @@ def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: in
     wrapped, optimizer = accelerator.prepare(_Reconstruct(vae), optimizer)
     held_out = to_pixel_values(images[-128:])
     rng = np.random.default_rng([seed, step, accelerator.process_index])
+    began_shared = _shared_clock(accelerator)
     saved = began = time.monotonic()
-    while spent + (now := time.monotonic() - began) < 60 * minutes:
-        done = (spent + now) / (60 * minutes)
+    while (now := spent + _shared_clock(accelerator) - began_shared) < 60 * minutes:
+        done = now / (60 * minutes)
         decay = 1.0 if done < 0.5 else 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * decay)
@@ -134,9 +135,6 @@ def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: in
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
         step += 1
-        stop = torch.tensor(float(time.monotonic() - began))
-        began_all = accelerator.reduce(stop, "mean")  # every rank sees the same clock
-        began += float(stop - began_all)
         if accelerator.is_main_process and time.monotonic() - saved > 60:
             saved = time.monotonic()
             state = {"model": vae.state_dict(), "optimizer": optimizer.optimizer.state_dict()}
@@ -152,6 +150,11 @@ def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: in
         vae.register_to_config(scaling_factor=float(1 / codes.std()))
         vae.save_pretrained(folder / "vae")
         print(f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}")
+
+
+def _shared_clock(accelerator: Accelerator) -> float:
+    """Seconds, the same on every rank, so that all stop at the same step."""
+    return float(accelerator.reduce(torch.tensor(time.monotonic(), dtype=torch.float64), "mean"))
 
 
 class _Reconstruct(nn.Module):
@@ -325,10 +328,39 @@ class Unet:
         )
 
 
+@dataclass(frozen=True)
+class Export:
+    """Put the averaged weights together as a pipeline, measure it and write its card."""
+
+    folder: Path
+    output: Path
+    state: str = "unet-cooling.pt"
+    """Which training state: unet.pt before the rate decays, unet-cooling.pt after."""
+
+    def run(self) -> None:
+        from dkto.embedded.export import assemble, card_figures, write_card
+
+        state = torch.load(self.folder / self.state, weights_only=True)
+        tokenizer = build_tokenizer(self.folder / "tokenizer")
+        model = Denoiser(new_unet(), new_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id))
+        model.load_state_dict(state["ema"])
+        assemble(model.unet, model.text_encoder, self.folder / "tokenizer", self.folder / "vae", self.output, SCHEDULE)
+        vae = AutoencoderKL.from_pretrained(self.output, subfolder="vae")
+        images, captions = paint_scenes(self.folder, 0, 0)
+        held_out = to_pixel_values(images[-128:])
+        with torch.no_grad():
+            quality = psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out)
+        count = sum(p.numel() for part in (model, vae) for p in part.parameters())
+        about = {"samples": state["seen"], "scenes": len(captions), "vae_psnr": quality, "parameters": count / 1e6}
+        figures = card_figures(self.output)
+        write_card(self.output, figures, about)
+        print(figures)
+
+
 def main() -> None:
     """Command-line entry."""
     torch.set_num_threads(1)
-    tyro.extras.subcommand_cli_from_dict({"vae": Vae, "unet": Unet}).run()
+    tyro.extras.subcommand_cli_from_dict({"vae": Vae, "unet": Unet, "export": Export}).run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+import pytest
+
+from dkto.cli import COMMANDS, main
+from dkto.feedback import write_feedback
+
+
+def test_every_command_has_help_that_says_what_it_does(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert f"usage: dkto {name}" in text and len(text.split()) > 20
+
+
+def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, capsys):
+    csv = write_feedback(likes, likes.images[0].parent / "likes.csv")
+    prepared, run, images = (str(tmp_path / name) for name in ("prepared", "run", "images"))
+    model = ["--model", str(tiny_pipeline)]
+    assert main(["prepare", str(csv), "--output-dir", prepared, *model]) == 0
+    options = ["--lora-rank", "2", "--max-train-steps", "2", "--batch-size", "4", "--learning-rate", "1e-3"]
+    assert main(["train", "--prepared-dir", prepared, "--output-dir", run, *model, *options]) == 0
+    (tmp_path / "prompts.txt").write_text("a picture 0\n\na picture 1\n")
+    options = ["--lora", f"{run}/lora", "--steps", "2", "--images-per-prompt", "1"]
+    assert main(["generate", str(tmp_path / "prompts.txt"), "--output-dir", images, *model, *options]) == 0
+    out = capsys.readouterr().out
+    assert "12 images, 6 liked, 6 disliked, 3 prompts" in out and f"images are in {images}" in out
+    assert sorted(p.name for p in (tmp_path / "images").glob("*.png")) == ["p00000-s0.png", "p00001-s0.png"]
+    assert main(["score", images, "--scorers", "world_redness"]) == 0
+    assert main(["evaluate", images, images, "--scorers", "world_redness"]) == 0
+    assert "0.5" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):
+    assert main(["prepare", str(tmp_path / "none.csv"), "--output-dir", str(tmp_path / "p")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dkto: feedback source") and "does not exist" in error and error.count("\n") == 1
+    assert main(["score", str(tmp_path)]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+    assert main(["run", "notebooks/40_win_rates.ipynb", str(tmp_path / "o.ipynb"), "--parameters", "prompt=3"]) == 2
+    error = capsys.readouterr().err
+    assert "has no parameter 'prompt'" in error and "did you mean 'prompts'?" in error

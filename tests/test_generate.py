@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dkto.generate import System, draw, generate, generate_all, image_path, noise_generator, read_manifest
+from dkto.trainer import run_training
+
+PROMPTS = ["a picture 0", "a picture 1", "a picture 2"]
+
+
+def pixels(folder, prompt, image):
+    return np.asarray(Image.open(image_path(folder, prompt, image)))
+
+
+def test_images_do_not_depend_on_batches_or_processes(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.generate.CHUNK", 2)
+    system = System(model=str(tiny_pipeline), steps=2)
+    one = generate(system, PROMPTS, tmp_path / "one", images_per_prompt=2, batch_size=6)
+    two = generate(system, PROMPTS, tmp_path / "two", images_per_prompt=2, batch_size=1, num_processes=2)
+    for p in range(3):
+        for i in range(2):
+            assert np.abs(pixels(one, p, i).astype(int) - pixels(two, p, i)).max() <= 1
+    assert (pixels(one, 0, 0) != pixels(one, 0, 1)).any()
+    assert sorted(f.name for f in one.iterdir()) == ["manifest.json", *(f"p{p:05d}-s{i}.png" for p in range(3) for i in (0, 1))]
+
+
+def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
+    system = System(model=str(tiny_pipeline), steps=2)
+    folder = generate(system, PROMPTS, tmp_path / "x", images_per_prompt=1)
+    kept, lost = image_path(folder, 0, 0), image_path(folder, 1, 0)
+    before, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    generate(system, PROMPTS, folder, images_per_prompt=1)
+    assert kept.stat().st_mtime_ns == stamp and lost.read_bytes() == before
+
+
+def test_a_folder_of_another_run_is_refused(tiny_pipeline, tmp_path):
+    system = System(model=str(tiny_pipeline), steps=2)
+    folder = generate(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
+    with pytest.raises(ValueError, match=r"holds images of another run \(seed differ\): choose another folder"):
+        generate(system, PROMPTS[:1], folder, images_per_prompt=1, seed=3)
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
+        read_manifest(tmp_path)
+
+
+def test_noise_depends_on_all_three_numbers():
+    import torch
+
+    draws = {torch.rand(1, generator=noise_generator(*key)).item() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    assert len(draws) == 4
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_finished_training_becomes_a_system(config, tiny_pipeline, lora_rank):
+    from dataclasses import replace
+
+    folder = run_training(replace(config, lora_rank=lora_rank, max_train_steps=3, learning_rate=1e-2))
+    system = System.of_run(folder, steps=2)
+    tuned = draw(system.load(), PROMPTS[:1], [noise_generator(0, 0, 0)], system)[0]
+    base = System(model=str(tiny_pipeline), steps=2)
+    plain = draw(base.load(), PROMPTS[:1], [noise_generator(0, 0, 0)], base)[0]
+    assert (np.asarray(tuned) != np.asarray(plain)).any()
+    with pytest.raises(FileNotFoundError, match="holds no finished training"):
+        System.of_run(folder / "nothing")
+
+
+def test_several_systems_share_workers_and_say_what_they_are(tiny_pipeline, tmp_path):
+    systems = {name: System(model=str(tiny_pipeline), steps=2, guidance=g) for name, g in (("low", 1.0), ("high", 6.0))}
+    folders = generate_all(systems, PROMPTS[:1], tmp_path, images_per_prompt=1)
+    assert json.loads((folders["high"] / "manifest.json").read_text())["system"]["guidance"] == 6.0
+    assert (pixels(folders["low"], 0, 0) != pixels(folders["high"], 0, 0)).any()
