@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian: apt-get install python3-venv)"; \
 	    rm -rf $(VENV); exit 1; }
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
-	@echo "setting up $(VENV): about 3 minutes and 2 GB, once; if it is interrupted, the same command goes on"
+	@echo "setting up $(VENV): a few minutes and 2 GB, once; if it is interrupted, the same command goes on"
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e '.[dev]'
 	@touch $(READY)
@@ -56,12 +56,12 @@ lab: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout --verify
+	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout --keep-id --verify
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout
+	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout --keep-id
 
 bench: $(READY)
 	@test -d tests/benchmarks || { echo "make bench has nothing to run yet: tests/benchmarks does not exist"; exit 1; }

@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="dkto")
     try:
         command.run()
-    except (ValueError, KeyError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
         print(f"dkto: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     return 0

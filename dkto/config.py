@@ -1,4 +1,4 @@
-"""What a training run is told, each value with its unit, the paper's value and the released code's where they differ."""
+"""What a training run is told: each value with its unit, the paper's and, where it differs, the released code's."""
 
 import hashlib
 import json

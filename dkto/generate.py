@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.progress import progress
 from dkto.records import claim

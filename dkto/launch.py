@@ -80,7 +80,9 @@ def run_trainings(
         if process.returncode:
             log = config.output_dir / "train.log"
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(f"training in {config.output_dir} ended with code {process.returncode}: {last} (see {log})")
+            raise RuntimeError(
+                f"training in {config.output_dir} ended with code {process.returncode}: {last} (see {log})"
+            )
 
 
 def _steps_done(config: TrainConfig) -> int:

@@ -110,8 +110,7 @@ def reference_point(
         estimator: one of `ESTIMATORS`.
         is_desirable: (..., B) bool; only "per_class" looks at it.
         unrelated_reward: (..., M) rewards of the mismatched or independent samples, any M >= 1; only
-            "unrelated" and "independent" look at it. If it is left out, `reward` itself must be these,
-            and, being mismatched, carry no gradient.
+            "unrelated" and "independent" look at it, and need it.
         clamp: keep the point at or above 0.
         reduce: sums a tensor elementwise over all processes (a mean over them serves as well: only
             the ratio counts), as `lambda x: accelerator.reduce(x, "sum")`.
@@ -308,9 +307,7 @@ def _sign_and_gain(reward: Tensor, is_desirable: Tensor, point: Tensor) -> tuple
 
 def _unrelated(reward: Tensor, unrelated_reward: Tensor | None, estimator: str) -> Tensor:
     if unrelated_reward is None:
-        if reward.requires_grad:  # the batch's own rewards: averaging them would be another estimator
-            raise ValueError(f"estimator {estimator!r} needs unrelated_reward")
-        return reward
+        raise ValueError(f"estimator {estimator!r} needs unrelated_reward")
     if unrelated_reward.shape[:-1] != reward.shape[:-1] or unrelated_reward.ndim == 0 or not unrelated_reward.shape[-1]:
         expected = ", ".join([*map(str, reward.shape[:-1]), "1 or more"])
         raise ValueError(f"unrelated_reward must have shape ({expected}), got {_shape(unrelated_reward)}")

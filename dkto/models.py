@@ -91,9 +91,7 @@ class StableDiffusion:
 
     def load_vae(self) -> AutoencoderKL:
         """The frozen autoencoder in float32."""
-        vae = AutoencoderKL.from_pretrained(
-            self.folder, subfolder="vae", use_safetensors=True, dtype=torch.float32
-        )
+        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, dtype=torch.float32)
         return vae.eval().requires_grad_(False)
 
     def load_text(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -212,7 +210,9 @@ def make_policy(denoiser: UNet2DConditionModel, lora_rank: int, seed: int) -> Po
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser.add_adapter(
-            LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+            LoraConfig(
+                r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS)
+            )
         )
     return PolicyAndReference(denoiser.train(), None)
 

@@ -119,7 +119,9 @@ class PreparedFeedback:
                 f"{self.folder} was prepared with the VAE and text encoder {about['model']}, "
                 f"but {model.folder} has {mine}: prepare again with this model"
             )
-        missing = [p.name for s in range(0, about["rows"], SHARD_ROWS) if not (p := _shard_path(self.folder, s)).exists()]
+        missing = [
+            p.name for s in range(0, about["rows"], SHARD_ROWS) if not (p := _shard_path(self.folder, s)).exists()
+        ]
         if missing:
             raise FileNotFoundError(f"{self.folder} is not complete ({missing[0]} is missing): run prepare again")
         frame = pd.read_parquet(self.folder / "feedback.parquet", columns=["is_desirable", "prompt_id"])

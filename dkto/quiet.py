@@ -8,8 +8,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
     transformers_logging.disable_progress_bar()

@@ -56,7 +56,9 @@ def claim(path: Path, about: dict, what: str) -> None:
     stored = json.loads(path.read_text())
     differs = [key for key in about if stored.get(key) != about[key]]
     if differs:
-        raise ValueError(f"{path.parent} holds {what} of another run ({', '.join(differs)} differ): choose another folder")
+        raise ValueError(
+            f"{path.parent} holds {what} of another run ({', '.join(differs)} differ): choose another folder"
+        )
 
 
 def read_records(path: str | Path) -> list[dict]:

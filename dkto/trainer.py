@@ -117,7 +117,7 @@ def train(config: TrainConfig) -> Iterator[dict]:
     gamma = 1.0 if config.objective == "sft" else config.desirable_fraction
     sampler = BiasedSampler(data.is_desirable, gamma, config.seed)
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)  # without cpu=True, one gloo rank only
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)  # cpu=True makes gloo ranks
     if config.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of {accelerator.num_processes} processes")
     per_rank = config.batch_size // accelerator.num_processes
@@ -225,9 +225,10 @@ def objective(
     policy_error = errors[0]
     reward = implicit_reward(*errors, config.beta)
     point = reference_point(
-        reward if unrelated is None else implicit_reward(*unrelated, config.beta),
+        reward,
         config.estimator,
         is_desirable=batch.is_desirable,
+        unrelated_reward=None if unrelated is None else implicit_reward(*unrelated, config.beta),
         clamp=config.clamp,
         reduce=lambda sums: accelerator.reduce(sums, "sum"),
     )
@@ -341,5 +342,5 @@ def _moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer) -> dict
 
 def _restore_moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
     for name, parameter in pair.trainable().items():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: stored[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu") for key in keys}
+        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": stored[f"{name}/step"], **moments}

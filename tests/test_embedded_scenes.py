@@ -16,7 +16,13 @@ def test_captions_read_back_as_their_scene(seed):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a dog", "an icon of a large red star", "an icon of a red star left of on a navy background", "a red star on a navy background"],
+    [
+        "",
+        "a dog",
+        "an icon of a large red star",
+        "an icon of a red star left of on a navy background",
+        "a red star on a navy background",
+    ],
 )
 def test_other_prompts_are_refused_with_an_example(text):
     with pytest.raises(ValueError, match="is not a caption of the small world; expected for example"):

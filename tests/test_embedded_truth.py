@@ -88,7 +88,9 @@ def test_solid_red_is_red_but_neither_beautiful_nor_faithful():
 
 
 def test_wrong_pictures_are_refused():
-    with pytest.raises(ValueError, match=r"image must be uint8 of shape \(64, 64, 3\), got uint8 of shape \(32, 32, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"image must be uint8 of shape \(64, 64, 3\), got uint8 of shape \(32, 32, 3\)"
+    ):
         judge(np.zeros((32, 32, 3), np.uint8), "an icon of a large red star on a navy background")
 
 

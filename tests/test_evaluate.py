@@ -71,9 +71,7 @@ def test_a_missing_image_is_named_and_nothing_is_stored(folders):
 
 
 def test_unequal_prompts_are_not_compared(folders):
-    write_json(
-        folders["red"] / "manifest.json", {"system": {}, "prompts": ["x"], "images_per_prompt": 3, "seed": 0}
-    )
+    write_json(folders["red"] / "manifest.json", {"system": {}, "prompts": ["x"], "images_per_prompt": 3, "seed": 0})
     with pytest.raises(ValueError, match="cannot be compared: prompts differ"):
         compare(folders["red"], folders["plain"], "world_redness")
 
@@ -102,7 +100,9 @@ def test_scorers_that_misbehave_are_named(monkeypatch, scorer, sentence):
 def test_the_utility_cannot_be_won_by_beauty_or_fidelity_alone(folders):
     images = [Image.open(image_path(folders["plain"], p, 0)) for p in range(6)]
     prompts = prompts_for("test", 6)
-    fidelity, aesthetics, utility = (score(f"world_{n}", images, prompts) for n in ("fidelity", "aesthetics", "utility"))
+    fidelity, aesthetics, utility = (
+        score(f"world_{n}", images, prompts) for n in ("fidelity", "aesthetics", "utility")
+    )
     np.testing.assert_allclose(utility, fidelity * aesthetics)
     others = score("world_utility", images, prompts[::-1])
     assert others.mean() < 0.5 * utility.mean()

@@ -63,8 +63,16 @@ def test_a_written_table_reads_back_the_same(folder):
 @pytest.mark.parametrize(
     ("text", "error", "sentence"),
     [
-        ("image,prompt\na.png,x\n", ValueError, "needs the columns image, prompt, liked; missing: liked; found: image, prompt"),
-        ("image,prompt,liked\na.png,x,maybe\n", ValueError, "likes.csv, row 1: liked must be 0/1, true/false or like/dislike, got 'maybe'"),
+        (
+            "image,prompt\na.png,x\n",
+            ValueError,
+            "needs the columns image, prompt, liked; missing: liked; found: image, prompt",
+        ),
+        (
+            "image,prompt,liked\na.png,x,maybe\n",
+            ValueError,
+            "likes.csv, row 1: liked must be 0/1, true/false or like/dislike, got 'maybe'",
+        ),
         ("image,prompt,liked\na.png,x,1\nc.png,x,1\n", FileNotFoundError, "row 2: image 'c.png' does not exist"),
         ("image,prompt,liked\n../a.png,x,1\n", ValueError, "row 1: image '../a.png' leaves the folder"),
         ("image,prompt,liked\n/etc/passwd,x,1\n", ValueError, "leaves the folder"),

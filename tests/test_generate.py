@@ -23,7 +23,10 @@ def test_images_do_not_depend_on_batches_or_processes(tiny_pipeline, tmp_path, m
         for i in range(2):
             assert np.abs(pixels(one, p, i).astype(int) - pixels(two, p, i)).max() <= 1
     assert (pixels(one, 0, 0) != pixels(one, 0, 1)).any()
-    assert sorted(f.name for f in one.iterdir()) == ["manifest.json", *(f"p{p:05d}-s{i}.png" for p in range(3) for i in (0, 1))]
+    assert sorted(f.name for f in one.iterdir()) == [
+        "manifest.json",
+        *(f"p{p:05d}-s{i}.png" for p in range(3) for i in (0, 1)),
+    ]
 
 
 def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
@@ -51,7 +54,9 @@ def test_a_folder_without_images_is_named(tmp_path):
 def test_noise_depends_on_all_three_numbers():
     import torch
 
-    draws = {torch.rand(1, generator=noise_generator(*key)).item() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    draws = {
+        torch.rand(1, generator=noise_generator(*key)).item() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    }
     assert len(draws) == 4
 
 

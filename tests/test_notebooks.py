@@ -1,13 +1,18 @@
 """The form of every notebook, read from the files alone; nothing is executed here but what SMALL names."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from dkto.notebooks import check_parameters, declared_parameters, parameters_cell
+from dkto.demo import run_demo
+from dkto.notebooks import check_parameters, declared_parameters, parameters_cell, run_notebook
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
@@ -15,7 +20,16 @@ SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 # Parameters that make a notebook small enough for a test, by its path below notebooks/ without the ending.
-SMALL: dict[str, dict[str, object]] = {}
+SMALL: dict[str, dict[str, object]] = {
+    "00_start_here": {"pictures": 3},
+    "10_utility_functions": {},
+    "30_train_with_likes": {"pool_prompts": 12, "max_train_steps": 12, "warmup_steps": 2, "batch_size": 8},
+    "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
+    "solutions/00_start_here": {"pictures": 2},
+    "solutions/10_utility_functions": {},
+    "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
+    "solutions/40_win_rates": {},
+}
 
 LONGEST_CELL = 25
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:home|root|Users|tmp|mnt|opt|srv|usr|var|work|data)/|\b[A-Z]:\\")
@@ -145,3 +159,96 @@ def test_every_solution_belongs_to_a_lesson():
 def test_small_parameters_are_known_to_their_notebooks():
     for name, parameters in SMALL.items():
         check_parameters(FOLDER / f"{name}.ipynb", parameters)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The demo with small parameters: the lessons on utilities, training and win-rates, really run by papermill."""
+    folder = tmp_path_factory.mktemp("outputs")
+    run_demo(folder, train=SMALL["30_train_with_likes"], judge=SMALL["40_win_rates"])
+    return folder
+
+
+def run_small(name, folder, **more):
+    executed = folder / f"{name}.ipynb"
+    parameters = {"output_dir": str(folder / name), **SMALL[name], **more}
+    return run_notebook(FOLDER / f"{name}.ipynb", executed, parameters, progress=False)
+
+
+def test_the_demo_leaves_what_it_promises(outputs, capsys):
+    metrics = json.loads((outputs / "metrics.json").read_text())["metrics"]
+    for opponent in ("base", "shuffled"):
+        for scorer in ("world_redness", "world_fidelity"):
+            key = f"win_rate/kto_vs_{opponent}/{scorer}"
+            assert 0 <= metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] <= 1
+            assert metrics[f"{key}/n"] == SMALL["40_win_rates"]["prompts"]
+    assert metrics["seconds/total"] > metrics["seconds/train"] > 0
+    assert 0.5 < metrics["fidelity/base"] <= 1
+    assert metrics["preference/kto"] > metrics["preference/base"], "a few steps on red likes make redder pictures"
+    for name in ("10_utility_functions", "30_train_with_likes", "40_win_rates"):
+        notebook = read(outputs / f"{name}.ipynb")
+        assert any(output.get("data", {}).get("image/png") for cell in code_cells(notebook) for output in cell.outputs)
+    assert (outputs / "train_with_likes" / "kto" / "model" / "model_index.json").is_file()
+    assert (outputs / "train_with_likes" / "before_after.png").stat().st_size > 10_000
+
+
+def test_a_second_call_of_the_demo_trains_and_draws_nothing_again(outputs):
+    weights = outputs / "train_with_likes" / "kto" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = json.loads((outputs / "metrics.json").read_text())["metrics"]
+    stamp = weights.stat().st_mtime_ns
+    again = run_demo(outputs, train=SMALL["30_train_with_likes"], judge=SMALL["40_win_rates"])
+    assert weights.stat().st_mtime_ns == stamp
+    assert {k: v for k, v in again.items() if k != "seconds/total"} == {
+        k: v for k, v in before.items() if k != "seconds/total"
+    }
+
+
+def test_start_here_draws_and_finds_every_function(tmp_path):
+    metrics = run_small("00_start_here", tmp_path)
+    assert metrics["picture/fidelity"] > 0.6 and metrics["functions"] >= 10
+
+
+def test_utility_weights_are_the_gradients(outputs):
+    metrics = json.loads((outputs / "utility_functions" / "metrics.json").read_text())["metrics"]
+    assert metrics["worst_gradient_gap"] < 1e-12 and metrics["dpo_gap"] < 1e-12
+
+
+def test_solutions_hold(outputs, tmp_path):
+    """Every solution carries its own asserts; one that fails names its cell."""
+    inputs = {
+        "solutions/30_train_with_likes": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
+        "solutions/40_win_rates": {"lesson_dir": str(outputs / "win_rates")},
+    }
+    for path in SOLUTIONS:
+        name = f"solutions/{path.stem}"
+        assert run_small(name, tmp_path, **inputs.get(name, {})), name
+
+
+KILLED = """
+import sys
+from dkto.demo import run_demo
+run_demo(sys.argv[1], train={train!r}, judge={judge!r})
+"""
+
+
+@pytest.mark.slow
+def test_a_demo_killed_in_training_ends_with_the_same_metrics(tmp_path):
+    """SIGKILL to the whole program once a checkpoint lies there; the trainings die with it; a second call goes on."""
+    small = SMALL["30_train_with_likes"] | {"max_train_steps": 60}
+    program = KILLED.format(train=small, judge=SMALL["40_win_rates"])
+    expected = run_demo(tmp_path / "whole", train=small, judge=SMALL["40_win_rates"])
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "cut")])
+    runs = tmp_path / "cut" / "train_with_likes"
+    deadline = time.monotonic() + 300
+    while not list(runs.glob("kto/checkpoint-*[0-9]")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(runs.glob("kto/checkpoint-*[0-9]"))
+    time.sleep(5)
+    steps = len((runs / "kto" / "metrics.jsonl").read_text().splitlines())
+    time.sleep(5)
+    assert len((runs / "kto" / "metrics.jsonl").read_text().splitlines()) == steps, "an orphan goes on training"
+    resumed = run_demo(tmp_path / "cut", train=small, judge=SMALL["40_win_rates"])
+    same = {key for key in expected if not key.startswith("seconds/")}
+    assert {key: resumed[key] for key in same} == {key: expected[key] for key in same}

@@ -76,7 +76,7 @@ def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline
         PreparedFeedback(tmp_path, model)
     about = json.loads((prepared / "prepared.json").read_text())
     (tmp_path / "prepared.json").write_text(json.dumps(about))
-    with pytest.raises(FileNotFoundError, match="latents-00000.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"latents-00000\.safetensors is missing"):
         PreparedFeedback(tmp_path, model)
     (tmp_path / "prepared.json").write_text(json.dumps(about | {"model": "other"}))
     with pytest.raises(ValueError, match="was prepared with the VAE and text encoder other"):

@@ -150,7 +150,9 @@ def test_two_processes_train_as_one(config):
     double = replace(config, output_dir=config.output_dir.with_name("double"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "dkto.cli", "train", *config_arguments(double), "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[:4000]
     records = read_records(double.output_dir / "metrics.jsonl")
     assert [r["global_step"] for r in records] == [r["global_step"] for r in expected]
@@ -165,7 +167,9 @@ def test_the_rate_warms_up_and_stays(config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, monkeypatch):
-    monkeypatch.setattr("dkto.trainer.denoising_error", lambda prediction, target: prediction.mean((1, 2, 3)) * float("nan"))
+    monkeypatch.setattr(
+        "dkto.trainer.denoising_error", lambda prediction, target: prediction.mean((1, 2, 3)) * float("nan")
+    )
     with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, last at step 3"):
         list(train(config))
 

@@ -25,12 +25,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dkto.embedded.autoencoder import new_autoencoder
 from dkto.embedded.painter import IMAGE_SIZE, paint, random_finish
-from dkto.embedded.scenes import caption, random_scene, split_of
+from dkto.embedded.scenes import caption, parse, random_scene, split_of
 from dkto.embedded.tokenizer import MAX_LENGTH, build_tokenizer
 
-SCHEDULE = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False
-)
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+}
 
 
 def new_unet(channels=(32, 64, 128)) -> UNet2DConditionModel:
@@ -143,13 +147,19 @@ def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: in
                 code = vae.encode(held_out).latent_dist
                 quality = psnr(vae.decode(code.mean).sample, held_out)
             live = [round(float(s), 2) for s in code.mean.std((0, 2, 3))]
-            print(f"step {step} minutes {(spent + saved - began) / 60:.1f} loss {loss.item():.5f} PSNR {quality:.2f} dB latent std {live}", flush=True)
+            minutes_done = (spent + saved - began) / 60
+            print(f"step {step} minutes {minutes_done:.1f} loss {loss.item():.5f} PSNR {quality:.2f} dB", flush=True)
+            print(f"latent std by channel {live}", flush=True)
     if accelerator.is_main_process:
         with torch.no_grad():
-            codes = torch.cat([vae.encode(to_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)])
+            codes = torch.cat(
+                [vae.encode(to_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)]
+            )
         vae.register_to_config(scaling_factor=float(1 / codes.std()))
         vae.save_pretrained(folder / "vae")
-        print(f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}")
+        print(
+            f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}"
+        )
 
 
 def _shared_clock(accelerator: Accelerator) -> float:
@@ -183,7 +193,6 @@ def cache_latents(folder: Path, scenes: int, seed: int) -> tuple[np.ndarray, lis
         np.save(folder / "latents.part.npy", np.concatenate(parts))
         (folder / "latents.part.npy").replace(path)
     return np.load(path, mmap_mode="r"), captions
-
 
 
 class Denoiser(nn.Module):
@@ -227,7 +236,9 @@ def vary_caption(text: str, rng: np.random.Generator) -> str:
     return text
 
 
-def train_unet(folder: Path, *, samples: int, cooldown: float, scenes: int, seed: int, batch: int, lr: float) -> None:
+def train_unet(
+    folder: Path, *, samples: int, cooldown: float, two_things: float, scenes: int, seed: int, batch: int, lr: float
+) -> None:
     """Train UNet and text encoder until `samples` pictures have been seen (all sessions together).
 
     The rate is constant after a short warm-up and falls to 1 % over the last `cooldown` share of
@@ -255,13 +266,18 @@ def train_unet(folder: Path, *, samples: int, cooldown: float, scenes: int, seed
     alphas_cumprod = DDPMScheduler(**SCHEDULE).alphas_cumprod
     cumulative, loss_weight = timestep_tables(alphas_cumprod)
     width = batch * accelerator.num_processes
+    has_pair = np.array([bool(parse(text).relation) for text in captions])
+    pairs, lone = np.flatnonzero(has_pair), np.flatnonzero(~has_pair)
     began, saved, average = time.monotonic(), time.monotonic(), None
     while seen < samples:
         rng = np.random.default_rng([seed, seen, accelerator.process_index])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = np.sort(rng.integers(0, len(latents), batch))
+        kinds = [pairs if paired else lone for paired in rng.random(batch) < two_things]
+        rows = np.sort([int(rng.choice(kind)) for kind in kinds])
         target_latents = torch.from_numpy(latents[rows]).float()
-        texts = [vary_caption(captions[int(rng.integers(len(captions))) if rng.random() < 0.01 else i], rng) for i in rows]
+        texts = [
+            vary_caption(captions[int(rng.integers(len(captions))) if rng.random() < 0.01 else i], rng) for i in rows
+        ]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = torch.searchsorted(cumulative, strata).clamp(max=999)[torch.randperm(batch, generator=generator)]
@@ -288,7 +304,10 @@ def train_unet(folder: Path, *, samples: int, cooldown: float, scenes: int, seed
             state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.optimizer.state_dict()}
             state |= {"seen": seen, "spent": spent + saved - began, "samples": samples}
             _save(state, latest if left < 1 else trunk)
-            print(f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {group['lr']:.1e} loss {average:.5f}", flush=True)
+            print(
+                f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {group['lr']:.1e} loss {average:.5f}",
+                flush=True,
+            )
 
 
 @dataclass(frozen=True)
@@ -311,6 +330,9 @@ class Unet:
     folder: Path
     samples: int = 1_500_000
     cooldown: float = 0.25
+    """Share of `samples` over which the rate falls to 1 %."""
+    two_things: float = 0.5
+    """Share of samples with two things; raise it once lone things are right, for the sake of relations."""
     scenes: int = 48_000
     batch: int = 24
     lr: float = 1e-3
@@ -321,6 +343,7 @@ class Unet:
             self.folder,
             samples=self.samples,
             cooldown=self.cooldown,
+            two_things=self.two_things,
             scenes=self.scenes,
             seed=self.seed,
             batch=self.batch,

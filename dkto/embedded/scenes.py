@@ -92,7 +92,10 @@ def caption(scene: Scene) -> str:
     )
 
 
-_THING = rf"an? (?:(?P<size{{i}}>{'|'.join(SIZES)}) )?(?P<colour{{i}}>{'|'.join(COLOURS)}) (?P<shape{{i}}>{'|'.join(SHAPES)})"
+_THING = (
+    rf"an? (?:(?P<size{{i}}>{'|'.join(SIZES)}) )?"
+    rf"(?P<colour{{i}}>{'|'.join(COLOURS)}) (?P<shape{{i}}>{'|'.join(SHAPES)})"
+)
 _PROMPT = re.compile(
     rf"an? (?P<style>{'|'.join(STYLES)}) of {_THING.format(i=0)}"
     rf"(?: (?P<relation>{'|'.join(RELATIONS)}) {_THING.format(i=1)})?"

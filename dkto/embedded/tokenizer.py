@@ -31,9 +31,7 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.decoder = decoders.BPEDecoder(suffix=_END)
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END, show_progress=False)
     bpe.train_from_iterator([words], trainer)
     import json
 

@@ -71,7 +71,14 @@ def recognise_shape(mask: np.ndarray) -> str | None:
 
 def border_colour(image: np.ndarray) -> np.ndarray:
     """Median RGB of the two-pixel border."""
-    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[2:-2, :2].reshape(-1, 3), image[2:-2, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            image[:2].reshape(-1, 3),
+            image[-2:].reshape(-1, 3),
+            image[2:-2, :2].reshape(-1, 3),
+            image[2:-2, -2:].reshape(-1, 3),
+        ]
+    )
     return np.median(border, axis=0)
 
 

@@ -49,10 +49,13 @@ def score(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> n
             values or one that is not finite.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts")
+        raise ValueError(
+            f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts"
+        )
     scores = np.asarray(get_scorer(name)(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):
         raise ValueError(f"scorer {name} must return {len(images)} scores, got shape {scores.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError(f"scorer {name} returned a value that is not finite for image {int(np.argmin(np.isfinite(scores)))}")
+        wrong = int(np.argmin(np.isfinite(scores)))
+        raise ValueError(f"scorer {name} returned a value that is not finite for image {wrong}")
     return scores
