@@ -23,7 +23,13 @@ NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoin
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"pictures": 3},
     "10_utility_functions": {},
-    "30_train_with_likes": {"pool_prompts": 12, "max_train_steps": 12, "warmup_steps": 2, "batch_size": 8},
+    "30_train_with_likes": {
+        "pool_prompts": 12,
+        "max_train_steps": 12,
+        "warmup_steps": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-4,
+    },
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
