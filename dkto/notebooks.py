@@ -166,7 +166,7 @@ def run_notebook(
     (folder / "metrics.json").unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _quiet_kernel():
+        with _kernel_environment():
             papermill.execute_notebook(
                 str(path),
                 str(output),
@@ -191,12 +191,18 @@ def run_notebook(
     return json.loads(result.read_text())["metrics"]
 
 
+KERNEL_ENVIRONMENT = {
+    QUIET_VARIABLE: "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # figures stay in the notebook, whatever the shell says
+}
+
+
 @contextmanager
-def _quiet_kernel():
-    """Bars off inside the kernel, and ipykernel's start-up notices kept off the terminal."""
-    before = {key: os.environ.get(key) for key in (QUIET_VARIABLE, "PYDEVD_DISABLE_FILE_VALIDATION")}
-    os.environ[QUIET_VARIABLE] = "1"
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+def _kernel_environment():
+    """What the kernel inherits: no bars, figures inline; papermill's notices are kept off the terminal."""
+    before = {key: os.environ.get(key) for key in KERNEL_ENVIRONMENT}
+    os.environ.update(KERNEL_ENVIRONMENT)
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -205,7 +211,10 @@ def _quiet_kernel():
     finally:
         logger.setLevel(level)
         for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def write_metrics(
