@@ -24,11 +24,11 @@ class Prepare:
 
     def run(self) -> None:
         from dkto.feedback import read_feedback
-        from dkto.prepare import prepare
+        from dkto.prepare import prepare_feedback
 
         table = read_feedback(self.feedback)
         print(table)
-        print(f"encoded in {prepare(table, self.output_dir, self.model, batch_size=self.batch_size)}")
+        print(f"encoded in {prepare_feedback(table, self.output_dir, self.model, batch_size=self.batch_size)}")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Generate:
     """Worker processes."""
 
     def run(self) -> None:
-        from dkto.generate import System, generate
+        from dkto.generate import System, generate_images
 
         prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
         system = System(self.model, self.lora, self.guidance, self.steps)
-        folder = generate(
+        folder = generate_images(
             system,
             prompts,
             self.output_dir,

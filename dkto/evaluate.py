@@ -17,7 +17,7 @@ from dkto.scorers import score
 
 
 def score_images(folder: str | Path, scorer: str) -> np.ndarray:
-    """Scores of a folder written by `generate`.
+    """Scores of a folder written by `generate_images`.
 
     Args:
         folder: holds manifest.json and the images.

@@ -99,7 +99,7 @@ def image_path(folder: Path, prompt_number: int, image_number: int) -> Path:
     return folder / f"p{prompt_number:05d}-s{image_number}.png"
 
 
-def generate(
+def generate_images(
     system: System,
     prompts: list[str],
     output_dir: str | Path,
@@ -142,7 +142,7 @@ def generate_all(
     batch_size: int = 25,
     num_processes: int = 1,
 ) -> dict[str, Path]:
-    """`generate` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
+    """`generate_images` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
     folders = {name: Path(output_dir) / name for name in systems}
     tasks = []
     for name, system in systems.items():
@@ -182,7 +182,7 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a folder written by `generate`.
+    """The manifest of a folder written by `generate_images`.
 
     Raises:
         FileNotFoundError: if there is none.

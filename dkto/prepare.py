@@ -58,7 +58,7 @@ def model_fingerprint(model: StableDiffusion) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(
+def prepare_feedback(
     feedback: FeedbackTable, output_dir: str | Path, model: str = "small-world", *, batch_size: int = 16
 ) -> Path:
     """Encode the images and prompts of a feedback table with a model's VAE and text encoder.

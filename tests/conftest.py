@@ -111,9 +111,9 @@ def likes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, likes, tiny_pipeline):
     """The twelve pictures, encoded by the tiny pipeline."""
-    from dkto.prepare import prepare
+    from dkto.prepare import prepare_feedback
 
-    return prepare(likes, tmp_path_factory.mktemp("prepared"), str(tiny_pipeline))
+    return prepare_feedback(likes, tmp_path_factory.mktemp("prepared"), str(tiny_pipeline))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from dkto.scorers import SCORERS, get_scorer, score
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two folders of painted pictures as `generate` would leave them: plain ones and red-tinted ones."""
+    """Two folders of painted pictures as `generate_images` would leave them: plain ones and red-tinted ones."""
     from dkto.embedded.painter import GOOD_FINISH, paint
     from dkto.embedded.scenes import parse
 

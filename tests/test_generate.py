@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dkto.generate import System, draw, generate, generate_all, image_path, noise_generator, read_manifest
+from dkto.generate import System, draw, generate_all, generate_images, image_path, noise_generator, read_manifest
 from dkto.trainer import run_training
 
 PROMPTS = ["a picture 0", "a picture 1", "a picture 2"]
@@ -17,8 +17,8 @@ def pixels(folder, prompt, image):
 def test_images_do_not_depend_on_batches_or_processes(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("dkto.generate.CHUNK", 2)
     system = System(model=str(tiny_pipeline), steps=2)
-    one = generate(system, PROMPTS, tmp_path / "one", images_per_prompt=2, batch_size=6)
-    two = generate(system, PROMPTS, tmp_path / "two", images_per_prompt=2, batch_size=1, num_processes=2)
+    one = generate_images(system, PROMPTS, tmp_path / "one", images_per_prompt=2, batch_size=6)
+    two = generate_images(system, PROMPTS, tmp_path / "two", images_per_prompt=2, batch_size=1, num_processes=2)
     for p in range(3):
         for i in range(2):
             assert np.abs(pixels(one, p, i).astype(int) - pixels(two, p, i)).max() <= 1
@@ -31,19 +31,19 @@ def test_images_do_not_depend_on_batches_or_processes(tiny_pipeline, tmp_path, m
 
 def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
     system = System(model=str(tiny_pipeline), steps=2)
-    folder = generate(system, PROMPTS, tmp_path / "x", images_per_prompt=1)
+    folder = generate_images(system, PROMPTS, tmp_path / "x", images_per_prompt=1)
     kept, lost = image_path(folder, 0, 0), image_path(folder, 1, 0)
     before, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    generate(system, PROMPTS, folder, images_per_prompt=1)
+    generate_images(system, PROMPTS, folder, images_per_prompt=1)
     assert kept.stat().st_mtime_ns == stamp and lost.read_bytes() == before
 
 
 def test_a_folder_of_another_run_is_refused(tiny_pipeline, tmp_path):
     system = System(model=str(tiny_pipeline), steps=2)
-    folder = generate(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
+    folder = generate_images(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
     with pytest.raises(ValueError, match=r"holds images of another run \(seed differ\): choose another folder"):
-        generate(system, PROMPTS[:1], folder, images_per_prompt=1, seed=3)
+        generate_images(system, PROMPTS[:1], folder, images_per_prompt=1, seed=3)
 
 
 def test_a_folder_without_images_is_named(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dkto.feedback import load_image, make_feedback
 from dkto.models import load_model
-from dkto.prepare import PreparedFeedback, prepare, to_pixel_values
+from dkto.prepare import PreparedFeedback, prepare_feedback, to_pixel_values
 
 
 def test_pixel_values_are_centred_and_scaled():
@@ -42,13 +42,13 @@ def test_prompts_are_encoded_once_with_the_empty_one_first(prepared, likes, tiny
 
 def test_a_second_call_does_only_what_is_missing(likes, tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("dkto.prepare.SHARD_ROWS", 5)
-    folder = prepare(likes, tmp_path / "p", str(tiny_pipeline))
+    folder = prepare_feedback(likes, tmp_path / "p", str(tiny_pipeline))
     shards = sorted(folder.glob("latents-*.safetensors"))
     assert len(shards) == 3
     before = [path.stat().st_mtime_ns for path in shards]
     whole = shards[1].read_bytes()
     shards[1].unlink()
-    prepare(likes, folder, str(tiny_pipeline))
+    prepare_feedback(likes, folder, str(tiny_pipeline))
     after = [path.stat().st_mtime_ns for path in shards]
     assert after[0] == before[0] and after[2] == before[2] and after[1] != before[1]
     assert shards[1].read_bytes() == whole
@@ -61,13 +61,13 @@ def test_a_corrupt_image_is_named_and_nothing_half_written_stays(likes, tiny_pip
     bad.write_bytes(b"not a picture")
     table = make_feedback([*likes.images[:2], bad], ["a", "b", "c"], [1, 0, 1])
     with pytest.raises(ValueError, match=r"image .*bad\.png cannot be read"):
-        prepare(table, tmp_path / "p", str(tiny_pipeline))
+        prepare_feedback(table, tmp_path / "p", str(tiny_pipeline))
     assert not list((tmp_path / "p").glob("latents-*"))
 
 
 def test_a_folder_of_other_feedback_is_refused(prepared, likes, tiny_pipeline):
     with pytest.raises(ValueError, match=r"holds encoded feedback of another run \(feedback differ\)"):
-        prepare(likes.shuffled_likes(1), prepared, str(tiny_pipeline))
+        prepare_feedback(likes.shuffled_likes(1), prepared, str(tiny_pipeline))
 
 
 def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dkto.feedback import BiasedSampler
 from dkto.launch import config_arguments, run_trainings
 from dkto.models import load_model
-from dkto.prepare import PreparedFeedback, prepare
+from dkto.prepare import PreparedFeedback, prepare_feedback
 from dkto.records import read_records
 from dkto.trainer import CheckpointStore, draw_batch, learning_rate_at, run_training, train
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, monk
 
 def test_one_class_and_unknown_utility_and_missing_data(config, likes, tiny_pipeline, tmp_path):
     liked = replace(likes, is_desirable=np.ones(len(likes), bool))
-    folder = prepare(liked, tmp_path / "liked", str(tiny_pipeline))
+    folder = prepare_feedback(liked, tmp_path / "liked", str(tiny_pipeline))
     with pytest.raises(ValueError, match="one class only: no disliked image among 12"):
         next(train(replace(config, prepared_dir=folder)))
     with pytest.raises(ValueError, match="unknown utility 'kahneman'"):

@@ -92,7 +92,7 @@ captions, chosen by a hash of their text, were used; 10 % are validation and 10 
 of the captions were dropped, 12 % shortened and 1 % wrong.
 
 ## Recipe
-`python -m dkto.embedded.pretrain --help` says how it is made, on a CPU, resumable. VAE: factor 4, 4 latent channels,
+`python -m dkto.embedded --help` says how it is made, on a CPU, resumable. VAE: factor 4, 4 latent channels,
 {vae_psnr:.1f} dB on held-out scenes. UNet and text encoder: {samples:,} samples, AdamW 1e-3 constant then decayed,
 batch 48, weight average 0.9995, min-SNR-5 weights, offset noise 0.15 (in pretraining only, so that backgrounds can be
 far from mid-grey); after 383,000 samples, when lone things were right, 85 % of the samples held two things.

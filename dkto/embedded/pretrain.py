@@ -1,9 +1,6 @@
 """Make the small Stable Diffusion, from nothing, on a CPU: paint, train the VAE, cache latents, train UNet and text.
 
-    python -m dkto.embedded.pretrain vae  --folder runs/world --minutes 30
-    torchrun --nproc-per-node 2 -m dkto.embedded.pretrain unet --folder runs/world --minutes 240
-    python -m dkto.embedded.pretrain export --folder runs/world --output dkto/embedded/weights
-
+`python -m dkto.embedded --help` lists the stages (`dkto/embedded/__main__.py`).
 Every stage saves its state every few minutes and goes on where it stopped when called again, so
 the training may be split over any number of sessions.
 """
@@ -11,12 +8,10 @@ the training may be split over any number of sessions.
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
@@ -248,6 +243,7 @@ def train_unet(
     cooldown: float,
     two_things: float,
     emphasis: float,
+    start_from: Path | None,
     scenes: int,
     seed: int,
     batch: int,
@@ -258,11 +254,17 @@ def train_unet(
     The rate is constant after a short warm-up and falls to 1 % over the last `cooldown` share of
     `samples`; calling again with a larger number goes on from the state before the decay.
     """
+    if start_from is not None and not (folder / "vae").exists():
+        AutoencoderKL.from_pretrained(start_from, subfolder="vae").save_pretrained(folder / "vae")
     latents, captions = cache_latents(folder, scenes, seed)
     accelerator = Accelerator(cpu=True)
     tokenizer = build_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
     model = Denoiser(new_unet(), new_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id))
+    if start_from is not None:
+        model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").state_dict())
+        text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder", dtype=torch.float32)
+        model.text_encoder.load_state_dict(text_encoder.state_dict())
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     trunk, latest, seen, spent = folder / "unet.pt", folder / "unet-cooling.pt", 0, 0.0
@@ -317,91 +319,8 @@ def train_unet(
             saved = time.monotonic()
             state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.optimizer.state_dict()}
             state |= {"seen": seen, "spent": spent + saved - began, "samples": samples}
-            _save(state, latest if left < 1 else trunk)
+            _save(state, latest if samples - seen < cooldown * samples else trunk)
             print(
                 f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {group['lr']:.1e} loss {average:.5f}",
                 flush=True,
             )
-
-
-@dataclass(frozen=True)
-class Vae:
-    """Train the autoencoder."""
-
-    folder: Path
-    minutes: float = 30.0
-    scenes: int = 48_000
-    seed: int = 0
-
-    def run(self) -> None:
-        train_vae(self.folder, self.minutes, scenes=self.scenes, seed=self.seed, batch=10)
-
-
-@dataclass(frozen=True)
-class Unet:
-    """Train UNet and text encoder."""
-
-    folder: Path
-    samples: int = 1_500_000
-    cooldown: float = 0.25
-    """Share of `samples` over which the rate falls to 1 %."""
-    two_things: float = 0.5
-    """Share of samples with two things; raise it once lone things are right, for the sake of relations."""
-    emphasis: float = 1.0
-    """Up to how much more a high-noise step counts; 12 teaches relations."""
-    scenes: int = 48_000
-    batch: int = 24
-    lr: float = 1e-3
-    seed: int = 0
-
-    def run(self) -> None:
-        train_unet(
-            self.folder,
-            samples=self.samples,
-            cooldown=self.cooldown,
-            two_things=self.two_things,
-            emphasis=self.emphasis,
-            scenes=self.scenes,
-            seed=self.seed,
-            batch=self.batch,
-            lr=self.lr,
-        )
-
-
-@dataclass(frozen=True)
-class Export:
-    """Put the averaged weights together as a pipeline, measure it and write its card."""
-
-    folder: Path
-    output: Path
-    state: str = "unet-cooling.pt"
-    """Which training state: unet.pt before the rate decays, unet-cooling.pt after."""
-
-    def run(self) -> None:
-        from dkto.embedded.export import assemble, card_figures, write_card
-
-        state = torch.load(self.folder / self.state, weights_only=True)
-        tokenizer = build_tokenizer(self.folder / "tokenizer")
-        model = Denoiser(new_unet(), new_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id))
-        model.load_state_dict(state["ema"])
-        assemble(model.unet, model.text_encoder, self.folder / "tokenizer", self.folder / "vae", self.output, SCHEDULE)
-        vae = AutoencoderKL.from_pretrained(self.output, subfolder="vae")
-        images, captions = paint_scenes(self.folder, 0, 0)
-        held_out = to_pixel_values(images[-128:])
-        with torch.no_grad():
-            quality = psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out)
-        count = sum(p.numel() for part in (model, vae) for p in part.parameters())
-        about = {"samples": state["seen"], "scenes": len(captions), "vae_psnr": quality, "parameters": count / 1e6}
-        figures = card_figures(self.output)
-        write_card(self.output, figures, about)
-        print(figures)
-
-
-def main() -> None:
-    """Command-line entry."""
-    torch.set_num_threads(1)
-    tyro.extras.subcommand_cli_from_dict({"vae": Vae, "unet": Unet, "export": Export}).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,69 @@
+"""What the package promises as a whole: light to import, every exported name there, imports that point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dkto
+
+PACKAGE = Path(dkto.__file__).parent
+# each room, from the bottom up; a module may import its own room and those before it
+ROOMS = (
+    ("utilities", "records", "progress", "quiet"),
+    ("losses", "metrics"),
+    ("feedback", "config", "plotting"),
+    ("models",),
+    ("prepare", "notebooks"),
+    ("trainer", "generate", "launch"),
+    ("embedded", "scorers"),
+    ("evaluate",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+
+
+def test_importing_dkto_imports_neither_diffusers_nor_transformers():
+    code = "import sys, dkto; print([m for m in ('diffusers', 'transformers', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_objective_needs_torch_alone():
+    code = "import sys, dkto.losses; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", dkto.__all__)
+def test_every_exported_name_is_there_and_is_no_module(name):
+    """Also after the module of a similar name was imported: `from dkto import x` must not give a module."""
+    value = getattr(dkto, name)
+    assert not isinstance(value, type(sys)), f"{name} is a module"
+    assert name in dir(dkto)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="module 'dkto' has no attribute 'kto'"):
+        dkto.kto  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts[0] == "__init__":
+        return
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dkto."):
+            imported.add(node.module.split(".")[1])
+    upward = {room for room in imported - {parts[0]} if LEVEL[room] > LEVEL[parts[0]]}
+    assert not upward, f"{'/'.join(parts)} imports {upward} from above"
+
+
+def test_modules_can_be_read_in_one_sitting():
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 420}
+    assert not long

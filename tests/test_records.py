@@ -1,0 +1,34 @@
+import json
+
+import pytest
+
+from dkto.records import claim, hardware, keep_records, read_records, versions, write_json
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 1}\n{"global_step": 2}\n{"global_st')
+    assert [r["global_step"] for r in read_records(path)] == [1, 2]
+    keep_records(path, 1)
+    assert path.read_text() == '{"global_step": 1}\n'
+    keep_records(tmp_path / "none.jsonl", 1)
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    claim(tmp_path / "m.json", {"seed": 0, "prompts": ["a"]}, "images")
+    claim(tmp_path / "m.json", {"seed": 0, "prompts": ["a"]}, "images")
+    with pytest.raises(ValueError, match=r"holds images of another run \(seed, prompts differ\)"):
+        claim(tmp_path / "m.json", {"seed": 1, "prompts": ["b"]}, "images")
+
+
+def test_versions_and_hardware_are_named():
+    assert {"python", "dkto", "torch", "diffusers"} <= set(versions())
+    assert hardware()["cores"] >= 1
