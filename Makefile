@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
 	@echo "setting up $(VENV): a few minutes and 2 GB, once; if it is interrupted, the same command goes on"
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,batch]'
 	@touch $(READY)
 
 demo: $(READY)

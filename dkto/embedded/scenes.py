@@ -35,7 +35,7 @@ BACKGROUNDS = {
 }
 STYLES = ("icon", "toy", "sticker", "painting")
 SIZES = {"small": (22, 26), "large": (32, 40)}
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS = ("left of", "above")
 SPLITS = ("train", "validation", "test")
 
 

@@ -15,7 +15,23 @@ from transformers import CLIPTokenizer
 from dkto.embedded.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES
 
 MAX_LENGTH = 24  # tokens, with start and end
-EXTRA_WORDS = ("good", "bad", "weird", "image", "picture", "photo", "of", "on", "a", "an", "background", "and", "the")
+EXTRA_WORDS = (
+    "good",
+    "bad",
+    "weird",
+    "image",
+    "picture",
+    "photo",
+    "of",
+    "on",
+    "a",
+    "an",
+    "background",
+    "and",
+    "the",
+    "right",
+    "below",
+)
 _END = "</w>"
 
 
