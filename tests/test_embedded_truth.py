@@ -55,7 +55,7 @@ def test_swapping_the_things_breaks_the_relation_only():
     rng = np.random.default_rng(3)
     scene = parse("an icon of a red circle left of a blue square on a white background")
     picture = paint(scene, GOOD_FINISH, rng)
-    swapped = Scene(scene.style, scene.things, "right of", scene.background)
+    swapped = Scene(scene.style, scene.things[::-1], "left of", scene.background)
     good, bad = judge(picture, scene), judge(picture, swapped)
     assert good["relation"] == 1 and bad["relation"] == 0
     assert all(good[part] == bad[part] == 1 for part in ("colour", "shape", "background"))

@@ -104,10 +104,8 @@ def _centres(scene: Scene, radii: list[float], rng: np.random.Generator) -> list
     start = low + first + rng.uniform(0, 0.5) * gap
     along = (start, min(start + first + second + 2 + rng.uniform(0.3, 1) * 0.5 * gap, high - second))
     across = [rng.uniform(22 + 0.3 * r, 42 - 0.3 * r) for r in radii]
-    if scene.relation in ("right of", "below"):
-        along = tuple(IMAGE_SIZE - a for a in along)
     centres = [(a, c) for a, c in zip(along, across, strict=True)]
-    return centres if scene.relation in ("left of", "right of") else [(y, x) for x, y in centres]
+    return centres if scene.relation == "left of" else [(y, x) for x, y in centres]
 
 
 def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A real CLIP byte-level BPE tokenizer in which every word of the small world is one token."""
 
+import json
 from pathlib import Path
 
 from tokenizers import (
@@ -29,7 +30,7 @@ EXTRA_WORDS = (
     "background",
     "and",
     "the",
-    "right",
+    "right",  # these two: the shipped text encoder's vocabulary holds them, though no relation uses them
     "below",
 )
 _END = "</w>"
@@ -49,8 +50,6 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     bpe.decoder = decoders.BPEDecoder(suffix=_END)
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END, show_progress=False)
     bpe.train_from_iterator([words], trainer)
-    import json
-
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
@@ -59,8 +58,6 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
     Any text can be encoded: unknown words fall back to bytes.
     """
-    import json
-
     merges = _learn_merges(world_words())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(a + _END for a in alphabet), *("".join(m) for m in merges)]

@@ -98,12 +98,7 @@ def _patch(image: np.ndarray, thing: Thing, background: np.ndarray) -> np.ndarra
 def _holds(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
     (y1, x1), (y2, x2) = (np.argwhere(m).mean(0) for m in (first, second))
     dx, dy = x2 - x1, y2 - y1
-    return {
-        "left of": dx > abs(dy),
-        "right of": -dx > abs(dy),
-        "above": dy > abs(dx),
-        "below": -dy > abs(dx),
-    }[relation]
+    return {"left of": dx > abs(dy), "above": dy > abs(dx)}[relation]
 
 
 def judge(image: np.ndarray, prompt: str | Scene) -> dict[str, float]:
@@ -137,12 +132,8 @@ def judge(image: np.ndarray, prompt: str | Scene) -> dict[str, float]:
         "background": float(list(BACKGROUNDS)[_nearest_background(border, palette)] == scene.background),
     }
     if scene.relation:
-        parts["relation"] = float(None not in map(_none_if_missing, patches) and _holds(scene.relation, *patches))
+        parts["relation"] = float(all(p is not None for p in patches) and _holds(scene.relation, *patches))
     return {**parts, "fidelity": float(np.mean(list(parts.values())))}
-
-
-def _none_if_missing(patch: np.ndarray | None) -> bool | None:
-    return None if patch is None else True
 
 
 def _nearest_background(border: np.ndarray, palette: np.ndarray) -> int:
