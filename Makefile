@@ -64,8 +64,7 @@ format: $(READY)
 	$(NOTEBOOKS) | xargs -0 -r $(BIN)/nbstripout --keep-id
 
 bench: $(READY)
-	@test -d tests/benchmarks || { echo "make bench has nothing to run yet: tests/benchmarks does not exist"; exit 1; }
-	$(PYTEST) tests/benchmarks --benchmark-only --benchmark-json=tests/benchmarks/results.json
+	$(PYTEST) tests/benchmarks
 
 toy paper site:
 	@echo "make $@ is not part of this version yet; see CHANGELOG.md"; exit 1

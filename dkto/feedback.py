@@ -1,24 +1,24 @@
-"""Likes and dislikes as one table: image, prompt, is_desirable, and the pair they came from where known.
+"""Likes and dislikes as one table: image, prompt, is_desirable, and the comparison they came from where known.
 
-Three sources are read: a CSV, JSONL or Parquet file with the columns `image`, `prompt` and `liked`;
-a folder with the sub-folders `liked/` and `disliked/`; or lists made in a notebook. Whatever the
-source, each image stays in its folder: a file name that points outside is refused.
+Every source becomes a `FeedbackTable`: a CSV, JSONL or Parquet file with the columns `image`, `prompt` and `liked`; the
+authors' own table (`file_name`, `caption`, `split`); a folder with `liked/` and `disliked/`; rankings as HPDv2's or
+ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as Pick-a-Pic's, are first unpacked by
+`dkto.pairs`.) Whatever the source, each image stays in its folder: a file name that points outside is refused.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
-COLUMN_ALIASES = {"file_name": "image", "caption": "prompt", "is_desirable": "liked", "label": "liked"}
-LIKED = frozenset({"1", "1.0", "true", "like", "liked"})
-DISLIKED = frozenset({"0", "0.0", "false", "dislike", "disliked"})
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+from dkto.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
+
 MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
+ROWS_STREAM = 0  # of the random numbers of a step; the trainer's own streams start at 1
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,17 @@ class FeedbackTable:
         prompts: the prompt of each image.
         is_desirable: (N,) bool, True where the image was liked.
         pair_ids: (N,) int, equal for the images of one comparison; -1 where there was none.
+        comparisons: (P, 2) int64, rows of the chosen and the rejected image, where an image may stand in
+            several comparisons; None where `pair_ids` tell all there is.
+        counts: how the table was made, in words and numbers; empty where it was simply read.
     """
 
     images: tuple[Path, ...]
     prompts: tuple[str, ...]
     is_desirable: np.ndarray
     pair_ids: np.ndarray
+    comparisons: np.ndarray | None = None
+    counts: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = {len(self.images), len(self.prompts), len(self.is_desirable), len(self.pair_ids)}
@@ -46,13 +51,61 @@ class FeedbackTable:
             )
         if self.is_desirable.dtype != np.bool_:
             raise ValueError(f"is_desirable must be bool, got {self.is_desirable.dtype}")
+        if self.comparisons is not None and len(self.comparisons):
+            low, high = int(self.comparisons.min()), int(self.comparisons.max())
+            if not 0 <= low <= high < len(self):
+                raise ValueError(f"comparisons must be rows of {len(self)} images, got rows {low} to {high}")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __str__(self) -> str:
         liked = int(self.is_desirable.sum())
-        return f"{len(self)} images, {liked} liked, {len(self) - liked} disliked, {len(set(self.prompts))} prompts"
+        text = f"{len(self)} images, {liked} liked, {len(self) - liked} disliked, {len(set(self.prompts))} prompts"
+        return "\n".join([text, *(f"  {name}: {value}" for name, value in self.counts.items())])
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """(P, 2) int64, rows of the chosen and the rejected image of each comparison (for Diffusion-DPO, paper eq. 8).
+
+        Without `comparisons`, every liked image of a `pair_id` is chosen over every disliked one of it.
+        """
+        if self.comparisons is not None:
+            return self.comparisons
+        has_id = self.pair_ids >= 0
+        sides = pd.DataFrame({"pair_id": self.pair_ids, "row": np.arange(len(self))})
+        liked, disliked = sides[has_id & self.is_desirable], sides[has_id & ~self.is_desirable]
+        return liked.merge(disliked, on="pair_id")[["row_x", "row_y"]].to_numpy(np.int64)
+
+    def subset(self, rows: np.ndarray) -> "FeedbackTable":
+        """Some rows, in the order given; comparisons with an image outside them are left out."""
+        rows = np.asarray(rows)
+        comparisons = None
+        if self.comparisons is not None:
+            new_row = np.full(len(self), -1)
+            new_row[rows] = np.arange(len(rows))
+            comparisons = new_row[self.comparisons]
+            comparisons = comparisons[(comparisons >= 0).all(1)]
+        images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
+        return FeedbackTable(images, prompts, self.is_desirable[rows], self.pair_ids[rows], comparisons)
+
+    def split_by_prompt(self, held_out_fraction: float, seed: int = 0) -> tuple["FeedbackTable", "FeedbackTable"]:
+        """Training and held-out rows that share no prompt, by a hash of the prompt.
+
+        A prompt falls on the same side in every table. Case and spaces do not matter to the hash.
+
+        Args:
+            held_out_fraction: expected share of the prompts to hold out, in [0, 1].
+            seed: another seed holds out other prompts.
+
+        Raises:
+            ValueError: if the fraction is outside [0, 1].
+        """
+        if not 0 <= held_out_fraction <= 1:
+            raise ValueError(f"held_out_fraction must be in [0, 1], got {held_out_fraction}")
+        place = {prompt: _hash_place(prompt, seed) for prompt in set(self.prompts)}
+        held_out = np.array([place[prompt] < held_out_fraction for prompt in self.prompts], dtype=bool)
+        return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
 
     def shuffled_likes(self, seed: int) -> "FeedbackTable":
         """The same images with their likes permuted: the control that carries no preference."""
@@ -80,47 +133,82 @@ def make_feedback(
     '2 images, 1 liked, 1 disliked, 1 prompts'
     """
     paths = tuple(Path(image).absolute() for image in images)
-    labels = np.array([_label(value, f"row {row}") for row, value in enumerate(liked)], dtype=bool)
+    labels = np.array([parse_label(value, f"row {row}") for row, value in enumerate(liked)], dtype=bool)
     pairs = np.full(len(paths), -1) if pair_ids is None else np.array(list(pair_ids), dtype=np.int64)
     return FeedbackTable(paths, tuple(prompts), labels, pairs)
 
 
-def read_feedback(source: str | Path) -> FeedbackTable:
+def read_feedback(
+    source: str | Path,
+    *,
+    partition: str | None = None,
+    ties: str | None = None,
+    image_folder: str | Path | None = None,
+) -> FeedbackTable:
     """Read likes and dislikes from a file or a folder.
 
-    A file (.csv, .jsonl, .parquet) needs the columns `image` (path relative to the file's folder),
-    `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `caption` and `label` are taken
-    as their synonyms; `pair_id` is kept where present. A folder needs `liked/` and `disliked/`; the
-    prompt of `x.png` stands in `x.txt` beside it.
+    A file (.csv, .jsonl, .parquet) needs the columns `image` (path relative to `image_folder`),
+    `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
+    `is_desirable` and `label` are taken as their synonyms; `pair_id` is kept where present. Instead of `liked` it may
+    have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A
+    .json file holds rankings as HPDv2's, see `dkto.votes.read_rankings`.
+
+    A folder needs `liked/` and `disliked/`; the prompt of `x.png` stands in `x.txt` beside it, or in a
+    `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
+
+    Args:
+        source: file or folder.
+        partition: for `split` and rankings, which images count as liked: "at_least_once" (the
+            default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.votes.PARTITIONS`.
+        ties: for rankings, what an equal rank says, see `dkto.votes.TIE_RULES`; "ignore" is the default.
+        image_folder: where the images of a file lie; the file's own folder if not given.
 
     Raises:
         FileNotFoundError: if the source or an image does not exist.
         ValueError: if a column is missing, a label is neither like nor dislike, a prompt is not
-            text, a file name leaves its folder, or the table is empty. The message names the row.
+            text, a file name leaves its folder, an option does not apply to the source, or the table is
+            empty. The message names the row.
     """
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"feedback source {source} does not exist")
-    table = _read_folder(source) if source.is_dir() else _read_file(source)
-    if len(table) == 0:
+    if source.is_dir():
+        refuse_unused(f"{source} is a folder", partition=partition, ties=ties, image_folder=image_folder)
+        columns = read_folder(source)
+    else:
+        images = ImageFolder(source.parent if image_folder is None else Path(image_folder))
+        columns = read_file(source, images, partition, ties)
+    if len(columns.images) == 0:
         raise ValueError(f"{source} holds no feedback: expected at least one image")
-    return table
+    pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
+    rest = (tuple(columns.prompts), columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
+    return FeedbackTable(tuple(columns.images), *rest)
 
 
 def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
-    """Write a table as CSV with image paths relative to the file's folder (inside which they must lie)."""
+    """Write a table as .csv or .parquet with image paths relative to the file's folder (inside which they must lie).
+
+    Comparisons go to a second file beside it, `NAME.pairs.parquet`, which `read_feedback` takes up again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    root = path.parent.resolve()
+    root = ImageFolder(path.parent)
     frame = table.to_frame()
-    frame["image"] = [str(image.resolve().relative_to(root)) for image in table.images]
+    frame["image"] = [root.relative(image) for image in table.images]
     frame["liked"] = np.where(frame.pop("is_desirable"), "like", "dislike")
-    frame[["image", "prompt", "liked", "pair_id"]].to_csv(path, index=False)
+    frame = frame[["image", "prompt", "liked", "pair_id"]]
+    write = {".csv": frame.to_csv, ".parquet": frame.to_parquet}.get(path.suffix)
+    if write is None:
+        raise ValueError(f"feedback is written as .csv or .parquet, got {path.name!r}")
+    if table.comparisons is not None:
+        pairs = pd.DataFrame(table.comparisons, columns=["chosen_row", "rejected_row"])
+        _write_whole(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
+    _write_whole(path, lambda part: write(part, index=False))
     return path
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Decode one image as RGB.
+    """Decode one image as RGB, the right way up (a camera's orientation mark is applied).
 
     Raises:
         ValueError: if the file is no image, is damaged, or has more than `MAX_PIXELS` pixels.
@@ -129,87 +217,35 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"image {path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path} does not exist") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
 
 
-def _label(value: object, where: str) -> bool:
-    text = str(value).strip().lower()
-    if text in LIKED or text in DISLIKED:
-        return text in LIKED
-    raise ValueError(f"{where}: liked must be 0/1, true/false or like/dislike, got {value!r}")
+def _hash_place(prompt: str, seed: int) -> float:
+    """Where in [0, 1) a prompt falls, case and spaces aside."""
+    text = f"{seed}\0{' '.join(prompt.casefold().split())}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _inside(root: Path, name: object, where: str) -> Path:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: image must be a file name, got {name!r}")
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{where}: image {name!r} leaves the folder {root}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: image {name!r} does not exist in {root}")
-    return path
-
-
-def _read_file(source: Path) -> FeedbackTable:
-    frame = _read_frame(source).rename(columns=lambda name: COLUMN_ALIASES.get(str(name), str(name)))
-    missing = [column for column in ("image", "prompt", "liked") if column not in frame.columns]
-    if missing:
-        raise ValueError(
-            f"{source} needs the columns image, prompt, liked; missing: {', '.join(missing)}; "
-            f"found: {', '.join(map(str, frame.columns))}"
-        )
-    root = source.parent.resolve()
-    images, prompts, labels = [], [], []
-    for row, (image, prompt, liked) in enumerate(zip(frame["image"], frame["prompt"], frame["liked"], strict=True)):
-        where = f"{source.name}, row {row + 1}"
-        images.append(_inside(root, image, where))
-        if not isinstance(prompt, str):
-            raise ValueError(f"{where}: prompt must be text, got {prompt!r}")
-        prompts.append(prompt)
-        labels.append(_label(liked, where))
-    pairs = frame["pair_id"].to_numpy(np.int64) if "pair_id" in frame else np.full(len(frame), -1)
-    return FeedbackTable(tuple(images), tuple(prompts), np.array(labels, dtype=bool), pairs)
-
-
-def _read_frame(source: Path) -> pd.DataFrame:
-    try:
-        match source.suffix.lower():
-            case ".csv":
-                return pd.read_csv(source, dtype={"liked": str, "label": str}, keep_default_na=False)
-            case ".jsonl":
-                return pd.DataFrame([json.loads(line) for line in source.read_text().splitlines() if line.strip()])
-            case ".parquet":
-                return pd.read_parquet(source)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{source} cannot be read as {source.suffix[1:].upper()}: {error}") from error
-    raise ValueError(f"{source} must be a .csv, .jsonl or .parquet file or a folder, got {source.suffix!r}")
-
-
-def _read_folder(source: Path) -> FeedbackTable:
-    images, prompts, labels = [], [], []
-    for name in ("liked", "disliked"):
-        folder = source / name
-        if not folder.is_dir():
-            raise ValueError(f"{source} must hold the folders liked/ and disliked/; {name}/ is missing")
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            text = path.with_suffix(".txt")
-            if not text.is_file():
-                raise FileNotFoundError(f"{path} has no prompt: expected it in {text.name} beside the image")
-            images.append(_inside(source.resolve(), str(path.relative_to(source)), str(folder)))
-            prompts.append(text.read_text().strip())
-            labels.append(name == "liked")
-    return FeedbackTable(tuple(images), tuple(prompts), np.array(labels, dtype=bool), np.full(len(images), -1))
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
 
 
 class BiasedSampler:
     """Draw rows so that a row is desirable with probability `desirable_fraction` (paper 4.3).
 
-    Within a class every row is equally likely. The draw depends only on (seed, step, index in the
-    global batch): any rank can compute its share, and a resumed run sees what it would have seen.
+    Within a class every row is equally likely:
+
+        P(row) = gamma / n_desirable   or   (1 - gamma) / n_undesirable
+
+    The draw depends only on (seed, step, index in the global batch), so any rank can compute its
+    share and a resumed run sees what it would have seen. A draw costs the same whatever the number of
+    rows; starting is one pass over N booleans.
 
     Args:
         is_desirable: (N,) bool.
@@ -243,12 +279,10 @@ class BiasedSampler:
 
     def rows(self, step: int, batch_size: int) -> np.ndarray:
         """Row numbers of the whole global batch of one step, (batch_size,) int64."""
-        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        from_desirable = rng.random(batch_size) < self.desirable_fraction
-        position = rng.random(batch_size)
-        pick = [
-            (position * len(rows)).astype(np.int64) if len(rows) else np.zeros(batch_size, np.int64)
-            for rows in (self.desirable, self.undesirable)
-        ]
-        chosen = [rows[p] if len(rows) else p for rows, p in zip((self.desirable, self.undesirable), pick, strict=True)]
-        return np.where(from_desirable, *chosen)
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, ROWS_STREAM, step]))
+        which_class, position = rng.random((batch_size, 2)).T  # the i-th sample reads the i-th two numbers
+        from_desirable = which_class < self.desirable_fraction
+        rows = np.empty(batch_size, np.int64)
+        for chosen, members in ((from_desirable, self.desirable), (~from_desirable, self.undesirable)):
+            rows[chosen] = members[(position[chosen] * len(members)).astype(np.int64)]
+        return rows

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -52,6 +53,151 @@ def test_folders_are_read_with_prompts_beside_the_images(tmp_path):
     assert table.is_desirable.tolist() == [True, False]
 
 
+def test_the_authors_own_table_is_read_under_both_partitions(folder):
+    """`train_processed_v3.csv` names images of another folder and the split of each."""
+    (folder / "table").mkdir()
+    text = "file_name,caption,split\na.png,x,exclusive_win\nb.png,y,intersections\na.png,1234,exclusive_lose\n"
+    source = csv(folder / "table", text)
+    table = read_feedback(source, image_folder=folder)
+    assert table.is_desirable.tolist() == [True, True, False] and table.prompts == ("x", "y", "1234")
+    assert "exclusive_win: 1" in str(table) and "partition: liked if preferred at least once" in str(table)
+    strict = read_feedback(source, image_folder=folder, partition="always")
+    assert strict.is_desirable.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="partition must be one of at_least_once, always, got 'mostly'"):
+        read_feedback(source, image_folder=folder, partition="mostly")
+
+
+def test_options_that_do_not_apply_are_refused(folder):
+    source = csv(folder, "image,prompt,liked\na.png,x,1\n")
+    with pytest.raises(ValueError, match=r"partition='always' has no meaning here: likes\.csv holds likes already"):
+        read_feedback(source, partition="always")
+    with pytest.raises(ValueError, match="ties='liked' has no meaning here"):
+        read_feedback(source, ties="liked")
+    for name in ("liked", "disliked"):
+        (folder / name).mkdir()
+    with pytest.raises(ValueError, match=r"image_folder=.* has no meaning here: .* is a folder"):
+        read_feedback(folder, image_folder=folder)
+
+
+def test_rankings_of_one_row_per_image_and_of_one_entry_per_prompt_agree(folder):
+    """ImageRewardDB's metadata and HPDv2's test.json, with a tie and an image that is not there."""
+    Image.new("RGB", (8, 8)).save(folder / "c.png")
+    names, ranks = ["a.png", "b.png", "c.png", "gone.png"], [1, 2, 2, 3]
+    rows = pd.DataFrame({"image_path": names, "prompt_id": "7", "prompt": "x", "rank": ranks})
+    rows.to_parquet(folder / "metadata.parquet")
+    (folder / "test.json").write_text(json.dumps([{"prompt": "x", "image_path": names, "rank": ranks}]))
+    for name in ("metadata.parquet", "test.json"):
+        table = read_feedback(folder / name)
+        assert [path.name for path in table.images] == names[:3]
+        assert table.is_desirable.tolist() == [True, False, False]
+        assert table.pairs.tolist() == [[0, 1], [0, 2]]
+        assert table.counts["images_not_there"] == 1 and table.counts["ties"] == 1
+        assert read_feedback(folder / name, ties="liked").is_desirable.tolist() == [True, True, True]
+
+
+def test_rankings_without_any_image_and_out_of_the_folder(folder):
+    def ranked(*names):
+        entries = [{"prompt": "x", "file_path": list(names), "human_preference": [1, 0]}]
+        (folder / "train.json").write_text(json.dumps(entries))
+        return read_feedback(folder / "train.json")
+
+    assert ranked("a.png", "b.png").is_desirable.tolist() == [True, False]
+    with pytest.raises(FileNotFoundError, match=r"none of its images exists in .*, for instance 'e\.png'"):
+        ranked("e.png", "f.png")
+    with pytest.raises(ValueError, match=r"ranking 1: image '\.\./a\.png' leaves the folder"):
+        ranked("a.png", "../a.png")
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_within_is_followed(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    Image.new("RGB", (4, 4)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"row 1: image 'link\.png' leaves the folder"):
+        read_feedback(csv(folder, "image,prompt,liked\nlink.png,x,1\n"))
+    (folder / "link.png").unlink()
+    (folder / "link.png").symlink_to(folder / "a.png")
+    assert read_feedback(csv(folder, "image,prompt,liked\nlink.png,x,1\n")).images[0].name == "a.png"
+    (folder / "way").symlink_to(outside.parent)
+    with pytest.raises(ValueError, match="leaves the folder"):
+        read_feedback(csv(folder, "image,prompt,liked\nway/secret.png,x,1\n"))
+
+
+@pytest.mark.parametrize("place", ["above", "within"])
+def test_folders_with_a_metadata_file(tmp_path, place):
+    for name in ("liked", "disliked"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "x.png")
+    prompts = {"liked": "a, b", "disliked": "c"}
+    if place == "above":
+        rows = [{"file_name": f"{name}/x.png", "text": prompt} for name, prompt in prompts.items()]
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for name, prompt in prompts.items():
+            (tmp_path / name / "metadata.csv").write_text(f'file_name,caption\nx.png,"{prompt}"\n')
+    table = read_feedback(tmp_path)
+    assert table.prompts == ("a, b", "c") and table.is_desirable.tolist() == [True, False]
+
+
+def test_metadata_without_captions(tmp_path):
+    for name in ("liked", "disliked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metadata.csv").write_text("file_name,tags\nliked/x.png,y\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv needs the columns file_name and caption; found: image, tags"):
+        read_feedback(tmp_path)
+
+
+def test_a_broken_line_is_numbered(folder):
+    (folder / "likes.jsonl").write_text('{"image": "a.png", "prompt": "x", "liked": 1}\n{"image": \n')
+    with pytest.raises(ValueError, match=r"likes\.jsonl cannot be read as JSONL: line 2: "):
+        read_feedback(folder / "likes.jsonl")
+
+
+def test_comparisons_and_pair_ids_give_pairs_and_survive_the_way_to_disk(folder):
+    """One id may hold a whole ranking; one image may stand in many comparisons, which ids cannot tell."""
+    paths = [folder / "a.png", folder / "b.png"] * 3
+    table = make_feedback(paths, ["x"] * 6, [1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, -1])
+    assert sorted(map(tuple, table.pairs.tolist())) == [(0, 1), (2, 1), (3, 4)]
+    many = replace(table, comparisons=np.array([[0, 1], [2, 1], [3, 0]]))
+    for name in ("out.csv", "out.parquet"):
+        assert read_feedback(write_feedback(many, folder / name)).pairs.tolist() == [[0, 1], [2, 1], [3, 0]]
+    assert many.subset([3, 1, 0]).pairs.tolist() == [[2, 1], [0, 2]]
+    with pytest.raises(ValueError, match="comparisons must be rows of 6 images, got rows 0 to 6"):
+        replace(table, comparisons=np.array([[0, 6]]))
+    with pytest.raises(ValueError, match=r"written as \.csv or \.parquet, got 'out\.txt'"):
+        write_feedback(many, folder / "out.txt")
+    (folder / "few.csv").write_text("image,prompt,liked\na.png,x,1\n")
+    (folder / "out.pairs.parquet").rename(folder / "few.pairs.parquet")
+    with pytest.raises(ValueError, match=r"few\.pairs\.parquet names row 3, but few\.csv has 1"):
+        read_feedback(folder / "few.csv")
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30), st.floats(0, 1), st.integers(0, 5))
+def test_a_split_shares_no_prompt_and_loses_no_row(prompts, fraction, seed):
+    table = make_feedback([f"{i}.png" for i in range(len(prompts))], prompts, [1] * len(prompts))
+    train, held_out = table.split_by_prompt(fraction, seed)
+    assert not set(train.prompts) & set(held_out.prompts) and len(train) + len(held_out) == len(table)
+    assert set(train.images) | set(held_out.images) == set(table.images)
+
+
+def test_a_split_depends_on_the_prompt_alone():
+    prompts = [f"prompt {i}" for i in range(2000)]
+    table = make_feedback(["a.png"] * 2000, prompts, [1] * 2000)
+    _, held_out = table.split_by_prompt(0.1)
+    assert abs(len(held_out) - 200) < 60  # four standard deviations of the binomial are 54
+    shouted = make_feedback(["a.png"] * 2000, [f"  {p.upper()} " for p in prompts], [1] * 2000).split_by_prompt(0.1)[1]
+    assert [p.strip().lower() for p in shouted.prompts] == list(held_out.prompts)
+    assert table.split_by_prompt(0.1, seed=1)[1].prompts != held_out.prompts
+    with pytest.raises(ValueError, match=r"held_out_fraction must be in \[0, 1\], got 2"):
+        table.split_by_prompt(2)
+
+
+def test_a_camera_s_orientation_is_applied(tmp_path):
+    picture, exif = Image.new("RGB", (6, 4), "red"), Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (4, 6)
+
+
 def test_a_written_table_reads_back_the_same(folder):
     table = make_feedback([folder / "a.png", folder / "b.png"], ['says "hi"', "$5, <b>"], ["like", 0], [3, 3])
     back = read_feedback(write_feedback(table, folder / "out.csv"))
@@ -79,6 +225,10 @@ def test_a_written_table_reads_back_the_same(folder):
         ("image,prompt,liked\n,x,1\n", ValueError, "row 1: image must be a file name, got ''"),
         ("image,prompt,liked\n", ValueError, "holds no feedback"),
         ("", ValueError, "cannot be read as CSV"),
+        ("image,file_name,prompt,liked\na.png,a.png,x,1\n", ValueError, "two columns for image: image and file_name"),
+        ("image,prompt,liked,pair_id\na.png,x,1,7\nb.png,x,0,\n", ValueError, "row 2: pair_id must be an integer"),
+        ("image,prompt,split\na.png,x,exclusive\n", ValueError, "row 1: split must be one of exclusive_win, inter"),
+        ("image,prompt,rank\na.png,x,first\n", ValueError, "row 1: rank must be a number, 1 for the best, got 'first'"),
     ],
 )
 def test_bad_files_are_named_in_one_sentence(folder, text, error, sentence):
@@ -91,7 +241,7 @@ def test_missing_source_and_unknown_suffix_and_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_feedback(tmp_path / "nothing.csv")
     (tmp_path / "likes.xlsx").write_text("x")
-    with pytest.raises(ValueError, match=r"must be a \.csv, \.jsonl or \.parquet file"):
+    with pytest.raises(ValueError, match=r"must be a \.csv, \.jsonl, \.parquet or \.json file"):
         read_feedback(tmp_path / "likes.xlsx")
     (tmp_path / "liked").mkdir()
     with pytest.raises(ValueError, match="disliked/ is missing"):
@@ -144,15 +294,24 @@ def test_the_sampler_draws_classes_at_gamma_and_rows_evenly():
     rows = np.concatenate([sampler.rows(step, 50) for step in range(200)])
     share = is_desirable[rows].mean()
     assert abs(share - 0.8) < 4 * (0.8 * 0.2 / len(rows)) ** 0.5
-    counts = np.bincount(rows[is_desirable[rows]], minlength=5)[:5]
-    assert counts.min() > 0.85 * counts.mean()
+    for members in (rows[is_desirable[rows]], rows[~is_desirable[rows]]):
+        counts = np.bincount(members)[np.unique(members)]
+        expected = len(members) / len(counts)
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert len(counts) in (5, 15) and chi_square < 40  # the 99.9 % quantile at 14 degrees of freedom is 36
 
 
-@given(step=st.integers(0, 10**6), seed=st.integers(0, 2**32 - 1))
-def test_a_draw_depends_only_on_seed_and_step(step, seed):
+@given(step=st.integers(0, 10**6), seed=st.integers(0, 2**32 - 1), size=st.integers(1, 16))
+def test_a_draw_depends_only_on_seed_step_and_place(step, seed, size):
     is_desirable = np.arange(9) % 2 == 0
-    one, two = (BiasedSampler(is_desirable, 0.5, seed).rows(step, 8) for _ in range(2))
-    assert (one == two).all() and one.min() >= 0 and one.max() < 9
+    one, two = (BiasedSampler(is_desirable, 0.5, seed).rows(step, n) for n in (size, 16))
+    assert (one == two[:size]).all() and one.min() >= 0 and one.max() < 9
+
+
+@given(st.integers(1, 2**53 - 1), st.integers(1, 10**7))
+def test_the_last_place_is_never_beyond_the_class(numerator, members):
+    """The generator gives multiples of 2^-53 below 1; times the size of a class they round to a valid place."""
+    assert 0 <= int(numerator / 2**53 * members) < members
 
 
 def test_steps_and_seeds_differ():

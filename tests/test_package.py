@@ -12,9 +12,10 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-    ("utilities", "records", "progress", "quiet"),
-    ("losses", "metrics"),
+    ("utilities", "records", "progress", "quiet", "votes"),
+    ("losses", "metrics", "sources"),
     ("feedback", "config", "plotting"),
+    ("pairs",),
     ("models",),
     ("prepare", "notebooks"),
     ("trainer", "generate", "launch"),

@@ -1,0 +1,195 @@
+"""Comparisons to single likes: who won, what a tie says, and which images count as liked (paper 5.1.1, C.1).
+
+Pairs (Pick-a-Pic) and rankings (HPDv2, ImageRewardDB) both become votes: image_0, image_1, prompt and label_0, which
+is 1 if image_0 was preferred, 0 if image_1 was and 0.5 for a tie. `likes_from_votes` then applies a stated rule.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+PARTITIONS = {
+    "at_least_once": "liked if preferred at least once (paper 5.1.1)",
+    "always": "liked if preferred in every comparison (paper C.1)",
+    "mostly": "liked if preferred more often than not",
+}
+TIE_RULES = {
+    "ignore": "a tie says nothing; an image that has only ties is left out",
+    "liked": "a tie counts as preferred, for both images",
+    "disliked": "a tie counts as not preferred, for both images",
+}
+PAPER_COUNTS = {"desirable": 237_530, "undesirable": 690_538}
+"""Images of the whole Pick-a-Pic v2 under "at_least_once" (Appendix A.1); the paper tells no tie rule."""
+AUTHORS_SPLITS = {"exclusive_win": (True, True), "intersections": (True, False), "exclusive_lose": (False, False)}
+"""The `split` column of the authors' own table: liked under "at_least_once", liked under "always"."""
+
+
+@dataclass(frozen=True)
+class Likes:
+    """What votes say of single images.
+
+    Attributes:
+        images: (N,) str, as named by the votes, in the order of first appearance.
+        prompts: (N,) str.
+        is_desirable: (N,) bool.
+        pairs: (P, 2) int64, rows of the preferred and the other image of each decided comparison.
+        counts: what came in and what came out, with the rules in words.
+    """
+
+    images: np.ndarray
+    prompts: np.ndarray
+    is_desirable: np.ndarray
+    pairs: np.ndarray
+    counts: dict
+
+
+def check_rule(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuse an unknown rule by name."""
+    if value not in (known := list(known)):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties: str = "ignore") -> Likes:
+    """Turn comparisons into likes of single images, each image once (paper 5.1.1).
+
+    Args:
+        votes: columns image_0, image_1, prompt (str) and label_0 (1, 0, or 0.5 for a tie).
+        partition: a rule of `PARTITIONS`; the paper's choice is "at_least_once".
+        ties: a rule of `TIE_RULES`.
+
+    Raises:
+        ValueError: if a rule is unknown.
+
+    >>> votes = pd.DataFrame({"image_0": ["a", "b"], "image_1": ["b", "c"], "prompt": "x", "label_0": [1.0, 1.0]})
+    >>> for rule in PARTITIONS:
+    ...     likes = likes_from_votes(votes, rule)
+    ...     print(rule, dict(zip(likes.images.tolist(), likes.is_desirable.tolist())))
+    at_least_once {'a': True, 'b': True, 'c': False}
+    always {'a': True, 'b': False, 'c': False}
+    mostly {'a': True, 'b': False, 'c': False}
+    """
+    check_rule("partition", partition, PARTITIONS)
+    check_rule("ties", ties, TIE_RULES)
+    label = votes["label_0"].to_numpy(float)
+    sides = np.stack([votes["image_0"].to_numpy(object), votes["image_1"].to_numpy(object)], 1)  # (V, 2)
+    codes, images = pd.factorize(sides.reshape(-1))
+    first, second = codes.reshape(-1, 2).T
+    won, lost, tied = (
+        np.bincount(first, at, len(images)) + np.bincount(second, opposite, len(images))
+        for at, opposite in ((label == 1, label == 0), (label == 0, label == 1), (label == 0.5, label == 0.5))
+    )
+    prompt_codes, prompts = pd.factorize(votes["prompt"].to_numpy(object))
+    prompt_of = np.empty(len(images), np.int64)
+    prompt_of[codes[::-1]] = np.repeat(prompt_codes, 2)[::-1]  # the first appearance is written last
+    several_prompts = len(set(codes[prompt_of[codes] != np.repeat(prompt_codes, 2)].tolist()))
+    if ties != "ignore":
+        won, lost = (won + tied, lost) if ties == "liked" else (won, lost + tied)
+    kept = won + lost > 0
+    liked = {"at_least_once": won > 0, "always": (won > 0) & (lost == 0), "mostly": won > lost}
+    row_of = np.cumsum(kept) - 1
+    decided = label != 0.5
+    pairs = np.where((label == 1)[:, None], np.stack([first, second], 1), np.stack([second, first], 1))[decided]
+    chosen = liked[partition][kept]
+    counts = {
+        "comparisons": len(votes),
+        "ties": int((~decided).sum()),
+        "ties_rule": TIE_RULES[ties],
+        "images": len(images),
+        "duplicates_by_name": len(codes) - len(images),
+        "images_left_out": int((~kept).sum()),
+        "images_with_several_prompts": several_prompts,
+        "prompts": len(prompts),
+        "partition": PARTITIONS[partition],
+        "desirable": int(chosen.sum()),
+        "undesirable": int((~chosen).sum()),
+    }
+    for name, values in liked.items():
+        counts[f"desirable/{name}"] = int(values[kept].sum())
+    return Likes(images[kept], prompts[prompt_of[kept]], chosen, row_of[pairs], counts)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Images of one prompt with how good each was found; higher is better, equal is a tie."""
+
+    prompt: str
+    images: tuple[str, ...]
+    goodness: tuple[float, ...]
+
+
+def votes_from_rankings(rankings: Iterable[Ranking]) -> pd.DataFrame:
+    """Every pair within a ranking as a vote: n images make n (n - 1) / 2 comparisons.
+
+    >>> votes_from_rankings([Ranking("x", ("a", "b", "c"), (2.0, 1.0, 1.0))]).to_numpy().tolist()
+    [['a', 'b', 'x', 1.0], ['a', 'c', 'x', 1.0], ['b', 'c', 'x', 0.5]]
+    """
+    rows = []
+    for ranking in rankings:
+        for i, j in combinations(range(len(ranking.images)), 2):
+            gap = ranking.goodness[i] - ranking.goodness[j]
+            rows.append((ranking.images[i], ranking.images[j], ranking.prompt, 0.5 * (1 + np.sign(gap))))
+    return pd.DataFrame(rows, columns=["image_0", "image_1", "prompt", "label_0"])
+
+
+IMAGE_KEYS = ("images", "image_path", "file_path")
+GOODNESS_KEYS = {"scores": 1.0, "human_preference": 1.0, "rank": -1.0, "ranks": -1.0}
+"""Name of the list in an entry, and its sign: a rank of 1 is the best, a higher score is better."""
+
+
+def read_rankings(path: Path) -> Iterator[Ranking]:
+    """Rankings from a .json list as HPDv2's, one entry per prompt, or from the rows of a data frame file.
+
+    An entry holds `prompt`, the image files (`images`, `image_path` or `file_path`) and what was found good: `rank` or
+    `ranks` (1 is the best), `human_preference` (1 for the preferred one), or `scores` (higher is better).
+
+    Raises:
+        ValueError: if an entry lacks one of them, or has lists of unequal length; the sentence names the entry.
+    """
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a list of rankings, got {type(entries).__name__}")
+    for number, entry in enumerate(entries, 1):
+        yield _ranking(entry, f"{path.name}, entry {number}")
+
+
+def _ranking(entry: object, where: str) -> Ranking:
+    entry = entry if isinstance(entry, dict) else {}
+    images = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
+    key = next((key for key in GOODNESS_KEYS if key in entry), None)
+    if not isinstance(entry.get("prompt"), str) or not isinstance(images, list) or key is None:
+        raise ValueError(
+            f"{where} needs prompt, one of {', '.join(IMAGE_KEYS)} and one of {', '.join(GOODNESS_KEYS)}; "
+            f"found: {', '.join(entry) or 'nothing'}"
+        )
+    values = entry[key]
+    if not isinstance(values, list) or len(values) != len(images):
+        got = len(values) if isinstance(values, list) else type(values).__name__
+        raise ValueError(f"{where}: {key} must be a list of {len(images)} numbers, one per image, got {got}")
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        raise ValueError(f"{where}: {key} must be finite numbers, got {values!r}")
+    return Ranking(entry["prompt"], tuple(images), tuple(GOODNESS_KEYS[key] * value for value in values))
+
+
+def group_rankings(frame: pd.DataFrame, where: str) -> Iterator[Ranking]:
+    """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known.
+
+    Raises:
+        ValueError: if a rank is no number; the sentence names the row.
+    """
+    ranks = pd.to_numeric(frame["rank"], errors="coerce").to_numpy(float)
+    if not np.isfinite(ranks).all():
+        row = int(np.flatnonzero(~np.isfinite(ranks))[0])
+        raise ValueError(
+            f"{where}, row {row + 1}: rank must be a number, 1 for the best, got {frame['rank'].iloc[row]!r}"
+        )
+    by = "prompt_id" if "prompt_id" in frame else "prompt"
+    for _, rows in frame.assign(rank=ranks).groupby(by, sort=False):
+        yield Ranking(rows["prompt"].iloc[0], tuple(rows["image"]), tuple(-rows["rank"]))
