@@ -17,6 +17,7 @@ ROOMS = (
     ("feedback", "config", "plotting"),
     ("models",),
     ("prepare", "notebooks"),
+    ("batches", "checkpoints"),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
     ("evaluate",),
