@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -21,6 +22,8 @@ class Prepare:
     """"small-world", a diffusers pipeline folder, or a hub id."""
     batch_size: int = 16
     """Images per pass of the VAE."""
+    csft: Literal["prefix", "negative"] | None = None
+    """Also encode the prompts for `dkto train --objective csft`, in this style."""
 
     def run(self) -> None:
         from dkto.feedback import read_feedback
@@ -28,7 +31,8 @@ class Prepare:
 
         table = read_feedback(self.feedback)
         print(table)
-        print(f"encoded in {prepare_feedback(table, self.output_dir, self.model, batch_size=self.batch_size)}")
+        folder = prepare_feedback(table, self.output_dir, self.model, batch_size=self.batch_size, csft=self.csft)
+        print(f"encoded in {folder}")
 
 
 @dataclass(frozen=True)

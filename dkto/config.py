@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-Objective = Literal["kto", "sft"]
+Objective = Literal["kto", "dpo", "sft", "sft_all", "csft"]
+CsftStyle = Literal["prefix", "negative"]
 Estimator = Literal["batch", "unrelated", "per_class", "zero"]
 
 
@@ -25,13 +26,18 @@ class TrainConfig:
     model: str = "small-world"
     """"small-world", a diffusers pipeline folder, or a hub id; must be the model the data were prepared with."""
     objective: Objective = "kto"
-    """kto (paper eq. 14-15) or sft on the liked images (eq. 3)."""
+    """kto (paper eq. 14-15); dpo on pairs (eq. 8; beta has no half here, so the published 5000 is 2500); sft on the
+    liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2)."""
+    csft_style: CsftStyle = "prefix"
+    """For csft: prefix ("good image, " / "bad image, ", the paper) or negative ("Weird image. " on disliked ones)."""
     utility: str = "kahneman_tversky"
     """Name in dkto.utilities.UTILITIES; the paper's choice is kahneman_tversky."""
     beta: float = 5000.0
     """Reward scale, multiplies the mean-squared-error gap. Paper 5000; the released script's default is 1000."""
     desirable_fraction: float = 0.8
-    """gamma, the chance that a drawn sample is a liked one. Paper 0.8; the released script's default is 0.5."""
+    """gamma, the chance that a drawn sample is a liked one, for kto. Paper 0.8; the released default is 0.5."""
+    prompt_dropout: float = 0.0
+    """Chance that a sample's prompt is replaced by the empty one. Paper silent; the released code 0.2."""
     estimator: Estimator = "batch"
     """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
     clamp: bool = True
@@ -49,7 +55,9 @@ class TrainConfig:
     max_train_steps: int = 10_000
     """Optimiser steps. Paper 10,000; the released example 20,000."""
     batch_size: int = 32
-    """Samples per step over all processes. Paper 32 (16 GPUs x 2)."""
+    """Samples per step over all processes; dpo counts both sides of a pair. Paper 32 (16 GPUs x 2)."""
+    gradient_accumulation: int = 1
+    """Micro-batches that a step is split into; the reference point is the mean over one of them. Paper 1."""
     weight_decay: float = 0.01
     """AdamW weight decay, 1/step relative to the rate."""
     max_grad_norm: float = 1.0
@@ -67,20 +75,37 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("beta", "learning_rate", "max_train_steps", "batch_size", "desirable_weight", "undesirable_weight")
-        positive += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
+        positive += ("gradient_accumulation", "max_grad_norm", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("lora_rank", "warmup_steps", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
-        if not 0 <= self.desirable_fraction <= 1:
-            raise ValueError(f"desirable_fraction must be in [0, 1], got {self.desirable_fraction}")
-        for name, known in (("objective", Objective), ("estimator", Estimator)):
+        for name in ("desirable_fraction", "prompt_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name, known in (("objective", Objective), ("estimator", Estimator), ("csft_style", CsftStyle)):
             if getattr(self, name) not in known.__args__:
                 raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {getattr(self, name)!r}")
+        self.samples_per_rank(1)
         object.__setattr__(self, "prepared_dir", Path(self.prepared_dir))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
+
+    def samples_per_rank(self, ranks: int) -> int:
+        """Samples that one process works on at once: batch_size / gradient_accumulation / ranks.
+
+        Raises:
+            ValueError: if that is no whole number, cuts a pair in two, or leaves nobody to borrow a prompt from.
+        """
+        parts = self.gradient_accumulation * ranks
+        unit, what = (2, "2 (dpo's pairs)") if self.objective == "dpo" else (1, "")
+        if self.batch_size % (parts * unit):
+            needed = " x ".join(filter(None, [f"{self.gradient_accumulation} gradient_accumulation", what]))
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {ranks} processes x {needed}")
+        if self.objective == "kto" and self.estimator == "unrelated" and self.batch_size == self.gradient_accumulation:
+            raise ValueError("estimator 'unrelated' needs at least 2 samples in a micro-batch, got 1")
+        return self.batch_size // parts
 
     def to_dict(self) -> dict:
         """Plain values, for run.json."""

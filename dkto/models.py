@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -131,6 +132,10 @@ class StableDiffusion:
             return_tensors="pt",
         )
         return {"encoder_hidden_states": encoder(tokens.input_ids.to(encoder.device))[0]}
+
+    def draw_timesteps(self, rng: np.random.Generator, size: int) -> Tensor:
+        """Uniform timesteps, (size,) int64 in [0, num_train_timesteps)."""
+        return torch.from_numpy(rng.integers(0, self.num_train_timesteps, size))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (paper 3.1), shape of `latents`."""

@@ -4,6 +4,7 @@
       prepared.json            what it was made from: model, sizes, hash of the feedback
       feedback.parquet         image, prompt, is_desirable, pair_id, prompt_id
       prompts.safetensors      the distinct prompts' conditioning, one row each; row 0 is the empty prompt
+      prompts-csft-prefix.safetensors  on demand: as "good image, ..." (first half), as "bad image, ..." (second half)
       latents-00000.safetensors  posterior `mean` and `std` of up to SHARD_ROWS images, float16
 
 Each file is written whole or not at all; a second call does only what is missing.
@@ -28,6 +29,8 @@ from dkto.progress import progress
 from dkto.records import claim
 
 SHARD_ROWS = 512
+# what CSFT writes before the prompt of a liked and of a disliked image: the paper's 5.1.2; HPS v1's released code
+CSFT_PREFIXES = {"prefix": ("good image, ", "bad image, "), "negative": ("", "Weird image. ")}
 
 
 def to_pixel_values(image: Image.Image, size: int) -> Tensor:
@@ -59,7 +62,12 @@ def model_fingerprint(model: StableDiffusion) -> str:
 
 
 def prepare_feedback(
-    feedback: FeedbackTable, output_dir: str | Path, model: str = "small-world", *, batch_size: int = 16
+    feedback: FeedbackTable,
+    output_dir: str | Path,
+    model: str = "small-world",
+    *,
+    batch_size: int = 16,
+    csft: str | None = None,
 ) -> Path:
     """Encode the images and prompts of a feedback table with a model's VAE and text encoder.
 
@@ -68,6 +76,8 @@ def prepare_feedback(
         output_dir: folder for the encoded data; completed shards in it are kept.
         model: "small-world", a diffusers pipeline folder or a hub id.
         batch_size: images per pass of the VAE.
+        csft: also encode the prompts for the objective "csft", in a style of `CSFT_PREFIXES`; may be asked
+            for later as well.
 
     Returns:
         `output_dir`.
@@ -76,6 +86,8 @@ def prepare_feedback(
         ValueError: if an image cannot be read (the sentence names it), or the folder holds the
             encoding of other feedback or of another model.
     """
+    if csft is not None and csft not in CSFT_PREFIXES:
+        raise ValueError(f"csft must be one of {', '.join(CSFT_PREFIXES)}, got {csft!r}")
     loaded, output_dir = load_model(model), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {
@@ -92,6 +104,9 @@ def prepare_feedback(
     if not (output_dir / "prompts.safetensors").exists():
         conditioning = _encode_prompts(loaded, prompts)
         write_atomically(output_dir / "prompts.safetensors", lambda path: save_file(conditioning, path))
+    if csft is not None and not _csft_path(output_dir, csft).exists():
+        prefixed = _encode_prompts(loaded, [prefix + prompt for prefix in CSFT_PREFIXES[csft] for prompt in prompts])
+        write_atomically(_csft_path(output_dir, csft), lambda path: save_file(prefixed, path))
     starts = [s for s in range(0, len(feedback), SHARD_ROWS) if not _shard_path(output_dir, s).exists()]
     vae = loaded.load_vae() if starts else None
     for start in progress(starts, desc="encoding images", unit="shard"):
@@ -124,9 +139,11 @@ class PreparedFeedback:
         ]
         if missing:
             raise FileNotFoundError(f"{self.folder} is not complete ({missing[0]} is missing): run prepare again")
-        frame = pd.read_parquet(self.folder / "feedback.parquet", columns=["is_desirable", "prompt_id"])
+        frame = pd.read_parquet(self.folder / "feedback.parquet", columns=["is_desirable", "prompt_id", "pair_id"])
         self.is_desirable = frame["is_desirable"].to_numpy(bool)
         self.prompt_ids = frame["prompt_id"].to_numpy(np.int64)
+        self.pairs = _pair_rows(frame["pair_id"].to_numpy(np.int64), self.is_desirable)
+        self._csft: dict[str, dict[str, Tensor]] = {}
         self._conditioning = load_file(self.folder / "prompts.safetensors")
         self._shards: dict[int, safe_open] = {}
 
@@ -139,10 +156,35 @@ class PreparedFeedback:
         mean, std = (torch.stack(parts).float() for parts in zip(*pairs, strict=True))
         return mean, std
 
-    def conditioning(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The prompts' conditioning of some rows, first dimension B."""
-        ids = torch.from_numpy(self.prompt_ids[rows])
-        return {name: values[ids].float() for name, values in self._conditioning.items()}
+    def conditioning(
+        self, rows: np.ndarray, dropped: np.ndarray | None = None, *, csft: str | None = None
+    ) -> dict[str, Tensor]:
+        """The prompts' conditioning of some rows, first dimension B.
+
+        Args:
+            rows: (B,) row numbers.
+            dropped: (B,) bool, rows that get the empty prompt instead.
+            csft: style of `CSFT_PREFIXES`: the like is written into the prompt.
+
+        Raises:
+            FileNotFoundError: if the prefixed prompts were not prepared.
+        """
+        dropped = np.zeros(len(rows), bool) if dropped is None else dropped
+        ids = np.where(dropped, 0, self.prompt_ids[rows])
+        if csft is None:
+            return {name: values[torch.from_numpy(ids)].float() for name, values in self._conditioning.items()}
+        if csft not in self._csft:
+            if not (path := _csft_path(self.folder, csft)).exists():
+                raise FileNotFoundError(f"{path} is missing: run prepare again with csft={csft!r}")
+            self._csft[csft] = load_file(path)
+        where, plain = torch.from_numpy(dropped), torch.from_numpy(ids)
+        found = {}
+        for name, values in self._csft[csft].items():
+            prefixed = torch.from_numpy(np.where(self.is_desirable[rows], ids, ids + len(values) // 2))
+            chosen = values[prefixed].float()
+            chosen[where] = self._conditioning[name][plain[where]].float()
+            found[name] = chosen
+        return found
 
     def _row(self, row: int) -> tuple[Tensor, Tensor]:
         number, offset = divmod(row, SHARD_ROWS)
@@ -154,6 +196,17 @@ class PreparedFeedback:
 
 def _shard_path(folder: Path, start: int) -> Path:
     return folder / f"latents-{start // SHARD_ROWS:05d}.safetensors"
+
+
+def _csft_path(folder: Path, style: str) -> Path:
+    return folder / f"prompts-csft-{style}.safetensors"
+
+
+def _pair_rows(pair_ids: np.ndarray, is_desirable: np.ndarray) -> np.ndarray:
+    """(P, 2) rows (chosen, rejected) of the pairs with one liked and one disliked side."""
+    sides = pd.DataFrame({"pair_id": pair_ids, "row": np.arange(len(pair_ids))})[pair_ids >= 0]
+    liked = is_desirable[pair_ids >= 0]
+    return sides[liked].merge(sides[~liked], on="pair_id")[["row_x", "row_y"]].to_numpy(np.int64)
 
 
 def _feedback_hash(feedback: FeedbackTable) -> str:

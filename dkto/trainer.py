@@ -4,90 +4,37 @@
         ...   # log it, plot it, or stop
 
 One step: draw rows with the biased sampler, noise them, predict with policy and reference on the
-same noise and timestep, and let `dkto.losses` turn the two errors into a loss. Every random number
-depends only on (seed, step, index in the global batch), so a resumed run repeats what an
-uninterrupted one does, and the number of processes does not change the batch.
+same noise and timestep, and let `dkto.losses` turn the two errors into a loss. Losses and reference
+point are means over the global batch, so the number of processes changes neither.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dkto.batches import Batch, GlobalBatches
+from dkto.checkpoints import CheckpointStore
 from dkto.config import TrainConfig
-from dkto.feedback import BiasedSampler
 from dkto.losses import (
     denoising_error,
+    dpo_loss,
+    effective_weight,
     implicit_reward,
     kto_loss,
     reference_point,
     sft_loss,
 )
 from dkto.metrics import implicit_accuracy
-from dkto.models import (
-    PolicyAndReference,
-    StableDiffusion,
-    load_model,
-    make_policy,
-    read_weights,
-    write_weights,
-)
+from dkto.models import PolicyAndReference, StableDiffusion, load_model, make_policy
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
-from dkto.records import git_commit, hardware, keep_records, versions, write_json
+from dkto.records import keep_records
 from dkto.utilities import Utility, get_utility
-
-NOISE_STREAM = 1  # the sampler draws from stream 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rank works on in one step; B is its share of the global batch."""
-
-    noisy_latents: Tensor  # (B, C, h, w)
-    target: Tensor  # (B, C, h, w)
-    timesteps: Tensor  # (B,)
-    conditioning: dict[str, Tensor]  # each (B, ...)
-    is_desirable: Tensor  # (B,) bool
-
-
-def draw_batch(
-    data: PreparedFeedback, sampler: BiasedSampler, model: StableDiffusion, step: int, size: int, share: slice
-) -> Batch:
-    """One rank's share of the global batch of a step: latents from their posterior, noise, timesteps."""
-    rows = sampler.rows(step, size)
-    rng = np.random.Generator(np.random.Philox(key=sampler.seed, counter=[0, 0, NOISE_STREAM, step]))
-    timesteps = torch.from_numpy(rng.integers(0, model.num_train_timesteps, size))[share]
-    mean, std = data.latents(rows[share])
-    shape = (size, *mean.shape[1:])
-    posterior_noise, noise = (torch.from_numpy(rng.standard_normal(shape, np.float32))[share] for _ in range(2))
-    latents = mean + std * posterior_noise
-    return Batch(
-        noisy_latents=model.add_noise(latents, noise, timesteps),
-        target=model.target(latents, noise, timesteps),
-        timesteps=timesteps,
-        conditioning=data.conditioning(rows[share]),
-        is_desirable=torch.from_numpy(data.is_desirable[rows[share]]),
-    )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on another device."""
-    return Batch(
-        batch.noisy_latents.to(device),
-        batch.target.to(device),
-        batch.timesteps.to(device),
-        {name: value.to(device) for name, value in batch.conditioning.items()},
-        batch.is_desirable.to(device),
-    )
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -99,36 +46,33 @@ def train(config: TrainConfig) -> Iterator[dict]:
     """Train and yield one record per optimiser step.
 
     A run whose output folder holds checkpoints of the same configuration goes on from the last one;
-    one that is finished yields nothing.
+    one that is finished yields nothing. A step whose loss or gradient is not finite changes nothing,
+    leaves no record and is counted.
     At the end the folder holds `metrics.jsonl`, `run.json` and the weights for plain diffusers:
     `model/`, a whole pipeline, after full fine-tuning; `lora/` after training adapters.
 
     Raises:
         ValueError: if the feedback was prepared with another model, has one class only while both
-            are asked for, the utility is unknown, or the folder belongs to another configuration.
-        FloatingPointError: after `max_bad_steps` steps in a row with a non-finite loss.
+            are asked for, has no pairs for "dpo", the utility is unknown, or the folder belongs to
+            another configuration.
+        FloatingPointError: after `max_bad_steps` steps in a row with a non-finite loss or gradient.
     """
     utility = get_utility(config.utility)
     store = CheckpointStore(config)
     if store.is_finished():
         return
     model = load_model(config.model)
-    data = PreparedFeedback(config.prepared_dir, model)
-    gamma = 1.0 if config.objective == "sft" else config.desirable_fraction
-    sampler = BiasedSampler(data.is_desirable, gamma, config.seed)
+    batches = GlobalBatches(config, PreparedFeedback(config.prepared_dir, model), model)
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)  # cpu=True makes gloo ranks
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of {accelerator.num_processes} processes")
-    per_rank = config.batch_size // accelerator.num_processes
-    share = slice(accelerator.process_index * per_rank, (accelerator.process_index + 1) * per_rank)
+    config.samples_per_rank(accelerator.num_processes)
+    rank = (accelerator.process_index, accelerator.num_processes)
     pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
     pair.policy.to(accelerator.device)
     if pair.reference is not None:
         pair.reference.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        list(pair.trainable().values()), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    parameters = list(pair.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     first_step = store.restore(pair, optimizer)
     policy, prepared_optimizer = accelerator.prepare(pair.policy, optimizer)
     began, bad_steps = time.monotonic(), 0
@@ -140,39 +84,44 @@ def train(config: TrainConfig) -> Iterator[dict]:
         step_began = time.monotonic()
         for group in prepared_optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        batch = to_device(draw_batch(data, sampler, model, step, config.batch_size, share), accelerator.device)
-        with accelerator.autocast():
-            errors = denoising_errors(model, policy, pair, batch)
-            unrelated = unrelated_errors(model, policy, pair, batch) if config.estimator == "unrelated" else None
-        loss, measured = objective(config, utility, errors, unrelated, batch, accelerator)
-        if not bool(torch.isfinite(accelerator.reduce(loss.detach(), "mean"))):
-            bad_steps += 1
+        tables = []
+        for micro in range(config.gradient_accumulation):
+            batch = batches.draw(step, micro, *rank).to(accelerator.device)
+            last = micro + 1 == config.gradient_accumulation
+            with nullcontext() if last else accelerator.no_sync(policy):
+                errors, unrelated = denoising_errors(model, policy, pair, batch, accelerator)
+                loss, table = objective(config, utility, errors, unrelated, batch, accelerator)
+                accelerator.backward(loss / config.gradient_accumulation)
+            tables.append(table)
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+        table = accelerator.gather(torch.cat(tables, 1).T.contiguous()).T.cpu()
+        if bool(torch.isfinite(table).all()) and grad_norm < float("inf"):
+            bad_steps = 0
+            prepared_optimizer.step()
             prepared_optimizer.zero_grad()
+            record = {
+                "global_step": step + 1,
+                **measures(config, table),
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate_at(step, config),
+                "samples_per_second": config.batch_size / (time.monotonic() - step_began),
+            }
+        else:
+            prepared_optimizer.zero_grad()
+            record, bad_steps = None, bad_steps + 1
             if bad_steps >= config.max_bad_steps:
                 raise FloatingPointError(
-                    f"loss was not finite for {bad_steps} steps in a row, last at step {step + 1}; "
+                    f"loss or gradient was not finite for {bad_steps} steps in a row, last at step {step + 1}; "
                     f"the last checkpoint in {config.output_dir} is whole. Lower learning_rate or beta"
                 )
-            continue
-        bad_steps = 0
-        accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(list(pair.trainable().values()), config.max_grad_norm)
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-        seconds = time.monotonic() - step_began
-        record = {
-            "global_step": step + 1,
-            **measured,
-            "grad_norm": float(grad_norm),
-            "learning_rate": learning_rate_at(step, config),
-            "samples_per_second": config.batch_size / seconds,
-        }
         if accelerator.is_main_process:
-            store.append(record)
+            if record is not None:
+                store.append(record)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps:
                 store.save(pair, optimizer, step + 1)
         accelerator.wait_for_everyone()
-        yield record
+        if record is not None:
+            yield record
     if accelerator.is_main_process:
         store.finish(pair, model, time.monotonic() - began)
 
@@ -186,161 +135,103 @@ def run_training(config: TrainConfig) -> Path:
     return config.output_dir
 
 
+Errors = tuple[Tensor, Tensor]  # policy's and reference's denoising error, each (B,)
+
+
 def denoising_errors(
-    model: StableDiffusion, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Errors of policy and reference on the same noise and timestep, each (B,) mean squared error."""
-    inputs = (batch.noisy_latents, batch.timesteps, batch.conditioning)
+    model: StableDiffusion, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch, accelerator: Accelerator
+) -> tuple[Errors, Errors | None]:
+    """Errors of policy and reference on the same noise and timestep, and the same under another sample's
+    prompt if the batch carries one (paper 4.1; without gradient)."""
+
+    def error(module: torch.nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
+        # a context of its own for each pass: within one, weights cast under no_grad would be met again with no gradient
+        with accelerator.autocast():
+            return denoising_error(
+                model.predict(module, batch.noisy_latents, batch.timesteps, conditioning), batch.target
+            )
+
+    unrelated = None
     with pair.as_reference() as reference:
-        reference_error = denoising_error(model.predict(reference, *inputs), batch.target)
-    policy_error = denoising_error(model.predict(policy, *inputs), batch.target)
-    return policy_error, reference_error
+        reference_error = error(reference, batch.conditioning)
+        if batch.unrelated is not None:
+            unrelated_reference = error(reference, batch.unrelated)
+    if batch.unrelated is not None:
+        with torch.no_grad():
+            unrelated = error(policy, batch.unrelated), unrelated_reference
+    return (error(policy, batch.conditioning), reference_error), unrelated
 
 
-@torch.no_grad()
-def unrelated_errors(
-    model: StableDiffusion, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Errors on the same noisy latents under another sample's prompt: prompts rolled by one (paper 4.1)."""
-    if len(batch.timesteps) < 2:
-        raise ValueError("estimator 'unrelated' needs at least 2 samples per process, got 1")
-    rolled = {name: value.roll(1, 0) for name, value in batch.conditioning.items()}
-    return denoising_errors(model, policy, pair, replace(batch, conditioning=rolled))
+ROWS = ("reward", "is_desirable", "policy_error", "loss", "reference_point", "utility_slope")
 
 
 def objective(
     config: TrainConfig,
     utility: Utility,
-    errors: tuple[Tensor, Tensor],
-    unrelated: tuple[Tensor, Tensor] | None,
+    errors: Errors,
+    unrelated: Errors | None,
     batch: Batch,
     accelerator: Accelerator,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one rank's share and the measures of the whole global batch.
+) -> tuple[Tensor, Tensor]:
+    """The loss of one rank's share: its mean over the ranks is the loss of the global micro-batch.
 
     Args:
         errors: policy's and reference's denoising error, each (B,).
         unrelated: the same under mismatched prompts, for the estimator of that name.
+
+    Returns:
+        The loss, and (len(ROWS), B) without gradient, from which `measures` are taken.
     """
-    policy_error = errors[0]
     reward = implicit_reward(*errors, config.beta)
-    point = reference_point(
-        reward,
-        config.estimator,
-        is_desirable=batch.is_desirable,
-        unrelated_reward=None if unrelated is None else implicit_reward(*unrelated, config.beta),
-        clamp=config.clamp,
-        reduce=lambda sums: accelerator.reduce(sums, "sum"),
-    )
-    if config.objective == "sft":
-        loss = sft_loss(policy_error, batch.is_desirable)
-    else:
-        loss = kto_loss(
+    point, slope = torch.zeros_like(reward[0]), torch.ones_like(reward)
+    if config.objective == "kto":
+        point = reference_point(
             reward,
-            batch.is_desirable,
-            point,
-            utility,
-            desirable_weight=config.desirable_weight,
-            undesirable_weight=config.undesirable_weight,
+            config.estimator,
+            is_desirable=batch.is_desirable,
+            unrelated_reward=None if unrelated is None else implicit_reward(*unrelated, config.beta),
+            clamp=config.clamp,
+            reduce=lambda sums: accelerator.reduce(sums, "sum"),
         )
-    rewards, liked, errors = accelerator.gather((reward.detach(), batch.is_desirable, policy_error.detach()))
-    measures = {
-        "loss": float(accelerator.reduce(loss.detach(), "mean")),
-        "policy_error": float(errors.mean()),
-        "reference_point": float(point),
-        "mean_abs_reward": float(rewards.abs().mean()),
-        "implicit_accuracy/sample": float(implicit_accuracy(rewards, liked, definition="sample")),
-        "implicit_accuracy/sample_centred": float(
-            implicit_accuracy(rewards, liked, definition="sample_centred", reference_point=point)
-        ),
+        weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+        loss = kto_loss(reward, batch.is_desirable, point, utility, **weights)
+        slope = effective_weight(reward, batch.is_desirable, point, utility, **weights).abs()
+    elif config.objective == "dpo":
+        chosen, rejected = reward[0::2], reward[1::2]
+        loss = dpo_loss(chosen, rejected)
+        slope = torch.sigmoid(rejected - chosen).repeat_interleave(2)
+    else:
+        loss = sft_loss(errors[0])  # the sampler has drawn what counts
+    columns = (reward, batch.is_desirable, errors[0], loss, point, slope)
+    return loss, torch.stack([value.detach().to(reward.dtype).expand_as(reward) for value in columns])
+
+
+def measures(config: TrainConfig, table: Tensor) -> dict[str, float]:
+    """What a step's record says of the global batch.
+
+    Args:
+        table: (len(ROWS), batch_size), from `objective`, over all ranks and micro-batches.
+    """
+    reward, liked, policy_error, loss, point, slope = table
+    liked = liked.bool()
+    values = {
+        "loss": loss.mean(),
+        "policy_error": policy_error.mean(),
+        "mean_abs_reward": reward.abs().mean(),
+        "implicit_accuracy/sample": implicit_accuracy(reward, liked, definition="sample"),
     }
-    for name, rows in (("reward/desirable", rewards[liked]), ("reward/undesirable", rewards[~liked])):
-        if len(rows):
-            measures[name] = float(rows.mean())
-    if {"reward/desirable", "reward/undesirable"} <= measures.keys():
-        measures["reward/margin"] = measures["reward/desirable"] - measures["reward/undesirable"]
-    return loss, measures
-
-
-class CheckpointStore:
-    """The files of one run: records, checkpoints that are whole or absent, and the final weights."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.folder = Path(config.output_dir)
-        self.records_path = self.folder / "metrics.jsonl"
-
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
-
-    def is_finished(self) -> bool:
-        """Whether this very configuration was trained to its end here."""
-        path = self.folder / "run.json"
-        if not path.exists():
-            return False
-        about = json.loads(path.read_text())
-        return bool(about.get("finished")) and about["fingerprint"] == self.config.fingerprint()
-
-    def describe(self, num_processes: int, **more) -> None:
-        """Write run.json."""
-        about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint()}
-        about |= {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
-        write_json(self.folder / "run.json", {**about, "num_processes": num_processes, **more})
-
-    def append(self, record: dict) -> None:
-        """Add one record; each line is flushed, so that a viewer sees it at once."""
-        with self.records_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def save(self, pair: PolicyAndReference, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Write `checkpoint-STEP/`: weights in diffusers' layout, optimiser moments, step number."""
-        target = self.folder / f"checkpoint-{step:08d}"
-        part = target.with_name(target.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write_weights(pair, part)
-        save_file(_moments(pair, optimizer), part / "optimizer.safetensors")
-        about = {"global_step": step, "fingerprint": self.config.fingerprint(), "config": self.config.to_dict()}
-        write_json(part / "state.json", about)
-        part.replace(target)
-        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    def restore(self, pair: PolicyAndReference, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last complete checkpoint; returns its step, 0 if there is none."""
-        found = self.checkpoints()
-        if not found:
-            return 0
-        state = json.loads((found[-1] / "state.json").read_text())
-        if state["fingerprint"] != self.config.fingerprint():
-            difference = self.config.difference(state["config"])
-            raise ValueError(f"{found[-1]} belongs to another configuration ({difference}): choose another output_dir")
-        read_weights(pair, found[-1])
-        _restore_moments(pair, optimizer, load_file(found[-1] / "optimizer.safetensors"))
-        return state["global_step"]
-
-    def finish(self, pair: PolicyAndReference, model: StableDiffusion, seconds: float) -> None:
-        """Write the tuned weights for plain diffusers and remove the checkpoints."""
-        if pair.reference is not None:
-            model.write_pipeline(pair.policy, self.folder / "model")
-        else:
-            write_weights(pair, self.folder / "lora")
-        self.describe(num_processes=1, seconds=round(seconds, 2), finished=True)
-        for old in self.checkpoints():
-            shutil.rmtree(old)
-
-
-def _moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state
-    return {
-        f"{name}/{key}": value.contiguous().clone()
-        for name, parameter in pair.trainable().items()
-        for key, value in state[parameter].items()
-    }
-
-
-def _restore_moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    for name, parameter in pair.trainable().items():
-        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": stored[f"{name}/step"], **moments}
+    if config.objective == "kto":
+        values["reference_point"] = point.mean()
+        values["implicit_accuracy/sample_centred"] = implicit_accuracy(reward - point, liked, definition="sample")
+    if config.objective == "dpo":
+        chosen, rejected = reward[0::2], reward[1::2]
+        values["implicit_accuracy/pair"] = implicit_accuracy(chosen, definition="pair", rejected_reward=rejected)
+    if config.objective in ("kto", "dpo"):
+        values["utility_slope"] = slope.mean()
+    if liked.any():
+        values["reward/desirable"] = reward[liked].mean()
+    if not liked.all():
+        values["reward/undesirable"] = reward[~liked].mean()
+    if liked.any() and not liked.all():
+        values["reward/margin"] = values["reward/desirable"] - values["reward/undesirable"]
+    return {name: float(value) for name, value in values.items()}

@@ -116,6 +116,17 @@ def prepared(tmp_path_factory, likes, tiny_pipeline):
     return prepare_feedback(likes, tmp_path_factory.mktemp("prepared"), str(tiny_pipeline))
 
 
+@pytest.fixture(scope="session")
+def paired(tmp_path_factory, likes, tiny_pipeline):
+    """The twelve pictures as six pairs of a bright and a dark one, encoded by the tiny pipeline."""
+    from dkto.feedback import make_feedback
+    from dkto.prepare import prepare_feedback
+
+    prompts = [f"a picture {i // 2 % 3}" for i in range(12)]
+    table = make_feedback(likes.images, prompts, likes.is_desirable.tolist(), pair_ids=[i // 2 for i in range(12)])
+    return prepare_feedback(table, tmp_path_factory.mktemp("paired"), str(tiny_pipeline))
+
+
 @pytest.fixture
 def config(prepared, tiny_pipeline, tmp_path):
     """A short training of the tiny pipeline."""

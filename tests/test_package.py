@@ -18,6 +18,7 @@ ROOMS = (
     ("pairs",),
     ("models",),
     ("prepare", "notebooks"),
+    ("batches", "checkpoints"),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
     ("evaluate",),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,3 +82,30 @@ def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline
     (tmp_path / "prepared.json").write_text(json.dumps(about | {"model": "other"}))
     with pytest.raises(ValueError, match="was prepared with the VAE and text encoder other"):
         PreparedFeedback(tmp_path, model)
+
+
+def test_csft_prompts_carry_the_like_and_may_be_asked_for_later(likes, tiny_pipeline, tmp_path):
+    model = load_model(str(tiny_pipeline))
+    folder = prepare_feedback(likes, tmp_path, str(tiny_pipeline))
+    tokenizer, encoder = model.load_text()
+    for style, (liked, disliked) in {
+        "prefix": ("good image, ", "bad image, "),
+        "negative": ("", "Weird image. "),
+    }.items():
+        prepare_feedback(likes, folder, str(tiny_pipeline), csft=style)
+        rows = np.array([0, 1, 3, 5])
+        found = PreparedFeedback(folder, model).conditioning(rows, np.array([False, False, False, True]), csft=style)
+        texts = [liked + "a picture 0", disliked + "a picture 1", disliked + "a picture 0", ""]
+        expected = model.encode_prompts(tokenizer, encoder, texts)
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="csft must be one of prefix, negative, got 'suffix'"):
+        prepare_feedback(likes, folder, str(tiny_pipeline), csft="suffix")
+
+
+def test_pairs_have_one_liked_and_one_disliked_side(likes, tiny_pipeline, tmp_path):
+    """In a ranking every liked side goes over every disliked one; likes alone and rows without number give none."""
+    numbers = [0, 0, 1, 1, 1, 2, 3, -1, 3, -1, -1, -1]
+    table = replace(likes, pair_ids=np.array(numbers))
+    data = PreparedFeedback(prepare_feedback(table, tmp_path, str(tiny_pipeline)), load_model(str(tiny_pipeline)))
+    assert sorted(map(tuple, data.pairs.tolist())) == [(0, 1), (2, 3), (4, 3)]

@@ -12,12 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from dkto.feedback import BiasedSampler
+from dkto.checkpoints import CheckpointStore
 from dkto.launch import config_arguments, run_trainings
-from dkto.models import load_model
-from dkto.prepare import PreparedFeedback, prepare_feedback
+from dkto.prepare import prepare_feedback
 from dkto.records import read_records
-from dkto.trainer import CheckpointStore, draw_batch, learning_rate_at, run_training, train
+from dkto.trainer import learning_rate_at, run_training, train
 
 MEASURES = {
     "global_step",
@@ -83,8 +82,60 @@ def test_every_estimator_runs(config, estimator):
 
 def test_sft_draws_liked_samples_only(config):
     records = list(train(replace(config, objective="sft", max_train_steps=3)))
-    assert all("reward/undesirable" not in r for r in records)
+    assert all("reward/undesirable" not in r and "reference_point" not in r for r in records)
     assert records[0]["loss"] == pytest.approx(records[0]["policy_error"])
+
+
+def test_sft_on_everything_meets_both_classes(config):
+    records = list(train(replace(config, objective="sft_all", max_train_steps=6)))
+    assert {"reward/desirable", "reward/undesirable"} <= set().union(*records)
+    assert all(r["loss"] == pytest.approx(r["policy_error"]) for r in records)
+
+
+@pytest.mark.parametrize("style", ["prefix", "negative"])
+def test_csft_trains_on_prefixed_prompts(config, likes, tiny_pipeline, style):
+    csft = replace(config, objective="csft", csft_style=style, max_train_steps=3)
+    with pytest.raises(FileNotFoundError, match=f"run prepare again with csft='{style}'"):
+        next(train(replace(csft, prepared_dir=prepare_feedback(likes, config.output_dir / "p", str(tiny_pipeline)))))
+    prepare_feedback(likes, config.output_dir / "p", str(tiny_pipeline), csft=style)
+    csft = replace(csft, prepared_dir=config.output_dir / "p")
+    records = list(train(csft))
+    plain = list(train(replace(csft, objective="sft_all", output_dir=config.output_dir / "plain")))
+    assert records[0]["policy_error"] != plain[0]["policy_error"]
+    assert records[0]["policy_error"] == pytest.approx(plain[0]["policy_error"], rel=0.05)
+
+
+def test_dpo_learns_on_pairs(config, paired):
+    records = list(train(replace(config, prepared_dir=paired, objective="dpo", max_train_steps=6)))
+    assert records[0]["loss"] == pytest.approx(np.log(2)) and records[0]["implicit_accuracy/pair"] == 0.5
+    assert records[0]["utility_slope"] == pytest.approx(0.5)
+    assert all(record["reward/margin"] > 0 for record in records[1:])
+
+
+def test_dpo_without_pairs_is_refused(config):
+    with pytest.raises(ValueError, match="objective 'dpo' needs pairs, but no liked and disliked image of"):
+        next(train(replace(config, objective="dpo")))
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_micro_batches_add_up_to_the_whole_step(config, paired, objective):
+    """With a reference point that does not hang on the micro-batch, splitting a step changes rounding only."""
+    config = replace(config, prepared_dir=paired, objective=objective, estimator="zero", beta=5.0)
+    whole = list(train(config))
+    split = list(train(replace(config, gradient_accumulation=2, output_dir=config.output_dir.with_name("split"))))
+    for one, two in zip(whole, split, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_prompt_dropout_trains_on_the_empty_prompt(config):
+    with_prompt, without = (
+        list(
+            train(replace(config, prompt_dropout=p, max_train_steps=2, output_dir=config.output_dir.with_name(str(p))))
+        )
+        for p in (0.0, 1.0)
+    )
+    assert with_prompt[0]["policy_error"] != without[0]["policy_error"]
 
 
 def test_stopped_and_resumed_equals_uninterrupted(config):
@@ -134,16 +185,6 @@ def test_another_configuration_does_not_resume(config):
         next(train(replace(config, beta=100.0)))
 
 
-def test_two_ranks_share_one_global_batch(prepared, tiny_pipeline):
-    model = load_model(str(tiny_pipeline))
-    data = PreparedFeedback(prepared, model)
-    sampler = BiasedSampler(data.is_desirable, 0.8, 0)
-    whole = draw_batch(data, sampler, model, 7, 8, slice(0, 8))
-    halves = [draw_batch(data, sampler, model, 7, 8, slice(i, i + 4)) for i in (0, 4)]
-    for name in ("noisy_latents", "target", "timesteps", "is_desirable"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
-
-
 def test_two_processes_train_as_one(config):
     """torchrun with two gloo ranks gives the losses of one process on the same global batch."""
     expected = list(train(config))
@@ -190,8 +231,19 @@ def test_one_class_and_unknown_utility_and_missing_data(config, likes, tiny_pipe
     [
         ({"beta": 0.0}, "beta must be above 0, got 0.0"),
         ({"desirable_fraction": 1.5}, r"desirable_fraction must be in \[0, 1\], got 1.5"),
-        ({"objective": "ppo"}, "objective must be one of kto, sft, got 'ppo'"),
+        ({"objective": "ppo"}, "objective must be one of kto, dpo, sft, sft_all, csft, got 'ppo'"),
         ({"estimator": "mean"}, "estimator must be one of batch, unrelated, per_class, zero, got 'mean'"),
+        ({"prompt_dropout": -0.1}, r"prompt_dropout must be in \[0, 1\], got -0.1"),
+        ({"csft_style": "suffix"}, "csft_style must be one of prefix, negative, got 'suffix'"),
+        (
+            {"batch_size": 6, "objective": "dpo", "gradient_accumulation": 2},
+            r"multiple of 1 processes x 2 .* x 2 \(dpo",
+        ),
+        ({"batch_size": 7, "gradient_accumulation": 2}, "batch_size 7 is not a multiple of 1 processes x 2 gradient"),
+        (
+            {"batch_size": 2, "gradient_accumulation": 2, "estimator": "unrelated"},
+            "at least 2 samples in a micro-batch",
+        ),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or above, got -1"),
     ],
 )
