@@ -26,3 +26,11 @@ def world_redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.n
 def world_utility(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Fidelity times aesthetics, in [0, 1]: beauty counts only where the prompt is followed."""
     return world_fidelity(images, prompts) * world_aesthetics(images, prompts)
+
+
+WORLD_SCORERS = {
+    "world_fidelity": world_fidelity,
+    "world_aesthetics": world_aesthetics,
+    "world_redness": world_redness,
+    "world_utility": world_utility,
+}
