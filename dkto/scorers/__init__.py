@@ -17,12 +17,32 @@ from difflib import get_close_matches
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from dkto.scorers.world import WORLD_SCORERS
+from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
+from dkto.scorers.hps import HPS
+from dkto.scorers.image_reward import ImageReward
+from dkto.scorers.laion import LaionAesthetics
+from dkto.scorers.pickscore import PickScore
+from dkto.scorers.world import WORLD_SCORERS, redness_pixels
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
+PixelScorer = Callable[[Tensor, Sequence[str]], Tensor]
 
-SCORERS: dict[str, Scorer] = {**WORLD_SCORERS}
+PUBLISHED_SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (
+        PickScore(),
+        HPS("hps_v2"),
+        HPS("hps_v2_1"),
+        ImageReward(),
+        LaionAesthetics(),
+        CLIPScore("clip_h14", CLIP_H14),
+        CLIPScore("clip_l14", CLIP_L14),
+    )
+}
+SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, **PUBLISHED_SCORERS}
+RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels}
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -64,6 +84,22 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     raise KeyError(
         f"unknown scorer {scorer!r}{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(SCORERS)}"
     )
+
+
+def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
+    """The differentiable form of a scorer: (B, 3, H, W) pictures in [0, 1] and prompts -> (B,) with gradient.
+
+    Raises:
+        KeyError: if no scorer has that name.
+        ValueError: if it has none; the sentence lists those that have.
+    """
+    found = get_scorer(scorer)
+    if isinstance(scorer, str) and scorer in RULES_ON_PIXELS:
+        return RULES_ON_PIXELS[scorer]
+    if not hasattr(found, "score_pixels"):
+        known = [name for name, other in SCORERS.items() if name in RULES_ON_PIXELS or hasattr(other, "score_pixels")]
+        raise ValueError(f"scorer {scorer_name(scorer)} has no gradient; those that have: {', '.join(known)}")
+    return found.score_pixels
 
 
 def scorer_name(scorer: str | Scorer) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dkto.embedded.truth import aesthetics, judge, redness
 
@@ -21,6 +22,12 @@ def world_aesthetics(images: Sequence[Image.Image], prompts: Sequence[str]) -> n
 def world_redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Mean of red minus the mean of green and blue, in [-1, 1]; the prompts play no part."""
     return np.array([redness(np.asarray(image)) for image in images])
+
+
+def redness_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`world_redness` of (B, 3, H, W) in [0, 1], with gradient."""
+    red, green, blue = pixels.mean((2, 3)).unbind(1)
+    return red - (green + blue) / 2
 
 
 def world_utility(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
