@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
+from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.progress import progress
 from dkto.records import claim
@@ -34,10 +35,12 @@ class System:
 
     Attributes:
         model: "small-world", a diffusers pipeline folder, or a hub id.
-        lora: folder of an adapter to load on top, or "" for none.
+        lora: adapter to load on top (a safetensors file, a folder or a hub id), or "" for none.
         guidance: classifier-free guidance scale, no unit; 1 is off.
         steps: DPM-Solver++ steps.
         prefix: text put before every prompt (CSFT samples with "good image, ").
+        unet: UNet to use instead of the model's (a folder or a hub id), or "" for the model's own.
+        negative_prompt: what guidance points away from (CSFT's other form: "bad image"), or "" for nothing.
     """
 
     model: str = SMALL_WORLD
@@ -45,6 +48,27 @@ class System:
     guidance: float = 3.0
     steps: int = 15
     prefix: str = ""
+    unet: str = ""
+    negative_prompt: str = ""
+
+    @classmethod
+    def published(cls, name: str, **settings) -> "System":
+        """A released checkpoint that the paper compares, by method: base, dpo, kto or alignprop on SD v1.5.
+
+        Args:
+            name: key of `dkto.published.PUBLISHED`.
+            settings: fields that differ, for example `model` as a local folder; 50 steps and guidance 7.5
+                unless given (the paper does not state its own).
+
+        Raises:
+            KeyError: for another name.
+
+        >>> System.published("kto", steps=25).unet
+        'jacklishufan/diffusion-kto'
+        """
+        if name not in PUBLISHED:
+            raise KeyError(f"no published checkpoint {name!r}; known: {', '.join(PUBLISHED)}")
+        return cls(**{"guidance": 7.5, "steps": 50, **PUBLISHED[name], **settings})
 
     @classmethod
     def of_run(cls, folder: str | Path, **settings) -> "System":
@@ -63,12 +87,17 @@ class System:
 
     def load(self) -> StableDiffusionPipeline:
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler and no progress bar."""
+        options = {"use_safetensors": True, "dtype": torch.float32}
+        parts = {}
+        if self.unet:
+            parts["unet"] = UNet2DConditionModel.from_pretrained(unet_folder(self.unet), **options)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            pipeline_folder(self.model), use_safetensors=True, dtype=torch.float32, requires_safety_checker=False
+            pipeline_folder(self.model), **options, **parts, requires_safety_checker=False
         )
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         if self.lora:
-            pipeline.load_lora_weights(self.lora, weight_name="pytorch_lora_weights.safetensors")
+            path = lora_file(self.lora)
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
         pipeline.set_progress_bar_config(disable=True)
@@ -88,6 +117,7 @@ def draw(
     with torch.inference_mode():
         return pipeline(
             [system.prefix + prompt for prompt in prompts],
+            negative_prompt=[system.negative_prompt] * len(prompts) if system.negative_prompt else None,
             num_inference_steps=system.steps,
             guidance_scale=system.guidance,
             generator=generators,

@@ -260,6 +260,40 @@ def paired_bootstrap(
     return MeanDifference(float(difference.mean()), float(interval.low), float(interval.high))
 
 
+class Agreement(NamedTuple):
+    """How often two scorers name the same winner, with its Wilson interval; n are the prompts where both name one."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+
+
+def agreement(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Agreement:
+    """Agreement of two scorers on who wins: the share of prompts where their differences have one sign.
+
+    Prompts where either sees a tie name no winner and are left out; with none left the rate is a half and
+    the interval is everything.
+
+    Args:
+        first, second: (P,) our score minus theirs, by one scorer and by the other.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        ValueError: as `win_rate`.
+
+    >>> agreement([1.0, -1.0, 0.0, 2.0], [3.0, 1.0, 5.0, 0.1]).rate.__round__(3)
+    0.667
+    """
+    first, second = _paired(first, second)
+    _check_confidence(confidence)
+    decided = (first != 0) & (second != 0)
+    n, same = int(decided.sum()), int((np.sign(first) == np.sign(second))[decided].sum())
+    if n == 0:
+        return Agreement(0.5, 0.0, 1.0, 0)
+    return Agreement(same / n, *wilson_interval(same, n, confidence), n)
+
+
 def drift(images: np.ndarray, base_images: np.ndarray) -> float:
     """How far tuning moved the pictures: mean absolute pixel distance from the base's of the same noise.
 

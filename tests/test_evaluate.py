@@ -1,21 +1,19 @@
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
-from dkto.embedded.scenes import prompts_for
+from dkto.embedded.scenes import parse, prompts_for
 from dkto.embedded.users import tint_red
-from dkto.evaluate import compare, flat_metrics, mean_scores, score_images, win_rate_table
-from dkto.generate import image_path
+from dkto.evaluate import compare, flat_metrics, mean_scores, medians, scorer_agreement, win_rate_table
+from dkto.generate import image_path, read_manifest
 from dkto.records import write_json
-from dkto.scorers import SCORERS, get_scorer, score
+from dkto.scorers import score
 
 
 @pytest.fixture
 def folders(tmp_path):
     """Two folders of painted pictures as `generate_images` would leave them: plain ones and red-tinted ones."""
     from dkto.embedded.painter import GOOD_FINISH, paint
-    from dkto.embedded.scenes import parse
 
     prompts, rng = prompts_for("test", 6), np.random.default_rng(0)
     found = {}
@@ -42,15 +40,6 @@ def test_equal_pictures_tie(folders):
     assert (result.rate, result.ties) == (0.5, 6)
 
 
-def test_scores_are_files_and_only_missing_ones_are_computed(folders, monkeypatch):
-    first = score_images(folders["red"], "world_redness")
-    assert first.shape == (6, 3)
-    stored = pd.read_parquet(folders["red"] / "scores" / "world_redness.parquet")
-    assert list(stored.columns) == ["prompt", "image", "score"] and len(stored) == 18
-    monkeypatch.setitem(SCORERS, "world_redness", lambda images, prompts: 1 / 0)
-    assert (score_images(folders["red"], "world_redness") == first).all()
-
-
 def test_the_table_and_its_flat_keys(folders):
     table = win_rate_table(folders, "red", ["plain"], ["world_redness", "world_fidelity"])
     assert list(table["scorer"]) == ["world_redness", "world_fidelity"]
@@ -63,38 +52,62 @@ def test_the_table_and_its_flat_keys(folders):
     assert means.loc["red", "world_redness"] > means.loc["plain", "world_redness"]
 
 
-def test_a_missing_image_is_named_and_nothing_is_stored(folders):
-    image_path(folders["red"], 2, 1).unlink()
-    with pytest.raises(FileNotFoundError, match=r"p00002-s1\.png does not exist"):
-        score_images(folders["red"], "world_redness")
-    assert not (folders["red"] / "scores").exists()
-
-
 def test_unequal_prompts_are_not_compared(folders):
     write_json(folders["red"] / "manifest.json", {"system": {}, "prompts": ["x"], "images_per_prompt": 3, "seed": 0})
-    with pytest.raises(ValueError, match="cannot be compared: prompts differ"):
+    with pytest.raises(ValueError, match=r"cannot be compared: prompts differ \(1 and 6 prompts\)"):
         compare(folders["red"], folders["plain"], "world_redness")
+    prompts = read_manifest(folders["plain"])["prompts"]
+    about = {"system": {}, "prompts": [*prompts[:5], "x"], "images_per_prompt": 3, "seed": 0}
+    write_json(folders["red"] / "manifest.json", about)
+    with pytest.raises(ValueError, match=r"prompts differ \(first at prompt 5: 'x' and 'a"):
+        compare(folders["red"], folders["plain"], "world_redness")
+    write_json(folders["red"] / "manifest.json", {**about, "prompts": prompts, "seed": 1})
+    with pytest.raises(ValueError, match="cannot be compared: seed differ"):
+        win_rate_table(folders, "red", ["plain"], ["world_redness"])
+    with pytest.raises(KeyError, match="unknown method 'blue'; known: plain, red"):
+        win_rate_table(folders, "blue", ["plain"], ["world_redness"])
 
 
-def test_unknown_scorers_get_the_nearest():
-    with pytest.raises(KeyError, match=r"unknown scorer 'world_rednes'; did you mean 'world_redness'\? known: "):
-        get_scorer("world_rednes")
+def test_every_style_gets_its_row(folders):
+    styles = [parse(prompt).style for prompt in read_manifest(folders["red"])["prompts"]]
+    table = win_rate_table(folders, "red", ["plain"], ["world_redness"], styles)
+    assert table.loc[0, "style"] == "all" and table.loc[0, "n"] == 6
+    assert set(table["style"][1:]) == set(styles) and table["n"][1:].sum() == 6
+    assert (table["win_rate"] == 1).all() and (table["mean_difference"] > 0).all()
+    assert table["mean_low"].isna().tolist() == (table["n"] == 1).tolist()
+    metrics = flat_metrics(table)
+    assert metrics[f"style_win_rate/red_vs_plain/world_redness/{styles[0]}"] == 1.0
+    assert metrics["win_rate/red_vs_plain/world_redness/n"] == 6
+    with pytest.raises(ValueError, match="styles must name one style for each of 6 prompts, got 1"):
+        win_rate_table(folders, "red", ["plain"], ["world_redness"], ["icon"])
 
 
-@pytest.mark.parametrize(
-    ("scorer", "sentence"),
-    [
-        (lambda images, prompts: [1.0, float("nan")], "not finite for image 1"),
-        (lambda images, prompts: [1.0], r"must return 2 scores, got shape \(1,\)"),
-    ],
-)
-def test_scorers_that_misbehave_are_named(monkeypatch, scorer, sentence):
-    monkeypatch.setitem(SCORERS, "broken", scorer)
-    images = [Image.new("RGB", (64, 64))] * 2
-    with pytest.raises(ValueError, match=f"scorer broken .*{sentence}"):
-        score("broken", images, ["a", "b"])
-    with pytest.raises(ValueError, match="one prompt per image, got 2 images and 1 prompts"):
-        score("broken", images, ["a"])
+def test_the_table_tests_signs_and_means_of_the_medians(folders):
+    row = win_rate_table(folders, "red", ["plain"], ["world_redness"]).iloc[0]
+    gap = medians(folders["red"], "world_redness") - medians(folders["plain"], "world_redness")
+    assert row["sign_p"] == pytest.approx(2 / 2**6) and row["mean_difference"] == pytest.approx(gap.mean())
+    assert row["mean_low"] <= row["mean_difference"] <= row["mean_high"]
+
+
+def test_scorers_agree_with_themselves_and_not_with_their_opposite(folders):
+    def greenness(images, prompts):
+        return -score("world_redness", images, prompts)
+
+    def twice(images, prompts):
+        return 2 * score("world_redness", images, prompts)
+
+    table = scorer_agreement(folders, "red", "plain", ["world_redness", twice, greenness])
+    assert list(zip(table["scorer"], table["other"], strict=True)) == [
+        ("world_redness", "twice"),
+        ("world_redness", "greenness"),
+        ("twice", "greenness"),
+    ]
+    assert table["same_winner"].tolist() == [1.0, 0.0, 0.0] and table["n"].tolist() == [6, 6, 6]
+    assert table["rank_correlation"].tolist() == pytest.approx([1.0, -1.0, -1.0])
+    flat = scorer_agreement(folders, "plain", "plain", ["world_redness", "world_fidelity"]).iloc[0]
+    assert (flat["same_winner"], flat["n"]) == (0.5, 0) and np.isnan(flat["rank_correlation"])
+    with pytest.raises(ValueError, match="scorer_agreement needs at least 2 scorers, got 1"):
+        scorer_agreement(folders, "red", "plain", ["world_redness"])
 
 
 def test_the_utility_cannot_be_won_by_beauty_or_fidelity_alone(folders):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dkto.metrics import (
+    agreement,
     diversity,
     drift,
     implicit_accuracy,
@@ -241,3 +242,14 @@ def test_a_wrong_argument_raises_its_sentence(call, sentence):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value).startswith(sentence)
+
+
+def test_agreement_counts_prompts_where_both_scorers_name_a_winner():
+    result = agreement([1.0, 2.0, -1.0, 0.0, 3.0], [0.5, -2.0, -9.0, 1.0, 0.0])
+    assert (result.rate, result.n) == (2 / 3, 3)
+    assert (result.low, result.high) == wilson_interval(2, 3)
+    assert agreement([0.0, 1.0], [1.0, 0.0]) == (0.5, 0.0, 1.0, 0)
+    with pytest.raises(ValueError, match="scores must be two lists of equal length"):
+        agreement([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 2"):
+        agreement([1.0], [1.0], confidence=2)

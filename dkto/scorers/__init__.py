@@ -1,58 +1,142 @@
 """Scorers behind one face: (images, prompts) -> (N,) scores, higher is better.
 
-The scorers of the small world judge by exact, stated rules and carry names of their own; none of
-them is a learned metric such as PickScore or CLIP.
+    pickscore, hps_v2, hps_v2_1, image_reward, laion_aesthetics, clip_h14, clip_l14
+        the published metrics, computed as their authors define them; their weights are loaded at the first call
+    world_fidelity, world_aesthetics, world_redness, world_utility
+        exact, stated rules on pictures of the small world
+    world_preference, world_clip
+        small networks trained on the small world
+
+The scorers of the small world carry names of their own: none of them is PickScore, HPS, ImageReward, CLIP or the
+LAION aesthetics score.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from dkto.scorers.world import (
-    world_aesthetics,
-    world_fidelity,
-    world_redness,
-    world_utility,
-)
+from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
+from dkto.scorers.hps import HPS
+from dkto.scorers.image_reward import ImageReward
+from dkto.scorers.laion import LaionAesthetics
+from dkto.scorers.pickscore import PickScore
+from dkto.scorers.world import WORLD_SCORERS, redness_pixels
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
+PixelScorer = Callable[[Tensor, Sequence[str]], Tensor]
 
-SCORERS: dict[str, Scorer] = {
-    "world_fidelity": world_fidelity,
-    "world_aesthetics": world_aesthetics,
-    "world_redness": world_redness,
-    "world_utility": world_utility,
+PUBLISHED_SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (
+        PickScore(),
+        HPS("hps_v2"),
+        HPS("hps_v2_1"),
+        ImageReward(),
+        LaionAesthetics(),
+        CLIPScore("clip_h14", CLIP_H14),
+        CLIPScore("clip_l14", CLIP_L14),
+    )
 }
+SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, **PUBLISHED_SCORERS}
+RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels}
 
 
-def get_scorer(name: str) -> Scorer:
-    """The scorer of that name.
+def register_scorer(name: str, scorer: Scorer) -> None:
+    """Make a scorer of your own, or a published one with other weights, known by a name.
+
+    Args:
+        name: letters, digits, `_`, `-` and `.`; it becomes a file name and a key of tables.
+        scorer: (images, prompts) -> (N,), higher is better.
+
+    Raises:
+        ValueError: if the name is taken by another scorer, or has other characters.
+        TypeError: if the scorer cannot be called.
+
+    >>> register_scorer("width", lambda images, prompts: [image.width for image in images])
+    >>> score("width", [Image.new("RGB", (8, 4))], ["a star"])
+    array([8.])
+    >>> del SCORERS["width"]
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"name of a scorer must be letters, digits, '_', '-' and '.', got {name!r}")
+    if not callable(scorer):
+        raise TypeError(f"scorer {name} must be callable with (images, prompts), got {type(scorer).__name__}")
+    if SCORERS.get(name, scorer) != scorer:
+        raise ValueError(f"a scorer named {name!r} exists already; choose another name")
+    SCORERS[name] = scorer
+
+
+def get_scorer(scorer: str | Scorer) -> Scorer:
+    """The scorer of that name; a scorer itself is handed back.
 
     Raises:
         KeyError: if there is none; the sentence names the nearest and lists the known ones.
     """
-    if name in SCORERS:
-        return SCORERS[name]
-    near = get_close_matches(name, SCORERS, 1)
+    if not isinstance(scorer, str):
+        return scorer
+    if scorer in SCORERS:
+        return SCORERS[scorer]
+    near = get_close_matches(scorer, SCORERS, 1)
     raise KeyError(
-        f"unknown scorer {name!r}{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(SCORERS)}"
+        f"unknown scorer {scorer!r}{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(SCORERS)}"
     )
 
 
-def score(name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """Score images and check what comes back.
+def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
+    """The differentiable form of a scorer: (B, 3, H, W) pictures in [0, 1] and prompts -> (B,) with gradient.
 
     Raises:
+        KeyError: if no scorer has that name.
+        ValueError: if it has none; the sentence lists those that have.
+    """
+    found = get_scorer(scorer)
+    if isinstance(scorer, str) and scorer in RULES_ON_PIXELS:
+        return RULES_ON_PIXELS[scorer]
+    if not hasattr(found, "score_pixels"):
+        known = [name for name, other in SCORERS.items() if name in RULES_ON_PIXELS or hasattr(other, "score_pixels")]
+        raise ValueError(f"scorer {scorer_name(scorer)} has no gradient; those that have: {', '.join(known)}")
+    return found.score_pixels
+
+
+def scorer_name(scorer: str | Scorer) -> str:
+    """How tables and files call a scorer: the name it was asked by, registered under, or its own."""
+    if isinstance(scorer, str):
+        return scorer
+    known = [name for name, other in SCORERS.items() if other is scorer]
+    return known[0] if known else str(getattr(scorer, "name", getattr(scorer, "__name__", type(scorer).__name__)))
+
+
+def describe(scorer: Scorer) -> dict:
+    """What a scorer's values depend on, kept beside them: model, weights, scale."""
+    return dict(getattr(scorer, "about", {}))
+
+
+def score(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """Score images and check what comes back.
+
+    Args:
+        scorer: a name in `SCORERS`, or a scorer.
+        images: N pictures.
+        prompts: N prompts.
+
+    Returns:
+        (N,) float64.
+
+    Raises:
+        KeyError: if no scorer has that name.
         ValueError: if images and prompts differ in number, or the scorer returns a wrong number of
             values or one that is not finite.
     """
+    name = scorer_name(scorer)
     if len(images) != len(prompts):
         raise ValueError(
             f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts"
         )
-    scores = np.asarray(get_scorer(name)(images, prompts), dtype=np.float64)
+    scores = np.asarray(get_scorer(scorer)(images, prompts), dtype=np.float64)
     if scores.shape != (len(images),):
         raise ValueError(f"scorer {name} must return {len(images)} scores, got shape {scores.shape}")
     if not np.isfinite(scores).all():

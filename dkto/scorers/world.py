@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dkto.embedded.truth import aesthetics, judge, redness
 
@@ -23,6 +24,20 @@ def world_redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.n
     return np.array([redness(np.asarray(image)) for image in images])
 
 
+def redness_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`world_redness` of (B, 3, H, W) in [0, 1], with gradient."""
+    red, green, blue = pixels.mean((2, 3)).unbind(1)
+    return red - (green + blue) / 2
+
+
 def world_utility(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Fidelity times aesthetics, in [0, 1]: beauty counts only where the prompt is followed."""
     return world_fidelity(images, prompts) * world_aesthetics(images, prompts)
+
+
+WORLD_SCORERS = {
+    "world_fidelity": world_fidelity,
+    "world_aesthetics": world_aesthetics,
+    "world_redness": world_redness,
+    "world_utility": world_utility,
+}

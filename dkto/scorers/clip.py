@@ -1,0 +1,55 @@
+"""CLIP score: the cosine of picture and prompt. The name says which CLIP: values of different ones do not compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
+from dkto.scorers.weights import model_folder
+
+CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_L14 = "openai/clip-vit-large-patch14"
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class CLIPScore(NetworkScorer):
+    """Cosine of a CLIP model's picture and prompt embeddings, in [-1, 1].
+
+    Diffusion-DPO's utilities use ViT-H/14 trained on LAION-2B (`clip_h14`); many others OpenAI's ViT-L/14
+    (`clip_l14`); some multiply by 100 or 2.5. The paper does not say which it used.
+
+    Attributes:
+        name: how tables call it.
+        model: folder or hub id of a CLIPModel in safetensors with its tokenizer.
+        device: "" for the GPU where there is one.
+    """
+
+    name: str = "clip_h14"
+    model: str = CLIP_H14
+    device: str = ""
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"model": self.model, "scale": "cosine"}
+
+    def load(self) -> ClipWithTokenizer:
+        folder = clip_folder(self.model, self.name)
+        return ClipWithTokenizer.from_folder(folder, folder)
+
+    def score_prepared(self, network: ClipWithTokenizer, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        return network.cosine(pixel_values, prompts)
+
+
+def clip_folder(model: str, scorer: str) -> Path:
+    """The folder of a CLIP model with its tokenizer."""
+    sizes = {CLIP_H14: "3.9 GB", CLIP_L14: "1.7 GB"}
+    return model_folder(model, scorer, (*MODEL_FILES, *TOKENIZER_FILES), sizes.get(model, ""))
+
+
+def tokenizer_folder(source: str, scorer: str) -> Path:
+    """The folder of a CLIP tokenizer."""
+    return model_folder(source, scorer, TOKENIZER_FILES, "2 MB")

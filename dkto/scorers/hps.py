@@ -1,0 +1,54 @@
+"""HPS v2 and v2.1 (Wu et al. 2023): open_clip's ViT-H-14 tuned on human choices, on transformers' CLIPModel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from dkto.scorers.clip import CLIP_H14, tokenizer_folder
+from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
+from dkto.scorers.open_clip import VIT_H_14, open_clip_to_clip
+from dkto.scorers.preprocess import padded_pixels, to_pixels
+from dkto.scorers.weights import fill, read_converted
+
+
+@dataclass(frozen=True)
+class HPS(NetworkScorer):
+    """cosine(picture, prompt), about 0.25 to 0.29; the authors' leaderboard multiplies by 100.
+
+    The picture's longer side becomes 224 and the rest is black: nothing is cropped. The authors compute in half
+    precision, this in float32. The paper says "HPS v2"; `hpsv2.score` means v2.0 and `hpsv2.evaluate` v2.1.
+
+    Attributes:
+        name: hps_v2 or hps_v2_1; which weights are read.
+        weights: converted safetensors file, or "" for its place in the weights folder.
+        tokenizer: folder or hub id of CLIP's tokenizer.
+        device: "" for the GPU where there is one.
+    """
+
+    name: str = "hps_v2"
+    weights: str = ""
+    tokenizer: str = CLIP_H14
+    device: str = ""
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"weights": self.weights or self.name, "tokenizer": self.tokenizer, "scale": "cosine"}
+
+    def load(self) -> ClipWithTokenizer:
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+        state = open_clip_to_clip(read_converted(self.name, self.weights))
+        model = fill(CLIPModel(CLIPConfig(**VIT_H_14)), state, self.weights or self.name)
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(self.tokenizer, self.name))
+        return ClipWithTokenizer(model, tokenizer)
+
+    def prepare_image(self, image: Image.Image, side: int) -> Tensor:
+        return self.prepare_pixels(to_pixels(image)[None], side)[0]
+
+    def prepare_pixels(self, pixels: Tensor, side: int) -> Tensor:
+        return padded_pixels(pixels, side)
+
+    def score_prepared(self, network: ClipWithTokenizer, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        return network.cosine(pixel_values, prompts)

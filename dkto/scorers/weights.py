@@ -1,0 +1,213 @@
+"""Where the weights of published scorers lie, how they are checked, and how a published pickle becomes safetensors.
+
+Weights are looked for in a folder of that path, then under `$DKTO_WEIGHTS` (by default ~/.cache/dkto/weights), then
+fetched from the hub. Every file whose hash is known is checked against it before its first use; what the hub stores
+carries its own sha256. Three scorers are published as pickles only; they are converted once, after their hash was
+compared, and only safetensors are read afterwards:
+
+    python -m dkto.scorers convert hps_v2 HPS_v2_compressed.pt --sha256 <from the file's page on the hub>
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dkto.records import write_json
+
+WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weights file that its authors publish as a pickle.
+
+    Attributes:
+        file: its name.
+        url: the page to download it from.
+        size: as text, for the message.
+        sha256: of that file, or "" where no source for it was found.
+        entry: under which key of the pickle the weights lie, "" for the pickle itself.
+    """
+
+    file: str
+    url: str
+    size: str
+    sha256: str = ""
+    entry: str = ""
+
+
+HPS_URL = "https://huggingface.co/xswu/HPSv2"
+PUBLISHED_FILES = {
+    "hps_v2": PublishedFile("HPS_v2_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
+    "hps_v2_1": PublishedFile("HPS_v2.1_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
+    "image_reward": PublishedFile("ImageReward.pt", "https://huggingface.co/zai-org/ImageReward", "1.8 GB"),
+    "laion_aesthetics": PublishedFile(
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+        "4 MB",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    ),
+}
+
+
+def weights_folder() -> Path:
+    """Where converted and hand-copied weights are kept."""
+    return Path(os.environ.get(WEIGHTS_VARIABLE) or Path.home() / ".cache" / "dkto" / "weights")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare a file with its hash, once for as long as the file does not change.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    stamp = weights_folder() / "checked" / f"{expected}.json"
+    about = {"path": str(path.resolve()), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    if stamp.is_file() and json.loads(stamp.read_text()) == about:
+        return
+    found = file_sha256(path)
+    if found != expected:
+        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, about)
+
+
+def model_folder(source: str, scorer: str, files: tuple[str, ...], size: str = "") -> Path:
+    """The folder of a model: a path, a folder of that name under the weights folder, or a hub id (fetched once).
+
+    Args:
+        source: path or hub id "owner/name".
+        scorer: who needs it, for the message.
+        files: names and patterns that are needed.
+        size: of the download, as text.
+
+    Raises:
+        FileNotFoundError: if it is in none of the three; the sentence says what to download and where to put it.
+        ValueError: if a file differs from the hash that the hub announced for it.
+    """
+    for folder in (Path(source), weights_folder() / source):
+        if folder.is_dir():
+            return folder
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=list(files)))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"scorer {scorer} needs the model {source!r}{f' ({size})' if size else ''}, which is neither a folder nor "
+            f"a hub id that can be reached ({type(error).__name__}): on a machine with network call it once, or run "
+            f"`hf download {source} --local-dir {weights_folder() / source}`"
+        ) from error
+    for path in folder.rglob("*.safetensors"):
+        announced = path.resolve().name  # the hub's cache names a large file by its sha256
+        if re.fullmatch(r"[0-9a-f]{64}", announced):
+            check_sha256(path, announced)
+    return folder
+
+
+def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
+    """The weights of a scorer that is published as a pickle, from its converted safetensors file.
+
+    Args:
+        name: key of `PUBLISHED_FILES`.
+        weights: path of the converted file, or "" for its place in the weights folder.
+
+    Raises:
+        FileNotFoundError: if it is not there; the sentence says what to download and how to convert it.
+        ValueError: if it is a pickle, or differs from what `convert` wrote.
+    """
+    published = PUBLISHED_FILES[name]
+    path = Path(weights) if weights else weights_folder() / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"scorer {name} needs its weights: download {published.file} ({published.size}) from {published.url} and "
+            f"convert it once with `python -m dkto.scorers convert {name} {published.file}`; expected in {path}"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path.name} is a pickle, which is not loaded: run `python -m dkto.scorers convert {name} {path.name}`"
+        )
+    card = path.with_suffix(".json")
+    if card.is_file():
+        check_sha256(path, json.loads(card.read_text())["sha256"])
+    return load_file(path)
+
+
+def convert(name: str, source: Path, sha256: str = "") -> Path:
+    """Turn a published pickle into safetensors in the weights folder, after comparing its hash.
+
+    The pickle is read with torch's `weights_only=True`, which builds tensors and plain containers and runs no code.
+
+    Args:
+        name: key of `PUBLISHED_FILES`.
+        source: the downloaded file.
+        sha256: of it, as its page shows; needed where the project does not know it.
+
+    Returns:
+        The safetensors file; beside it a .json with both hashes.
+
+    Raises:
+        FileNotFoundError: if `source` does not exist.
+        KeyError: for another name.
+        ValueError: if the hash is unknown or differs, or the file holds anything but weights.
+    """
+    if name not in PUBLISHED_FILES:
+        raise KeyError(f"no published file {name!r}; known: {', '.join(PUBLISHED_FILES)}")
+    published = PUBLISHED_FILES[name]
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist: download {published.file} from {published.url}")
+    found, expected = file_sha256(source), sha256.lower() or published.sha256
+    if not expected:
+        raise ValueError(
+            f"the sha256 of {published.file} is not known here: pass the one that {published.url} shows for it "
+            f"with --sha256 (this file has {found})"
+        )
+    if found != expected:
+        raise ValueError(f"{source} is damaged or another file: its sha256 is {found}, expected {expected}")
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} holds something else than weights, or is damaged") from error
+    state = state[published.entry] if published.entry and published.entry in state else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{source} holds something else than weights by name")
+    path = weights_folder() / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({key: value.contiguous().clone() for key, value in state.items()}, part, metadata={"format": "pt"})
+    part.replace(path)
+    about = {"published": published.file, "published_sha256": found, "sha256": file_sha256(path)}
+    write_json(path.with_suffix(".json"), about)
+    return path
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
+    """Put weights into a network, every name on both sides accounted for; frozen, in float32.
+
+    Raises:
+        ValueError: if a name is missing, too many or of another shape.
+    """
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [name for name in own.keys() | given.keys() if own.get(name) != given.get(name)]
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{source} does not fit {type(network).__name__}: {len(wrong)} of {len(own)} names differ, first {name} "
+            f"(expected {own.get(name, 'nothing')}, got {given.get(name, 'nothing')})"
+        )
+    network.load_state_dict({name: value.float() for name, value in state.items()})
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,218 @@
+"""Scores of generated images as files beside them: `<folder>/scores/<scorer>.parquet`, only missing ones computed.
+
+A row holds prompt and image number, the score, and the size and time of change of the image file: a picture
+that was drawn again is scored again. Whatever a scorer returned before it failed stays on disk.
+"""
+
+import json
+import multiprocessing
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dkto.feedback import load_image
+from dkto.generate import image_path, read_manifest
+from dkto.progress import progress
+from dkto.records import write_json
+from dkto.scorers import Scorer, describe, get_scorer, score, scorer_name
+
+COLUMNS = ("prompt", "image", "score", "bytes", "changed")
+SECONDS_BETWEEN_WRITES = 2.0
+
+
+def score_images(
+    folder: str | Path, scorer: str | Scorer, *, num_processes: int = 1, batch_size: int = 64
+) -> np.ndarray:
+    """Scores of a folder written by `generate_images`, computed where they are not on disk yet.
+
+    Args:
+        folder: holds manifest.json and the images.
+        scorer: a name in `dkto.scorers.SCORERS`, or a scorer.
+        num_processes: workers, each with a scorer of its own on one thread.
+        batch_size: images handed to the scorer at once.
+
+    Returns:
+        (P, n): P prompts, n images each.
+
+    Raises:
+        FileNotFoundError: if the manifest or an image is missing; nothing is scored then.
+        KeyError: if no scorer has that name.
+        ValueError: if the scorer fails its checks, or the scores on disk come from another model;
+            what it scored before stays on disk.
+    """
+    folder = Path(folder)
+    options = {"num_processes": num_processes, "batch_size": batch_size}
+    return score_all({folder.name: folder}, [scorer], **options)[folder.name, scorer_name(scorer)]
+
+
+def score_all(
+    folders: Mapping[str, str | Path],
+    scorers: Sequence[str | Scorer],
+    *,
+    num_processes: int = 1,
+    batch_size: int = 64,
+) -> dict[tuple[str, str], np.ndarray]:
+    """`score_images` for several methods and scorers with one set of workers.
+
+    Args:
+        folders: image folder of each method by its name.
+        scorers: names of scorers, or scorers.
+        num_processes, batch_size: as in `score_images`.
+
+    Returns:
+        (P, n) scores by (method, scorer name).
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: as `score_images`.
+    """
+    tables = [_Table.open(name, Path(folder), scorer) for scorer in scorers for name, folder in folders.items()]
+    tasks = [
+        _Task(index, get_scorer(table.scorer), table.folder, table.prompts, table.missing[start : start + batch_size])
+        for index, table in enumerate(tables)
+        for start in range(0, len(table.missing), batch_size)
+    ]
+    if tasks:
+        bar = progress(total=sum(len(task.keys) for task in tasks), desc="scoring", unit="image")
+        try:
+            for task, values in _perform(tasks, min(num_processes, len(tasks))):
+                tables[task.table].add(task.keys, values)
+                bar.update(len(values))
+        finally:
+            bar.close()
+            for table in tables:
+                table.write()
+    return {(table.method, scorer_name(table.scorer)): table.scores() for table in tables}
+
+
+@dataclass(frozen=True)
+class _Task:
+    table: int
+    scorer: str | Scorer
+    folder: Path
+    prompts: list[str]
+    keys: list[tuple[int, int]]
+
+
+class _Table:
+    """The scores of one folder by one scorer: what is on disk and still holds, and what is new."""
+
+    def __init__(self, method: str, folder: Path, scorer: str | Scorer) -> None:
+        self.method, self.folder, self.scorer = method, folder, scorer
+        manifest = read_manifest(folder)
+        self.prompts: list[str] = manifest["prompts"]
+        self.images_per_prompt: int = manifest["images_per_prompt"]
+        self.path = folder / "scores" / f"{scorer_name(scorer)}.parquet"
+        self.rows: dict[tuple[int, int], tuple[float, int, int]] = {}
+        self.written, self.last_write = 0, time.monotonic()
+
+    @classmethod
+    def open(cls, method: str, folder: Path, scorer: str | Scorer) -> "_Table":
+        table = cls(method, folder, scorer)
+        table._check_model()
+        stamps = {key: _stamp(image_path(folder, *key)) for key in table._keys()}
+        if table.path.exists():
+            frame = pd.read_parquet(table.path)
+            for prompt, image, value, size, changed in frame[list(COLUMNS)].itertuples(index=False):
+                if stamps.get((prompt, image)) == (size, changed):
+                    table.rows[prompt, image] = (value, size, changed)
+        table.written = len(table.rows)
+        return table
+
+    def _keys(self) -> list[tuple[int, int]]:
+        return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
+
+    def _check_model(self) -> None:
+        """A folder's scores come from one model; another one's are not mixed in."""
+        about, path = describe(get_scorer(self.scorer)), self.path.with_suffix(".json")
+        if not path.exists():
+            return
+        stored = json.loads(path.read_text())
+        differs = [
+            f"{key}: {stored.get(key)!r} stored, {about[key]!r} asked" for key in about if about[key] != stored.get(key)
+        ]
+        if differs:
+            raise ValueError(
+                f"{self.path} holds scores of another {scorer_name(self.scorer)} ({'; '.join(differs)}): "
+                "remove that file and its .json to score anew, or give the scorer another name"
+            )
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        return [key for key in self._keys() if key not in self.rows]
+
+    def add(self, keys: Sequence[tuple[int, int]], values: np.ndarray) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.rows[key] = (float(value), *_stamp(image_path(self.folder, *key)))
+        if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        if len(self.rows) == self.written:
+            return
+        self.path.parent.mkdir(exist_ok=True)
+        write_json(self.path.with_suffix(".json"), describe(get_scorer(self.scorer)))
+        rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
+        part = self.path.with_suffix(".part")
+        pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(part, index=False)
+        part.replace(self.path)
+        self.written, self.last_write = len(self.rows), time.monotonic()
+
+    def scores(self) -> np.ndarray:
+        values = np.array([self.rows[key][0] for key in self._keys()], dtype=np.float64)
+        return values.reshape(len(self.prompts), self.images_per_prompt)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in ns."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {path} does not exist") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _perform(tasks: list[_Task], workers: int):
+    if workers < 2:
+        for task in tasks:
+            yield task, _score_chunk(task)
+        return
+    for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
+        _check_it_travels(scorer)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = {pool.submit(_score_chunk, task): task for task in tasks}
+        failure = None
+        for done in as_completed(waiting):
+            if done.cancelled():
+                continue
+            if done.exception() is None:
+                yield waiting[done], done.result()
+            elif failure is None:
+                failure = done.exception()
+                for future in waiting:
+                    future.cancel()
+        if failure is not None:
+            raise failure
+
+
+def _check_it_travels(scorer: str | Scorer) -> None:
+    """Workers are fresh processes: they know shipped scorers by name, and others only if they can be pickled."""
+    try:
+        pickle.dumps(get_scorer(scorer))
+    except Exception as error:
+        raise ValueError(
+            f"scorer {scorer_name(scorer)} cannot be sent to another process ({error}): "
+            "use num_processes=1, or define it at the top level of a module"
+        ) from error
+
+
+def _score_chunk(task: _Task) -> np.ndarray:
+    images = [load_image(image_path(task.folder, *key)) for key in task.keys]
+    return score(task.scorer, images, [task.prompts[p] for p, _ in task.keys])

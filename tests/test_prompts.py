@@ -1,0 +1,168 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dkto.embedded.scenes import STYLES, parse, prompts_for, split_of
+from dkto.prompts import HUB_SETS, PROMPT_SETS, PromptSet, load_prompts, read_prompts
+
+
+def test_the_worlds_test_prompts_are_by_style_and_none_is_a_training_prompt():
+    found = load_prompts("world_test", count=200)
+    assert Counter(found.styles) == dict.fromkeys(STYLES, 50) and len(set(found.prompts)) == 200
+    assert [parse(prompt).style for prompt in found.prompts] == list(found.styles)
+    training = set(prompts_for("train", 3000)) | set(prompts_for("validation", 300))
+    assert not training & set(found.prompts)
+    assert {split_of(prompt) for prompt in found.prompts} == {"test"}
+    assert {split_of(prompt) for prompt in load_prompts("world_validation", count=40).prompts} == {"validation"}
+
+
+def test_neutral_world_prompts_ask_for_no_red():
+    found = load_prompts("world_neutral")
+    assert len(found) > 20 and not any("red " in p or "pink" in p or "on a grey" not in p for p in found.prompts)
+    assert load_prompts("world_neutral", count=8).prompts == found.prompts[:8]
+    assert len(load_prompts("neutral", count=3)) == 3
+
+
+FILES = {
+    "x.txt": "a star\n\n a ring \na star\n",
+    "x.tsv": 'Prompt\tCategory\tChallenge\na star\tOutdoor Scenes\tBasic\na sign "STOP"\tArts\tBasic\n',
+    "x.csv": "caption,style\na star,icon\n",
+    "x.json": json.dumps(["a star", "a ring"]),
+    "rows.json": json.dumps([{"prompt": "a star", "style": "toy"}]),
+    "by_style.json": json.dumps({"toy": ["a star"], "icon": ["a ring"]}),
+    "x.jsonl": '{"text": "a star"}\n{"text": "a ring"}\n',
+}
+EXPECTED = {
+    "x.txt": [("a star", ""), ("a ring", "")],
+    "x.tsv": [("a star", "Outdoor Scenes"), ('a sign "STOP"', "Arts")],
+    "x.csv": [("a star", "icon")],
+    "x.json": [("a star", ""), ("a ring", "")],
+    "rows.json": [("a star", "toy")],
+    "by_style.json": [("a star", "toy"), ("a ring", "icon")],
+    "x.jsonl": [("a star", ""), ("a ring", "")],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_is_read(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    found = load_prompts(tmp_path / name)
+    assert list(zip(found.prompts, found.styles, strict=True)) == EXPECTED[name]
+
+
+def test_parquet_and_folders_are_read(tmp_path):
+    pd.DataFrame({"caption": ["a star", "a star", "a ring"], "jpg_0": [b"1", b"2", b"3"]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    assert read_prompts(tmp_path / "x.parquet").prompts == ("a star", "a ring")
+    folder = tmp_path / "hps"
+    folder.mkdir()
+    for style in ("anime", "photo"):
+        (folder / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(5)]))
+    found = load_prompts(folder)
+    assert Counter(found.styles) == {"anime": 5, "photo": 5}
+    assert Counter(load_prompts(folder, count=4).styles) == {"anime": 2, "photo": 2}
+
+
+def test_taking_is_even_repeatable_and_in_order():
+    whole = PromptSet("x", tuple("abcdefgh"), tuple("1111" + "2222"))
+    some = whole.take(5, seed=3)
+    assert some == whole.take(5, seed=3) and sorted(some.prompts) == list(some.prompts)
+    assert Counter(some.styles) == {"1": 3, "2": 2}
+    assert whole.take(0) is whole
+    assert {whole.take(2, seed=s).prompts for s in range(20)} > {whole.take(2).prompts}
+    with pytest.raises(ValueError, match=r"count must be in \[1, 8\] for prompt set x, got 9"):
+        whole.take(9)
+    with pytest.raises(ValueError, match="has 1 prompts of style 'b', but 2 are asked for"):
+        PromptSet("x", ("1", "2", "3", "4"), ("a", "a", "a", "b")).take(4)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local folder that stands for the hub."""
+    asked = []
+
+    def download(hub_id, file, repo_type):
+        asked.append((hub_id, file, repo_type))
+        path = tmp_path / hub_id / file
+        if not path.exists():
+            raise OSError("offline")
+        return str(path)
+
+    class Files:
+        def glob(self, pattern):
+            asked.append(pattern)
+            return [str(path) for path in tmp_path.glob(pattern.removeprefix("datasets/"))]
+
+        def open(self, path):
+            return open(path, "rb")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
+    return tmp_path, asked
+
+
+def test_the_papers_sets_come_from_the_hub_with_their_styles(hub):
+    folder, asked = hub
+    place = folder / "zhwang/HPDv2/benchmark"
+    place.mkdir(parents=True)
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        (place / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(30)]))
+    found = load_prompts("hps_v2", count=100)
+    assert Counter(found.styles) == dict.fromkeys(("anime", "concept-art", "paintings", "photo"), 25)
+    assert asked[0] == ("zhwang/HPDv2", "benchmark/anime.json", "dataset")
+    mirror = folder / "me/copy"
+    mirror.mkdir(parents=True)
+    (mirror / "PartiPrompts.tsv").write_text(FILES["x.tsv"])
+    assert load_prompts("parti_prompts", hub_id="me/copy").styles == ("Outdoor Scenes", "Arts")
+    data = folder / "pickapic-anonymous/pickapic_v1/data"
+    data.mkdir(parents=True)
+    for part, captions in enumerate((["a", "b"], ["b", "c"])):
+        frame = pd.DataFrame({"caption": captions, "jpg_0": [b"x", b"y"]})
+        frame.to_parquet(data / f"test-0000{part}-of-00002.parquet")
+    assert load_prompts("pick_a_pic_test").prompts == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_without_the_hub_one_sentence_says_what_to_do(hub, name):
+    with pytest.raises(FileNotFoundError, match=rf"prompt set {name} cannot be fetched from the hub's .*hub_id, or"):
+        load_prompts(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("x.csv", "words\na\n", r"x\.csv needs a column prompt, caption or text, got words"),
+        ("x.csv", "prompt,style\na,b\n,b\n", r"x\.csv, row 1: prompt must be text, got nan"),
+        ("x.json", "{", r"x\.json cannot be read as \.json prompts"),
+        ("x.json", "3", r"x\.json must hold a list of prompts, a list of rows, or lists of prompts by style"),
+        ("x.json", '["a", 3]', "must hold a list of prompts"),
+        ("x.json", '{"toy": ["a", " "]}', "row 1: prompt must be text, got ' '"),
+        ("x.txt", "\n \n", r"x\.txt holds no prompt"),
+        ("x.csv", "", r"x\.csv cannot be read as \.csv prompts"),
+        ("x.pdf", "", r"prompts must be a \.txt, \.tsv, .* file, got x\.pdf"),
+    ],
+)
+def test_files_that_are_wrong_are_named(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_prompts(tmp_path / name)
+
+
+def test_parquet_without_prompts_is_refused(tmp_path):
+    pd.DataFrame({"jpg": [b"1"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"needs a column prompt, caption or text, got jpg"):
+        load_prompts(tmp_path / "x.parquet")
+
+
+def test_unknown_sets_get_the_nearest():
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'world_test'\? known: world_test, "):
+        load_prompts("world_tets")
+    with pytest.raises(ValueError, match="hub_id is for the sets hps_v2, parti_prompts, pick_a_pic_test, got it with"):
+        load_prompts("world_test", hub_id="a/b")
+    with pytest.raises(ValueError, match=r"prompt set world_neutral has .* prompts, but 5000 are asked for"):
+        load_prompts("world_neutral", count=5000)
+    assert set(PROMPT_SETS) >= {"world_test", "hps_v2"} and not Path("hps_v2").exists()

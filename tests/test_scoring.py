@@ -1,0 +1,147 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dkto.generate import image_path
+from dkto.records import write_json
+from dkto.scorers import SCORERS, describe, get_scorer, register_scorer, score, scorer_name
+from dkto.scoring import score_all, score_images
+
+
+def brightness(images, prompts):
+    """At the top level of a module, so that it can be sent to another process."""
+    return [np.asarray(image).mean() for image in images]
+
+
+def nan_at_nine(images, prompts):
+    return [np.nan if value == 9 else value for value in brightness(images, prompts)]
+
+
+class Counting:
+    """A scorer with a model of its own, which counts its pictures and fails when it is told to."""
+
+    name = "counting"
+
+    def __init__(self, model="one", fail_at=None, value=np.nan):
+        self.about, self.seen, self.fail_at, self.value = {"model": model}, 0, fail_at, value
+
+    def __call__(self, images, prompts):
+        values = []
+        for _ in images:
+            values.append(self.value if self.seen == self.fail_at else float(self.seen))
+            self.seen += 1
+        return values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six prompts x 2 grey pictures as `generate_images` leaves them; picture k is k bright."""
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    about = {"system": {}, "prompts": [f"p{p}" for p in range(6)], "images_per_prompt": 2, "seed": 0}
+    write_json(folder / "manifest.json", about)
+    for k in range(12):
+        Image.new("RGB", (4, 4), (k, k, k)).save(image_path(folder, k // 2, k % 2))
+    return folder
+
+
+def test_scores_have_one_row_per_prompt_and_do_not_depend_on_batches_or_processes(folder, tmp_path):
+    expected = np.arange(12.0).reshape(6, 2)
+    assert (score_images(folder, brightness, batch_size=5) == expected).all()
+    stored = pd.read_parquet(folder / "scores" / "brightness.parquet")
+    assert list(stored.columns) == ["prompt", "image", "score", "bytes", "changed"] and len(stored) == 12
+    (folder / "scores" / "brightness.parquet").unlink()
+    assert (score_images(folder, brightness, batch_size=3, num_processes=2) == expected).all()
+
+
+def test_a_second_call_scores_only_what_is_missing_or_was_drawn_again(folder):
+    counting = Counting()
+    first = score_images(folder, counting)
+    assert counting.seen == 12
+    assert (score_images(folder, counting) == first).all() and counting.seen == 12
+    time.sleep(0.01)
+    Image.new("RGB", (4, 4), (99, 0, 0)).save(image_path(folder, 2, 1))
+    again = score_images(folder, counting)
+    assert counting.seen == 13 and again[2, 1] == 12.0
+    assert (np.delete(again.ravel(), 5) == np.delete(first.ravel(), 5)).all()
+
+
+def test_what_was_scored_before_a_failure_is_kept(folder):
+    with pytest.raises(ValueError, match="scorer counting returned a value that is not finite for image"):
+        score_images(folder, Counting(fail_at=9), batch_size=4)
+    assert len(pd.read_parquet(folder / "scores" / "counting.parquet")) == 8
+    good = Counting()
+    score_images(folder, good, batch_size=4)
+    assert good.seen == 4
+
+
+def test_a_failure_in_one_worker_keeps_what_the_others_scored(folder):
+    with pytest.raises(ValueError, match="scorer nan_at_nine returned a value that is not finite for image 0"):
+        score_images(folder, nan_at_nine, batch_size=3, num_processes=2)
+    assert pd.read_parquet(folder / "scores" / "nan_at_nine.parquet")["score"].tolist() == list(range(9))
+
+
+def test_a_wrong_number_of_scores_is_refused_and_nothing_scored_is_lost(folder):
+    class Short(Counting):
+        def __call__(self, images, prompts):
+            values = super().__call__(images, prompts)
+            return values[:-1] if self.seen > 6 else values
+
+    with pytest.raises(ValueError, match=r"scorer counting must return 6 scores, got shape \(5,\)"):
+        score_images(folder, Short(), batch_size=6)
+    assert len(pd.read_parquet(folder / "scores" / "counting.parquet")) == 6
+
+
+def test_scores_of_another_model_are_not_mixed(folder):
+    score_images(folder, Counting("one"))
+    with pytest.raises(ValueError, match=r"scores of another counting \(model: 'one' stored, 'two' asked\)"):
+        score_images(folder, Counting("two"))
+
+
+def test_a_missing_image_is_named_before_anything_is_scored(folder):
+    image_path(folder, 3, 0).unlink()
+    counting = Counting()
+    with pytest.raises(FileNotFoundError, match=r"image .*p00003-s0\.png does not exist"):
+        score_images(folder, counting)
+    assert counting.seen == 0 and not (folder / "scores").exists()
+
+
+def test_a_scorer_that_cannot_travel_is_refused_before_workers_start(folder):
+    with pytest.raises(ValueError, match=r"cannot be sent to another process .*: use num_processes=1"):
+        score_images(folder, lambda images, prompts: [0.0] * len(images), num_processes=2, batch_size=4)
+
+
+def test_several_methods_and_scorers_at_once(folder):
+    counting = Counting()
+    found = score_all({"a": folder, "b": folder}, ["world_aesthetics", counting])
+    assert sorted(found) == [("a", "counting"), ("a", "world_aesthetics"), ("b", "counting"), ("b", "world_aesthetics")]
+    assert found["a", "world_aesthetics"].shape == (6, 2)
+
+
+def test_names_and_registration(monkeypatch):
+    monkeypatch.setattr("dkto.scorers.SCORERS", dict(SCORERS))
+    register_scorer("bright", brightness)
+    assert get_scorer("bright") is brightness and scorer_name(brightness) == "bright"
+    register_scorer("bright", brightness)
+    with pytest.raises(ValueError, match="a scorer named 'bright' exists already"):
+        register_scorer("bright", lambda images, prompts: [])
+    with pytest.raises(ValueError, match=r"name of a scorer must be letters.*got '\.\./x'"):
+        register_scorer("../x", brightness)
+    with pytest.raises(TypeError, match=r"scorer x must be callable with \(images, prompts\), got int"):
+        register_scorer("x", 3)
+    assert describe(Counting()) == {"model": "one"} and describe(brightness) == {}
+    assert scorer_name(Counting()) == "counting"
+
+
+def test_unknown_scorers_get_the_nearest():
+    with pytest.raises(KeyError, match=r"unknown scorer 'world_rednes'; did you mean 'world_redness'\? known: "):
+        get_scorer("world_rednes")
+
+
+def test_one_prompt_per_image():
+    images = [Image.new("RGB", (64, 64))] * 2
+    with pytest.raises(ValueError, match="scorer brightness needs one prompt per image, got 2 images and 1 prompts"):
+        score(brightness, images, ["a"])
