@@ -1,0 +1,285 @@
+"""Every objective of the paper as data: what a method draws, and which function of `dkto.losses` it minimises.
+
+Nothing of the losses is written again here. A method's gradient is that of weighted denoising, and the
+weights are the derivatives of its loss by the denoising errors: `error_weights`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dkto.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
+from dkto.utilities import get_utility
+from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE
+
+OBJECTIVES = ("sft", "csft", "dpo", "kto")
+TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
+
+
+def known_name(what: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
+    """Raise a sentence with the nearest and all known names, unless `name` is among them."""
+    if name not in known:
+        near = get_close_matches(str(name), known, 1)
+        guess = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"unknown {what} {name!r}{guess} known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of tuning: an objective with its settings.
+
+    Attributes:
+        objective: "sft" and "csft" (paper eq. 3, 5.1.2), "dpo" (Diffusion-DPO), "kto" (eq. 14-15).
+        utility: name in `dkto.utilities.UTILITIES`; only "kto" looks at it, as at the next five.
+        desirable_weight, undesirable_weight: of the classes, no unit.
+        estimator: of the reference point, see `dkto.losses.reference_point`; a world without prompts has
+            "independent" for the paper's "unrelated".
+        clamp: keep the reference point at or above 0.
+        beta: reward scale, beta x mean squared error; "kto" and "dpo".
+        desirable_fraction: gamma, chance that a drawn sample is desirable (paper 4.3); pairs ignore it.
+        flip_rate: chance that a label, or the order of a pair, is wrong; in [0, 1].
+    """
+
+    objective: str = "kto"
+    utility: str = "kahneman_tversky"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    estimator: str = "batch"
+    clamp: bool = True
+    beta: float = 10.0
+    desirable_fraction: float = 0.8
+    flip_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        known_name("objective", self.objective, OBJECTIVES)
+        known_name("estimator", self.estimator, TOY_ESTIMATORS)
+        get_utility(self.utility)
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("desirable_fraction", "flip_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def label(self) -> float:
+        """What the trained network is told when it samples: +1 for CSFT ("good image"), else 0."""
+        return 1.0 if self.objective == "csft" else 0.0
+
+
+_KTO_FAMILY = ("loss_averse", "risk_seeking", "kahneman_tversky")
+
+METHODS: dict[str, Method] = {
+    "sft": Method("sft", desirable_fraction=1.0),
+    "csft": Method("csft", desirable_fraction=0.5),
+    "dpo": Method("dpo"),
+    **{name: Method(utility=name) for name in _KTO_FAMILY},
+    **{f"{name}@0.5": Method(utility=name, desirable_fraction=0.5) for name in _KTO_FAMILY},
+}
+"""The methods of the headline figure by name; "@0.5" marks half of the samples desirable instead of 0.8."""
+
+
+def get_method(name: str, **changes: object) -> Method:
+    """A method of the headline by name, with other settings where asked.
+
+    Raises:
+        ValueError: for an unknown name; the sentence names the nearest and lists the known ones.
+
+    >>> get_method("kahneman_tversky", beta=3.0).beta
+    3.0
+    """
+    known_name("method", name, METHODS)
+    return replace(METHODS[name], **changes)
+
+
+class Draws(NamedTuple):
+    """Randomness of one training step for S seeds, shared by all methods of a seed; the last step of a tuple (S, B, ...).
+
+    `points` and `partners` are N(0, I) draws that become clean samples, `independent` ones of the pretraining
+    distribution; `noise` and `timesteps` are the diffusion's; `coin` and `flip` are uniform on [0, 1).
+    """
+
+    points: Tensor
+    partners: Tensor
+    independent: Tensor
+    noise: Tensor
+    coin: Tensor
+    flip: Tensor
+    timesteps: Tensor
+
+
+class Samples(NamedTuple):
+    """What one way of drawing gives: clean points in model units (S, B, 2), with labels as training sees them.
+
+    Pairs fill the batch with their two sides: the first half is chosen, the second half rejected, and both
+    share noise and timesteps.
+    """
+
+    clean: Tensor
+    is_desirable: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def drawing_of(method: Method) -> tuple[bool, float, float]:
+    """How a method draws: (pairs, desirable_fraction, flip_rate); methods with the same share their samples."""
+    pairs = method.objective == "dpo"
+    return pairs, 1.0 if pairs else method.desirable_fraction, method.flip_rate
+
+
+def draw_samples(drawing: tuple[bool, float, float], draws: Draws) -> Samples:
+    """Samples for a way of drawing (paper 4.3): classes by a coin, then labels flipped by another.
+
+    Args:
+        drawing: of `drawing_of`.
+        draws: of one step.
+    """
+    pairs, desirable_fraction, flip_rate = drawing
+    liked, disliked = DESIRABLE.model_units(), UNDESIRABLE.model_units()
+    if pairs:
+        half = draws.points.shape[-2] // 2
+        chosen, rejected = liked.place(draws.points[..., :half, :]), disliked.place(draws.partners[..., :half, :])
+        swapped = (draws.flip[..., :half] < flip_rate)[..., None]
+        sides = torch.where(swapped, rejected, chosen), torch.where(swapped, chosen, rejected)
+        first = torch.arange(2 * half) < half
+        return Samples(
+            torch.cat(sides, dim=-2),
+            first.expand(*draws.coin.shape[:-1], 2 * half),
+            torch.cat([draws.noise[..., :half, :]] * 2, dim=-2),
+            torch.cat([draws.timesteps[..., :half]] * 2, dim=-1),
+        )
+    truth = draws.coin < desirable_fraction
+    clean = torch.where(truth[..., None], liked.place(draws.points), disliked.place(draws.points))
+    return Samples(clean, truth ^ (draws.flip < flip_rate), draws.noise, draws.timesteps)
+
+
+def independent_samples(draws: Draws) -> Samples:
+    """Fresh pretraining samples, for the "independent" estimate of the reference point."""
+    clean = PRETRAINING.model_units().place(draws.independent)
+    return Samples(clean, torch.ones_like(draws.coin, dtype=torch.bool), draws.noise, draws.timesteps)
+
+
+class Objective(NamedTuple):
+    """Methods that go through one call of a loss function: they differ in numbers alone.
+
+    Attributes:
+        method: one of them, for what they share.
+        rows: which methods of the ensemble they are, (G,).
+        beta, desirable_weight, undesirable_weight: (G, 1) numbers of each.
+    """
+
+    method: Method
+    rows: Tensor
+    beta: Tensor
+    desirable_weight: Tensor
+    undesirable_weight: Tensor
+
+
+class Felt(NamedTuple):
+    """A step as the methods of one `Objective` feel it, (G, S) and (G, S, B).
+
+    `reward` and `point` are implicit rewards and reference point in beta x MSE; None where there are none (SFT, CSFT).
+    """
+
+    loss: Tensor
+    reward: Tensor | None
+    point: Tensor | None
+
+
+def group_methods(methods: Sequence[Method], dtype: torch.dtype = torch.float32) -> list[Objective]:
+    """Methods gathered by the call they share: objective, utility, estimator and clamp."""
+    groups: dict[tuple, list[int]] = {}
+    for row, method in enumerate(methods):
+        kto = (method.utility, method.estimator, method.clamp) if method.objective == "kto" else ()
+        groups.setdefault((method.objective, *kto), []).append(row)
+
+    def column(rows: list[int], name: str) -> Tensor:
+        return torch.tensor([[getattr(methods[row], name)] for row in rows], dtype=dtype)
+
+    numbers = ("beta", "desirable_weight", "undesirable_weight")
+    return [
+        Objective(methods[rows[0]], torch.tensor(rows), *(column(rows, name) for name in numbers))
+        for rows in groups.values()
+    ]
+
+
+def loss_of(
+    objective: Objective,
+    policy_error: Tensor,
+    reference_error: Tensor,
+    is_desirable: Tensor,
+    independent_gap: Tensor | None = None,
+) -> Felt:
+    """The loss of each member, by `dkto.losses` (paper eq. 3, 14-15; Wallace et al. 2023).
+
+    Args:
+        objective: of `group_methods`.
+        policy_error, reference_error: (G, S, B) denoising errors of its methods.
+        is_desirable: (G, S, B) bool, as labelled.
+        independent_gap: (G, S, B) reference minus policy error on `independent_samples`; only the
+            estimator "independent" needs it.
+    """
+    method = objective.method
+    if method.objective == "sft":
+        return Felt(sft_loss(policy_error, is_desirable), None, None)
+    if method.objective == "csft":
+        return Felt(sft_loss(policy_error), None, None)
+    beta = objective.beta.expand(policy_error.shape[:-1])
+    reward = implicit_reward(policy_error, reference_error, beta)
+    if method.objective == "dpo":
+        chosen, rejected = reward.chunk(2, dim=-1)
+        return Felt(dpo_loss(chosen, rejected), reward, None)
+    point = reference_point(
+        reward,
+        method.estimator,
+        is_desirable=is_desirable,
+        unrelated_reward=None if independent_gap is None else beta[..., None] * independent_gap,
+        clamp=method.clamp,
+    )
+    weights = {
+        "desirable_weight": objective.desirable_weight.expand(beta.shape),
+        "undesirable_weight": objective.undesirable_weight.expand(beta.shape),
+    }
+    return Felt(kto_loss(reward, is_desirable, point, method.utility, **weights), reward, point)
+
+
+def error_weights(
+    objectives: Sequence[Objective],
+    policy_error: Tensor,
+    reference_error: Tensor,
+    is_desirable: Tensor,
+    independent_gap: Tensor | None = None,
+) -> tuple[Tensor, list[Felt]]:
+    """How hard each sample pulls on its denoising error: the derivative of each member's loss by it.
+
+        gradient of the loss = sum over the batch of weight_i * gradient of policy_error_i
+
+    Taken by autograd through `dkto.losses`, so every utility that is registered works; for "kto" it equals
+    beta * effective_weight / B.
+
+    Args:
+        objectives: of `group_methods`, covering all K methods.
+        policy_error, reference_error, is_desirable, independent_gap: (K, S, B), see `loss_of`.
+
+    Returns:
+        (K, S, B) weights, and what each objective felt.
+    """
+    with torch.enable_grad():
+        errors = policy_error.detach().requires_grad_(True)
+        felt = [
+            loss_of(
+                objective,
+                errors[objective.rows],
+                reference_error[objective.rows],
+                is_desirable[objective.rows],
+                None if independent_gap is None else independent_gap[objective.rows],
+            )
+            for objective in objectives
+        ]
+        total = torch.stack([part.loss.sum() for part in felt]).sum()
+        (weights,) = torch.autograd.grad(total, errors)
+    return weights, felt

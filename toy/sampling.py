@@ -1,0 +1,137 @@
+"""Drawing points from trained ensembles: ancestral, DDIM, and DDIM with its exact density (paper 3.1, 7)."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from toy.network import Ensemble, one_thread, stream
+from toy.schedule import Schedule
+
+NoisePred = Callable[[Tensor, int], Tensor]
+SAMPLERS = ("ancestral", "ddim")
+
+
+def starting_noise(seeds: Sequence[int], num_samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N(0, I) points from which samplers start, (S, N, 2); the same for all methods of a seed."""
+    draws = [torch.randn(num_samples, 2, generator=stream(seed, "starting noise")) for seed in seeds]
+    return torch.stack(draws).to(dtype)
+
+
+def ancestral(
+    noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]
+) -> Tensor:
+    """Ancestral (DDPM) sampling with the posterior's variance.
+
+    Args:
+        noise_pred: takes noisy points (..., 2) and a timestep, gives the predicted noise.
+        schedule: noise levels.
+        start: (..., 2) draws of N(0, I).
+        step_noise: gives (..., 2) draws of N(0, I) for each timestep t > 0.
+
+    Returns:
+        (..., 2) points in model units.
+    """
+    sample = start
+    for timestep in reversed(range(schedule.num_train_timesteps)):
+        noise = step_noise(timestep) if timestep else start
+        sample = schedule.step(noise_pred(sample, timestep), timestep, sample, noise)
+    return sample
+
+
+def ddim(noise_pred: NoisePred, schedule: Schedule, start: Tensor) -> Tensor:
+    """Deterministic (DDIM, eta = 0) sampling over every timestep.
+
+    Args:
+        noise_pred, schedule, start: as in `ancestral`.
+
+    Returns:
+        (..., 2) points in model units.
+    """
+    sample = start
+    for timestep in reversed(range(schedule.num_train_timesteps)):
+        sample = schedule.ddim_step(noise_pred(sample, timestep), timestep, sample)
+    return sample
+
+
+def ddim_with_density(
+    noise_pred_with_jacobian: Callable[[Tensor, int], tuple[Tensor, Tensor]], schedule: Schedule, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """DDIM samples and the exact logarithm of the density that DDIM draws them with.
+
+    Each step is a smooth map x -> scale * (x - gain * eps(x)) of the plane, so densities follow by change of variables;
+    there is no solver and no tolerance:
+
+        log p(x_0) = log N(x_T; 0, I) - sum over t of log |det( scale_t * (I - gain_t * d eps / d x_t) )|
+
+    Args:
+        noise_pred_with_jacobian: takes points (..., 2) and a timestep, gives predicted noise (..., 2) and its
+            derivatives (..., 2, 2).
+        schedule: noise levels.
+        start: (..., 2), float64.
+
+    Returns:
+        Points (..., 2) in model units, and log-densities (...) per square model unit; NaN where a step folds the
+        plane (its determinant is not positive), since several starts could then give the same point.
+    """
+    sample = start
+    log_density = -start.square().sum(-1) / 2 - math.log(2 * math.pi)
+    eye = torch.eye(2, dtype=start.dtype)
+    for timestep in reversed(range(schedule.num_train_timesteps)):
+        scale, gain = schedule.ddim_coefficients(timestep)
+        prediction, jacobian = noise_pred_with_jacobian(sample, timestep)
+        log_density = log_density - torch.log(torch.linalg.det(scale * (eye - gain * jacobian)))
+        sample = schedule.ddim_step(prediction, timestep, sample)
+    return sample, log_density
+
+
+def sample_ensemble(
+    policy: Ensemble,
+    schedule: Schedule,
+    seeds: Sequence[int],
+    num_samples: int,
+    labels: Sequence[float] | None = None,
+    sampler: str = "ancestral",
+) -> Tensor:
+    """Points of every method of every seed; methods of one seed share all noise.
+
+    Args:
+        policy: K x S members, method after method.
+        schedule: noise levels.
+        seeds: S.
+        num_samples: N of each member.
+        labels: K labels that the networks are told (+1: CSFT's "good"), or None for 0.
+        sampler: "ancestral" or "ddim".
+
+    Returns:
+        (K, S, N, 2) in model units, with NaN or infinity where a member diverged.
+
+    Raises:
+        ValueError: for another sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    labels = [0.0] * (policy.members // len(seeds)) if labels is None else labels
+    rows = []
+    with one_thread():
+        for number, seed in enumerate(seeds):
+            start = starting_noise([seed], num_samples, policy.parameters.dtype)
+            noise = _step_noise(seed, schedule, num_samples, start.dtype) if sampler == "ancestral" else None
+            columns = []
+            for row, label in enumerate(labels):
+                # one member at a time: its activations stay in a core's cache
+                member = policy.select([row * len(seeds) + number])
+                predict = partial(member, label=torch.tensor([label]))
+                if noise is None:
+                    columns.append(ddim(predict, schedule, start)[0])
+                else:
+                    columns.append(ancestral(predict, schedule, start, noise.__getitem__)[0])
+            rows.append(torch.stack(columns))
+    return torch.stack(rows, dim=1)
+
+
+def _step_noise(seed: int, schedule: Schedule, num_samples: int, dtype: torch.dtype) -> Tensor:
+    generator = stream(seed, "sampling noise")
+    return torch.randn(schedule.num_train_timesteps, 1, num_samples, 2, generator=generator).to(dtype)

@@ -1,0 +1,156 @@
+"""Noise schedules that speak diffusers' language (`add_noise`, `step`, `alphas_cumprod`), in a page (paper 3.1)."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_LAST = 1e-3
+"""Below this last `alphas_cumprod` the preference objectives ask for huge shifts of the noise prediction."""
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise levels of a diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+    The same numbers as diffusers' `DDPMScheduler` with `variance_type="fixed_small"` and no clipping, and for
+    `ddim_step` as its `DDIMScheduler` with `set_alpha_to_one=True`. Kept in float64, used in the sample's precision.
+
+    Attributes:
+        betas: (T,) float64 in (0, 1), noise variance of each step.
+        alphas_cumprod: (T,) float64, abar_t, product of 1 - betas.
+
+    Warns:
+        UserWarning: if the last `alphas_cumprod` is below 1e-3.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    def __init__(self, betas: Tensor) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas must be in (0, 1), got {betas.min():g} to {betas.max():g}")
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, 0))
+        last = float(self.alphas_cumprod[-1])
+        if last < SMALLEST_LAST:
+            warnings.warn(
+                f"the last alphas_cumprod is {last:.2g}, below {SMALLEST_LAST:g}: the optimum of Diffusion-DPO shifts the "
+                f"noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here {last**-0.5:.0f} times, so "
+                "preference objectives blow up; end the schedule earlier",
+                stacklevel=2,
+            )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the number of diffusion steps."""
+        return len(self.betas)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy samples: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+        Args:
+            original_samples: (..., 2) clean points.
+            noise: (..., 2) draws of N(0, I).
+            timesteps: (...) int64 in [0, T).
+
+        Returns:
+            (..., 2).
+        """
+        abar = self.alphas_cumprod.to(original_samples.device)
+        signal = abar.sqrt().to(original_samples.dtype)[timesteps][..., None]
+        spread = (1 - abar).sqrt().to(original_samples.dtype)[timesteps][..., None]
+        return signal * original_samples + spread * noise
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, noise: Tensor) -> Tensor:
+        """One ancestral step with the posterior's variance, from x_t to the previous sample x_{t-1} (DDPM).
+
+            x_{t-1} = scale * (x_t - gain * eps_theta) + std * noise,   see `ancestral_coefficients`
+
+        Args:
+            model_output: (..., 2) predicted noise.
+            timestep: t in [0, T).
+            sample: (..., 2) x_t.
+            noise: (..., 2) draws of N(0, I); not looked at in the last step, t = 0.
+
+        Returns:
+            (..., 2) prev_sample.
+        """
+        scale, gain, std = self.ancestral_coefficients(timestep)
+        mean = scale * (sample - gain * model_output)
+        return mean if timestep == 0 else mean + std * noise
+
+    def ddim_step(self, model_output: Tensor, timestep: int, sample: Tensor) -> Tensor:
+        """One deterministic step (DDIM, eta = 0), from x_t to the previous sample.
+
+        Args:
+            model_output: (..., 2) predicted noise.
+            timestep: t in [0, T).
+            sample: (..., 2) x_t.
+
+        Returns:
+            (..., 2) prev_sample.
+        """
+        scale, gain = self.ddim_coefficients(timestep)
+        return scale * (sample - gain * model_output)
+
+    def ancestral_coefficients(self, timestep: int) -> tuple[float, float, float]:
+        """Scale, gain and std of `step`: 1/sqrt(1 - beta), beta/sqrt(1 - abar), sqrt(beta (1 - abar')/(1 - abar))."""
+        beta = float(self.betas[timestep])
+        abar, before = self._levels(timestep)
+        return (1 - beta) ** -0.5, beta / math.sqrt(1 - abar), math.sqrt(beta * (1 - before) / (1 - abar))
+
+    def ddim_coefficients(self, timestep: int) -> tuple[float, float]:
+        """Scale and gain of `ddim_step`: sqrt(abar'/abar), sqrt(1 - abar) - sqrt((1 - abar') abar/abar')."""
+        abar, before = self._levels(timestep)
+        return math.sqrt(before / abar), math.sqrt(1 - abar) - math.sqrt((1 - before) * abar / before)
+
+    def _levels(self, timestep: int) -> tuple[float, float]:
+        if not 0 <= timestep < len(self.betas):
+            raise ValueError(f"timestep must be in [0, {len(self.betas)}), got {timestep}")
+        return float(self.alphas_cumprod[timestep]), float(self.alphas_cumprod[timestep - 1]) if timestep else 1.0
+
+
+def linear_schedule(num_train_timesteps: int = 50, last_beta: float | None = None) -> Schedule:
+    """Noise variances that rise linearly by a factor of 100; by default as far as one pass of diffusion needs.
+
+    The default `last_beta`, 10 / T, ends near alphas_cumprod = 0.005 whatever T: small enough that sampling may
+    start from pure noise, large enough that the preference objectives stay bounded.
+
+    Args:
+        num_train_timesteps: T, 20 or more with the default end.
+        last_beta: in (0, 1); the first one is a hundredth of it.
+
+    Warns:
+        UserWarning: see `Schedule`.
+
+    >>> linear_schedule(50).alphas_cumprod[-1].round(decimals=4)
+    tensor(0.0044, dtype=torch.float64)
+    """
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    last = 10 / num_train_timesteps if last_beta is None else last_beta
+    return Schedule(torch.linspace(last / 100, last, num_train_timesteps, dtype=torch.float64))
+
+
+def cosine_schedule(num_train_timesteps: int = 50) -> Schedule:
+    """The cosine schedule, which ends in pure noise: fine for pretraining, too far for preference objectives.
+
+        abar_t = f(t + 1) / f(0),  f(t) = cos^2( (t/T + 0.008) / 1.008 * pi/2 ),  betas at most 0.999
+
+    Args:
+        num_train_timesteps: T >= 1.
+
+    Warns:
+        UserWarning: always, see `Schedule`.
+    """
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    at = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    level = torch.cos((at + 0.008) / 1.008 * math.pi / 2).square()
+    return Schedule((1 - level[1:] / level[:-1]).clamp(max=0.999))

@@ -1,0 +1,228 @@
+"""A study: methods x seeds, trained as stacked ensembles in one process a core, sampled and measured (paper 7)."""
+
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from toy.measures import Estimate, has_diverged, held_out_rewards, measure_points, over_seeds
+from toy.network import Architecture, Ensemble
+from toy.objectives import Method
+from toy.sampling import sample_ensemble
+from toy.schedule import Schedule, linear_schedule
+from toy.training import SMALL, Recipe, Record, pretrain, run, tune
+from toy.world import to_paper_units
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trained and measured methods; "base", the pretrained model, is the first of them.
+
+    Attributes:
+        methods: by name, without the base.
+        seeds: S.
+        recipe: sizes and rates.
+        points: (1 + K, S, N, 2) samples in paper units, base first.
+        measures: each (1 + K, S), see `toy.measures.measure_points`; accuracies as "pair_accuracy" etc. (NaN for the base).
+        policy: K x S members, method after method.
+        reference: S members.
+        records: of the tuning, (K, S) each.
+        seconds: wall time of training and sampling, and of measuring.
+    """
+
+    methods: Mapping[str, Method]
+    seeds: Sequence[int]
+    recipe: Recipe
+    points: Tensor
+    measures: Mapping[str, Tensor]
+    policy: Ensemble
+    reference: Ensemble
+    records: Sequence[Record]
+    seconds: Mapping[str, float]
+
+    @property
+    def names(self) -> list[str]:
+        """Rows of `points` and `measures`."""
+        return [BASE, *self.methods]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels it was trained with."""
+        return linear_schedule(self.recipe.num_train_timesteps)
+
+    @property
+    def diverged(self) -> Tensor:
+        """(1 + K, S) bool."""
+        return has_diverged(self.measures)
+
+    def estimate(self, measure: str, method: str) -> Estimate:
+        """A measure of a method over seeds.
+
+        Raises:
+            KeyError: if there is no such measure.
+            ValueError: if there is no such method.
+        """
+        row = self.names.index(method)
+        return over_seeds(self.measures[measure][row], self.diverged[row])
+
+    def text(self, measure: str, method: str) -> str:
+        """An estimate as text; "-" for what a method does not have, as the base has no implicit reward."""
+        row = self.names.index(method)
+        if bool(self.measures[measure][row][~self.diverged[row]].isnan().all()) and not self.diverged[row].all():
+            return "-"
+        return str(self.estimate(measure, method))
+
+    def table(self, measures: Sequence[str] = ("kl", "undesirable_share", "off_manifold_share")) -> pd.DataFrame:
+        """Estimates as text, a row a method, with the number of diverged seeds in a column of its own."""
+        rows = {
+            name: {
+                **{measure: self.text(measure, name) for measure in measures},
+                "diverged": f"{int(self.diverged[row].sum())} of {len(self.seeds)}",
+            }
+            for row, name in enumerate(self.names)
+        }
+        return pd.DataFrame(rows).T
+
+    def model(self, method: str, seed: int | None = None) -> Ensemble:
+        """Trained members of a method, of all seeds or of one."""
+        if method == BASE:
+            members, source = list(range(len(self.seeds))), self.reference
+        else:
+            first = list(self.methods).index(method) * len(self.seeds)
+            members, source = list(range(first, first + len(self.seeds))), self.policy
+        return source.select(members if seed is None else [members[list(self.seeds).index(seed)]])
+
+
+def run_study(
+    methods: Mapping[str, Method],
+    seeds: Sequence[int],
+    recipe: Recipe = SMALL,
+    processes: int = 2,
+    record_every: int = 100,
+) -> Study:
+    """Pretrain, tune, sample and measure all methods of all seeds.
+
+    Args:
+        methods: by name; "base" is always there and must not be among them.
+        seeds: distinct.
+        recipe: sizes and rates.
+        processes: single-thread processes that share the seeds; 1 works in the calling process.
+        record_every: steps between records of the tuning.
+
+    Returns:
+        The study; its numbers do not depend on `processes` but by rounding.
+
+    Raises:
+        ValueError: if there is no method or seed, a seed comes twice, or "base" is among the methods.
+    """
+    if not methods or BASE in methods:
+        raise ValueError(f"methods must be named, and none {BASE!r}, got: {', '.join(methods) or 'none'}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be distinct and not empty, got {list(seeds)}")
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    start = time.perf_counter()
+    shares = [list(part) for part in np.array_split(np.asarray(seeds), min(processes, len(seeds)))]
+    jobs = [(dict(methods), [int(seed) for seed in share], recipe, record_every) for share in shares]
+    if len(jobs) == 1:
+        parts = [_work(*jobs[0])]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(jobs), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(_work, *zip(*jobs, strict=True)))
+    measuring = max(part["seconds/measures"] for part in parts)
+    seconds = {"ensemble": time.perf_counter() - start - measuring, "measures": measuring}
+    return _joined(dict(methods), seeds, recipe, parts, seconds)
+
+
+def seconds_one_by_one(methods: Mapping[str, Method], seeds: int, recipe: Recipe = SMALL) -> float:
+    """Wall time that `seeds` seeds would take one model at a time, extrapolated from one full seed.
+
+    The same code with ensembles of one: pretraining, then tuning and sampling of each method by itself, in this process on
+    one thread, which is faster for models this small than two. Measuring is left out, as in `Study.seconds["ensemble"]`.
+    """
+    warm = Recipe(**{**vars(recipe), "pretrain_steps": 2, "max_train_steps": 2, "num_samples": 100})
+    _one_by_one(methods, warm)
+    start = time.perf_counter()
+    _one_by_one(methods, recipe)
+    return seeds * (time.perf_counter() - start)
+
+
+def _one_by_one(methods: Mapping[str, Method], recipe: Recipe) -> None:
+    schedule, seeds = linear_schedule(recipe.num_train_timesteps), [0]
+    reference = Ensemble.initial(Architecture(recipe.num_train_timesteps, recipe.width), seeds)
+    run(pretrain(reference, schedule, seeds, recipe))
+    sample_ensemble(reference, schedule, seeds, recipe.num_samples)
+    for method in methods.values():
+        policy = reference.copy()
+        run(tune(policy, reference, schedule, [method], seeds, recipe))
+        sample_ensemble(policy, schedule, seeds, recipe.num_samples, [method.label])
+
+
+def _work(methods: dict[str, Method], seeds: list[int], recipe: Recipe, record_every: int) -> dict:
+    """One process's share of the seeds; everything comes back as arrays, which travel between processes safely."""
+    schedule = linear_schedule(recipe.num_train_timesteps)
+    labels = [method.label for method in methods.values()]
+    reference = Ensemble.initial(Architecture(recipe.num_train_timesteps, recipe.width), seeds)
+    run(pretrain(reference, schedule, seeds, recipe, recipe.pretrain_steps))
+    policy = reference.copy(len(methods))
+    records = run(tune(policy, reference, schedule, list(methods.values()), seeds, recipe, record_every))
+    base = sample_ensemble(reference, schedule, seeds, recipe.num_samples)
+    tuned = sample_ensemble(policy, schedule, seeds, recipe.num_samples, labels)
+    points = to_paper_units(torch.cat([base, tuned]))
+    start = time.perf_counter()
+    measures = measure_points(points)
+    accuracies = held_out_rewards(policy, reference, schedule, labels).accuracies()
+    shape = (len(methods), len(seeds))
+    for name, values in accuracies.items():
+        nothing = torch.full((1, len(seeds)), torch.nan)
+        measures[_accuracy_name(name)] = torch.cat([nothing, values.float().view(shape)])
+    return {
+        "points": points.numpy(),
+        "measures": {name: values.double().numpy() for name, values in measures.items()},
+        "policy": policy.parameters.unflatten(0, shape).numpy(),
+        "reference": reference.parameters.numpy(),
+        "records": [(record.global_step, *(part.numpy() for part in record[1:])) for record in records],
+        "seconds/measures": time.perf_counter() - start,
+    }
+
+
+def _accuracy_name(definition: str) -> str:
+    kind, _, draw = definition.partition("/")
+    return f"{kind}_accuracy" + (f"/{draw}" if draw else "")
+
+
+def _joined(
+    methods: dict[str, Method], seeds: Sequence[int], recipe: Recipe, parts: list[dict], seconds: dict[str, float]
+) -> Study:
+    def over_parts(name: str, axis: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([part[name] for part in parts], axis))
+
+    architecture = Architecture(recipe.num_train_timesteps, recipe.width)
+    measures = {
+        name: torch.from_numpy(np.concatenate([part["measures"][name] for part in parts], 1))
+        for name in parts[0]["measures"]
+    }
+    records = [
+        Record(steps[0][0], *(torch.from_numpy(np.concatenate(values, 1)) for values in zip(*(s[1:] for s in steps), strict=True)))
+        for steps in zip(*(part["records"] for part in parts), strict=True)
+    ]
+    return Study(
+        methods,
+        list(seeds),
+        recipe,
+        over_parts("points", 1),
+        measures,
+        Ensemble(architecture, over_parts("policy", 1).flatten(0, 1)),
+        Ensemble(architecture, over_parts("reference", 0)),
+        records,
+        seconds,
+    )
