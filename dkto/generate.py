@@ -21,9 +21,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
-from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.progress import progress
+from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.records import claim
 
 CHUNK = 50  # images per task handed to a worker

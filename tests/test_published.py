@@ -5,9 +5,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.generate import System, draw, noise_generator
 from dkto.models import make_policy, write_weights
+from dkto.published import PUBLISHED, lora_file, unet_folder
 
 
 def picture(system):
