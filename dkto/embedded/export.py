@@ -97,7 +97,7 @@ thing is always the left or upper one.
 {vae_psnr:.1f} dB on held-out scenes. UNet and text encoder, batch 48, AdamW with a constant rate that falls at the end,
 weight average 0.9995, min-SNR-5 weights, offset noise 0.15 (in pretraining only, so that backgrounds can be far from
 mid-grey), in two stages. The first, at 1e-3 (`--two-things 0.5`, then 0.85 after 383,000 samples), knew "right of" and
-"below" too: it learnt colours, shapes, backgrounds and the axis of a relation, but which thing comes first stayed at
+"below" too: it learnt colours, shapes, backgrounds and the axis of a relation, but which thing comes first stayed
 at chance. The second went on from its weights (`--start-from`) with two relations for {samples:,} samples:
 `--two-things 0.85 --emphasis 40 --lr 7e-4` (0.75 while the rate fell) counts high-noise steps up to 40 times, since
 places are decided there.
