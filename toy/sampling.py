@@ -20,9 +20,7 @@ def starting_noise(seeds: Sequence[int], num_samples: int, dtype: torch.dtype = 
     return torch.stack(draws).to(dtype)
 
 
-def ancestral(
-    noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]
-) -> Tensor:
+def ancestral(noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]) -> Tensor:
     """Ancestral (DDPM) sampling with the posterior's variance.
 
     Args:
