@@ -12,7 +12,6 @@ from torch import Tensor
 from dkto.losses import effective_weight
 from dkto.utilities import get_utility
 from toy.exact import normal_quadrature
-from toy.measures import normal_points
 from toy.network import one_thread, stream
 from toy.objectives import Method
 from toy.sampling import ancestral
@@ -70,22 +69,36 @@ class PointwiseOptimum:
         gradient, *others = self._gradient(noise_pred + shifts, posterior)
         curvature = torch.stack([(other - gradient) / width for other in others], dim=-1)
         values, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2)
-        along = (vectors.mT @ gradient[..., None])[..., 0] / values.abs().clamp(min=SMALLEST_CURVATURE)
+        # where the objective is not concave the way leads uphill, as training goes, and not to the nearest flat place
+        convex = (values > 0).any(-1, keepdim=True)
+        scale = torch.where(convex, values.abs().amax(-1, keepdim=True), values.abs())
+        along = (vectors.mT @ gradient[..., None])[..., 0] / scale.clamp(min=SMALLEST_CURVATURE)
         step = (vectors @ along[..., None])[..., 0]
         length = step.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return step * (LONGEST_STEP / length).clamp(max=1)
 
     def sample(self, count: int = 800, seed: int = 0) -> Tensor:
-        """Points (N, 2) in paper units, drawn by ancestral sampling with this prediction."""
+        """Points (N, 2) in paper units, drawn by ancestral sampling with this prediction.
+
+        Every second point has the first one's noise with the other sign, which leaves means little to chance.
+
+        Args:
+            count: N, even.
+            seed: of the noise.
+
+        Raises:
+            ValueError: if `count` is odd.
+        """
+        if count < 2 or count % 2:
+            raise ValueError(f"count must be even and at least 2, got {count}")
         generator = stream(seed, "pointwise noise")
+
+        def noise(_: int) -> Tensor:
+            half = torch.randn(count // 2, 2, generator=generator, dtype=torch.float64)
+            return torch.cat([half, -half])
+
         with one_thread():
-            points = ancestral(
-                self,
-                self.schedule,
-                normal_points(count, 2, seed),
-                lambda _: torch.randn(count, 2, generator=generator, dtype=torch.float64),
-            )
-        return to_paper_units(points)
+            return to_paper_units(ancestral(self, self.schedule, noise(0), noise))
 
     def _posterior(self, noisy: Tensor, timestep: int) -> "_Posterior":
         abar = self.schedule.alphas_cumprod[timestep]

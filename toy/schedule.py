@@ -41,8 +41,8 @@ class Schedule:
         if last < SMALLEST_LAST:
             warnings.warn(
                 f"the last alphas_cumprod is {last:.2g}, below {SMALLEST_LAST:g}: the optimum of Diffusion-DPO shifts "
-                f"the noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here {last**-0.5:.0f} times, so "
-                "preference objectives blow up; end the schedule earlier",
+                "the noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here "
+                f"{last**-0.5:.0f} times, so preference objectives blow up; end the schedule earlier",
                 stacklevel=2,
             )
 
