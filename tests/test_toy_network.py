@@ -75,14 +75,18 @@ def test_members_depend_on_their_seed_alone():
 
 
 def test_streams_differ_by_seed_and_purpose():
-    first = {(seed, purpose): torch.rand(1, generator=stream(seed, purpose)).item() for seed in (0, 1) for purpose in "ab"}
+    first = {
+        (seed, purpose): torch.rand(1, generator=stream(seed, purpose)).item() for seed in (0, 1) for purpose in "ab"
+    }
     assert len(set(first.values())) == 4
     assert torch.rand(1, generator=stream(0, "a")).item() == first[0, "a"]
 
 
 def test_copies_and_selections_have_parameters_of_their_own(ensemble):
     twice, one = ensemble.copy(2), ensemble.select([2])
-    assert torch.equal(twice.parameters[3:], ensemble.parameters) and torch.equal(one.parameters[0], ensemble.parameters[2])
+    assert torch.equal(twice.parameters[3:], ensemble.parameters) and torch.equal(
+        one.parameters[0], ensemble.parameters[2]
+    )
     twice.parameters.zero_()
     one.parameters.zero_()
     assert ensemble.parameters.abs().sum() > 0

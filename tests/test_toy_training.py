@@ -1,6 +1,5 @@
 """Training as a generator of records: one member = many, seeds, precision, where it leads."""
 
-import itertools
 from dataclasses import replace
 
 import pytest

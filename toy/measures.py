@@ -56,9 +56,9 @@ def exact_kl(
 
         KL = E_{x_T ~ N(0, I)} [ log p(x_0) - log p_target(x_0) ]
 
-    Densities by change of variables (`toy.sampling.ddim_with_density`), in float64; the expectation by Sobol points, whose error
-    was 6e-3 at most for KL up to 28 and about 1e-3 near 0.01. It is the KL of the *DDIM* model: ancestral sampling gives another
-    distribution wherever the noise prediction is not the score of one density, and most of all for Diffusion-DPO.
+    Densities by change of variables (`toy.sampling.ddim_with_density`), in float64; the expectation by Sobol points.
+    It is the KL of the *DDIM* model: ancestral sampling gives another distribution wherever the noise prediction
+    is not the score of one density, and most of all for Diffusion-DPO.
 
     Args:
         policy: M members.
@@ -134,9 +134,7 @@ def undesirable_rate(points: Tensor) -> Tensor:
 
 def off_manifold_rate(points: Tensor) -> Tensor:
     """Share of points beyond 3 standard deviations of both the desirable and the pretraining distribution, (...)."""
-    distances = [
-        (points - points.new_tensor(g.mean)).norm(dim=-1) / g.std for g in (DESIRABLE, PRETRAINING)
-    ]
+    distances = [(points - points.new_tensor(g.mean)).norm(dim=-1) / g.std for g in (DESIRABLE, PRETRAINING)]
     return _share(torch.minimum(*distances) > 3, points)
 
 
@@ -239,17 +237,28 @@ class Estimate:
 
     def __str__(self) -> str:
         lost = f", {self.diverged} of {self.n + self.diverged} seeds diverged" if self.diverged else ""
+        if not self.n and not self.diverged:
+            return "-"
         if not self.n:
             return f"all {self.diverged} seeds diverged"
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}] n={self.n}{lost}"
 
 
-def over_seeds(values: Tensor | np.ndarray | Sequence[float], diverged: Sequence[bool] | None = None) -> Estimate:
+NONE = Estimate(math.nan, math.nan, math.nan, 0)
+"""What a method has that a measure is not defined for, as implicit accuracy for the base."""
+
+
+def over_seeds(
+    values: Tensor | np.ndarray | Sequence[float],
+    diverged: Sequence[bool] | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
     """Mean over seeds with its 95 % interval; seeds that diverged are counted, never averaged.
 
     Args:
         values: (S,), one a seed.
         diverged: (S,) which seeds diverged; those with a value that is not finite always count as such.
+        bounds: between which the measure lies, (0, 1) for a rate; the interval ends there at the latest.
 
     Returns:
         The estimate.
@@ -268,7 +277,8 @@ def over_seeds(values: Tensor | np.ndarray | Sequence[float], diverged: Sequence
     if len(kept) < 2:
         return Estimate(mean, math.nan, math.nan, 1, int(lost.sum()))
     half = float(stats.t.ppf(0.975, len(kept) - 1) * kept.std(ddof=1) / math.sqrt(len(kept)))
-    return Estimate(mean, mean - half, mean + half, len(kept), int(lost.sum()))
+    low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    return Estimate(mean, low, high, len(kept), int(lost.sum()))
 
 
 def measure_points(points: Tensor) -> dict[str, Tensor]:
@@ -286,6 +296,13 @@ def measure_points(points: Tensor) -> dict[str, Tensor]:
     }
 
 
+def bounds_of(measure: str) -> tuple[float, float]:
+    """Between which numbers a measure lies by its definition, for its interval."""
+    if "accuracy" in measure or measure.endswith("_share"):
+        return 0.0, 1.0
+    return (0.0, math.inf) if measure in ("kl", "sliced_wasserstein", "std_x", "std_y") else (-math.inf, math.inf)
+
+
 def has_diverged(measures: Mapping[str, Tensor]) -> Tensor:
     """Which members diverged: a point that is not finite, or a KL above 1000 nats. Bool, shape of the measures."""
     return ~(measures["kl"] < DIVERGED_KL)
@@ -300,4 +317,3 @@ def _error(
 ) -> Tensor:
     noise_pred = ensemble.select([member])(noisy, timestep, label)
     return denoising_error(noise_pred, noise, batch_dims=2)[0]
-

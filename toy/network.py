@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Architecture:
     def sizes(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer."""
         widths = [INPUTS, *[self.width] * self.depth, 2]
-        return list(zip(widths[:-1], widths[1:], strict=True))
+        return list(pairwise(widths))
 
     @property
     def count(self) -> int:
@@ -97,7 +98,9 @@ class Ensemble:
         self._time = architecture.time_features(parameters.dtype)
 
     @classmethod
-    def initial(cls, architecture: Architecture, seeds: Sequence[int], dtype: torch.dtype = torch.float32) -> "Ensemble":
+    def initial(
+        cls, architecture: Architecture, seeds: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> "Ensemble":
         """Fresh members, one a seed: uniform within 1/sqrt(inputs); the last layer starts near zero.
 
         Args:

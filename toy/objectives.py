@@ -97,7 +97,7 @@ def get_method(name: str, **changes: object) -> Method:
 
 
 class Draws(NamedTuple):
-    """Randomness of one training step for S seeds, shared by all methods of a seed; the last step of a tuple (S, B, ...).
+    """Randomness of one training step for S seeds, (S, B, ...); all methods of a seed share it.
 
     `points` and `partners` are N(0, I) draws that become clean samples, `independent` ones of the pretraining
     distribution; `noise` and `timesteps` are the diffusion's; `coin` and `flip` are uniform on [0, 1).

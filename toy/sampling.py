@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from toy.network import Ensemble, one_thread, stream
+from toy.objectives import known_name
 from toy.schedule import Schedule
 
 NoisePred = Callable[[Tensor, int], Tensor]
@@ -20,9 +21,7 @@ def starting_noise(seeds: Sequence[int], num_samples: int, dtype: torch.dtype = 
     return torch.stack(draws).to(dtype)
 
 
-def ancestral(
-    noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]
-) -> Tensor:
+def ancestral(noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]) -> Tensor:
     """Ancestral (DDPM) sampling with the posterior's variance.
 
     Args:
@@ -111,8 +110,7 @@ def sample_ensemble(
     Raises:
         ValueError: for another sampler.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    known_name("sampler", sampler, SAMPLERS)
     labels = [0.0] * (policy.members // len(seeds)) if labels is None else labels
     rows = []
     with one_thread():

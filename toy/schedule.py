@@ -40,9 +40,9 @@ class Schedule:
         last = float(self.alphas_cumprod[-1])
         if last < SMALLEST_LAST:
             warnings.warn(
-                f"the last alphas_cumprod is {last:.2g}, below {SMALLEST_LAST:g}: the optimum of Diffusion-DPO shifts the "
-                f"noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here {last**-0.5:.0f} times, so "
-                "preference objectives blow up; end the schedule earlier",
+                f"the last alphas_cumprod is {last:.2g}, below {SMALLEST_LAST:g}: the optimum of Diffusion-DPO shifts "
+                "the noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here "
+                f"{last**-0.5:.0f} times, so preference objectives blow up; end the schedule earlier",
                 stacklevel=2,
             )
 

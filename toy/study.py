@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from toy.measures import Estimate, has_diverged, held_out_rewards, measure_points, over_seeds
+from toy.measures import Estimate, bounds_of, has_diverged, held_out_rewards, measure_points, over_seeds
 from toy.network import Architecture, Ensemble
 from toy.objectives import Method
 from toy.sampling import sample_ensemble
@@ -31,7 +31,7 @@ class Study:
         seeds: S.
         recipe: sizes and rates.
         points: (1 + K, S, N, 2) samples in paper units, base first.
-        measures: each (1 + K, S), see `toy.measures.measure_points`; accuracies as "pair_accuracy" etc. (NaN for the base).
+        measures: each (1 + K, S), see `toy.measures.measure_points`; "pair_accuracy" etc. are NaN for the base.
         policy: K x S members, method after method.
         reference: S members.
         records: of the tuning, (K, S) each.
@@ -71,7 +71,7 @@ class Study:
             ValueError: if there is no such method.
         """
         row = self.names.index(method)
-        return over_seeds(self.measures[measure][row], self.diverged[row])
+        return over_seeds(self.measures[measure][row], self.diverged[row], bounds_of(measure))
 
     def text(self, measure: str, method: str) -> str:
         """An estimate as text; "-" for what a method does not have, as the base has no implicit reward."""
@@ -90,6 +90,20 @@ class Study:
             for row, name in enumerate(self.names)
         }
         return pd.DataFrame(rows).T
+
+    def metrics(self, measures: Sequence[str]) -> dict[str, float]:
+        """Flat names for `metrics.json`: "kl/sft", "kl/sft/low", "kl/sft/high" and so on, "diverged/sft".
+
+        A number that does not exist (no reward, all seeds diverged, one seed has no interval) has no key.
+        """
+        found = {}
+        for name, row in zip(self.names, self.diverged, strict=True):
+            for measure in measures:
+                estimate = self.estimate(measure, name)
+                values = {"": estimate.mean, "/low": estimate.low, "/high": estimate.high}
+                found |= {f"{measure}/{name}{end}": value for end, value in values.items() if np.isfinite(value)}
+            found[f"diverged/{name}"] = int(row.sum())
+        return found
 
     def model(self, method: str, seed: int | None = None) -> Ensemble:
         """Trained members of a method, of all seeds or of one."""
@@ -146,8 +160,9 @@ def run_study(
 def seconds_one_by_one(methods: Mapping[str, Method], seeds: int, recipe: Recipe = SMALL) -> float:
     """Wall time that `seeds` seeds would take one model at a time, extrapolated from one full seed.
 
-    The same code with ensembles of one: pretraining, then tuning and sampling of each method by itself, in this process on
-    one thread, which is faster for models this small than two. Measuring is left out, as in `Study.seconds["ensemble"]`.
+    The same code with ensembles of one: pretraining, then tuning and sampling of each method by itself, in this
+    process on one thread, which is faster for models this small than two. Measuring is left out, as in
+    `Study.seconds["ensemble"]`.
     """
     warm = Recipe(**{**vars(recipe), "pretrain_steps": 2, "max_train_steps": 2, "num_samples": 100})
     _one_by_one(methods, warm)
@@ -212,7 +227,10 @@ def _joined(
         for name in parts[0]["measures"]
     }
     records = [
-        Record(steps[0][0], *(torch.from_numpy(np.concatenate(values, 1)) for values in zip(*(s[1:] for s in steps), strict=True)))
+        Record(
+            steps[0][0],
+            *(torch.from_numpy(np.concatenate(values, 1)) for values in zip(*(s[1:] for s in steps), strict=True)),
+        )
         for steps in zip(*(part["records"] for part in parts), strict=True)
     ]
     return Study(

@@ -7,7 +7,7 @@ methods of one seed differ by their objective, not by their luck.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dkto.losses import denoising_error, sft_loss
 from toy.network import Ensemble, one_thread, stream
-from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods
+from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods, known_name
 from toy.objectives import independent_samples as independent_of
 from toy.schedule import Schedule
 from toy.world import PRETRAINING
@@ -55,6 +55,16 @@ class Recipe:
         for name in ("pretrain_learning_rate", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+
+    def replace(self, **changes: float) -> "Recipe":
+        """The same recipe with other values; an unknown name raises a sentence.
+
+        >>> SMALL.replace(max_train_steps=300).max_train_steps
+        300
+        """
+        for name in changes:
+            known_name("recipe setting", name, vars(self))
+        return replace(self, **changes)
 
 
 SMALL = Recipe()
@@ -121,9 +131,7 @@ def pretrain(
     """
     optimizer = torch.optim.Adam([ensemble.parameters], lr=recipe.pretrain_learning_rate, fused=True)
     averaged = ensemble.parameters.clone()
-    draws = draw_steps(
-        seeds, "pretraining", recipe.batch_size, schedule.num_train_timesteps, ensemble.parameters.dtype
-    )
+    draws = draw_steps(seeds, "pretraining", recipe.batch_size, schedule.num_train_timesteps, ensemble.parameters.dtype)
     nothing = torch.full((1, len(seeds)), math.nan)
     for step in range(recipe.pretrain_steps):
         batch = next(draws)
@@ -218,7 +226,12 @@ def _errors(ensemble: Ensemble, read: Tensor, noise: Tensor) -> Tensor:
 
 
 def _independent_gap(
-    policy: Ensemble, reference: Ensemble, schedule: Schedule, batch: Draws, rows: list[int], shape: tuple[int, int, int]
+    policy: Ensemble,
+    reference: Ensemble,
+    schedule: Schedule,
+    batch: Draws,
+    rows: list[int],
+    shape: tuple[int, int, int],
 ) -> Tensor:
     """Reference minus policy error on fresh pretraining samples, (K, S, B); 0 for the methods that do not ask."""
     samples = independent_of(batch)

@@ -47,7 +47,9 @@ class Gaussian:
         >>> DESIRABLE.model_units()
         Gaussian(mean=(-1.0, 0.0), std=0.5)
         """
-        return Gaussian(tuple(round((m - o) / UNIT, 12) for m, o in zip(self.mean, ORIGIN, strict=True)), self.std / UNIT)
+        return Gaussian(
+            tuple(round((m - o) / UNIT, 12) for m, o in zip(self.mean, ORIGIN, strict=True)), self.std / UNIT
+        )
 
 
 PRETRAINING = Gaussian((0.5, 0.8), 0.2)
@@ -128,7 +130,7 @@ def undesirable_share(gaussian: Gaussian) -> float:
 
 
 def bayes_accuracy(definition: str) -> float:
-    """The best accuracy that any reward can reach, by "pair" or "sample" (definitions: `dkto.metrics.implicit_accuracy`).
+    """The best accuracy that any reward can reach, by "pair" or "sample" (`dkto.metrics.implicit_accuracy`).
 
         pair    P(r(x_w) > r(x_l)) = Phi(d / (sqrt(2) s))      d: distance of the means, s: their std
         sample  P(r(x) > 0 | desirable) = Phi(d / (2 s))

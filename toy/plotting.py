@@ -1,0 +1,391 @@
+"""Figures of the laboratory: axes in, axes out; roles and utilities keep the colours of `dkto.plotting`.
+
+Clouds share limits and equal aspect, so that panels can be compared by eye; marks of methods differ in shape
+as well as in colour.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from torch import Tensor
+
+from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS
+from toy.measures import Estimate
+from toy.study import Study
+from toy.world import ROLES, UNIT, Gaussian, undesirable_share
+
+LIMITS = {"x": (-0.25, 1.25), "y": (0.05, 1.75)}
+METHOD_COLOURS = {
+    "base": COLOURS["pretraining"],
+    "sft": "#44AA99",
+    "csft": "#117733",
+    "dpo": "#661100",
+    **UTILITY_COLOURS,
+}
+METHOD_MARKS = {
+    "base": "s",
+    "sft": "v",
+    "csft": "^",
+    "dpo": "D",
+    "loss_averse": "P",
+    "risk_seeking": "X",
+    "kahneman_tversky": "o",
+}
+SHORT_NAMES = {
+    "base": "base",
+    "sft": "SFT",
+    "csft": "CSFT",
+    "dpo": "Diffusion-DPO",
+    "loss_averse": "loss-averse",
+    "risk_seeking": "risk-seeking",
+    "risk_seeking_literal": "risk-seeking, literal",
+    "kahneman_tversky": "Kahneman-Tversky",
+}
+BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
+
+
+def method_label(name: str, desirable_fraction: float | None = 0.8) -> str:
+    """A method's name for a figure: "kahneman_tversky@0.5" is "Kahneman-Tversky, γ = 0.5".
+
+    Args:
+        name: key of the study; a part after "@" is the desirable fraction.
+        desirable_fraction: shown for the utilities where the name has none; None leaves it out.
+    """
+    stem, _, fraction = name.partition("@")
+    label = SHORT_NAMES.get(stem, stem)
+    if stem in UTILITY_COLOURS and (fraction or desirable_fraction):
+        label += f", γ = {fraction or f'{desirable_fraction:g}'}"
+    return label
+
+
+def method_colour(name: str) -> str:
+    """Colour of a method, whatever its desirable fraction."""
+    return METHOD_COLOURS.get(name.partition("@")[0], "#332288")
+
+
+def method_mark(name: str) -> str:
+    """Marker of a method, whatever its desirable fraction."""
+    return METHOD_MARKS.get(name.partition("@")[0], "*")
+
+
+def plot_world(ax: Axes | None = None, *, legend: bool = False, roles: Sequence[str] = tuple(ROLES)) -> Axes:
+    """The distributions as circles of 2 standard deviations, and the line below which the undesirable is more likely.
+
+    Args:
+        ax: axes to draw on, made if left out.
+        legend: name the circles.
+        roles: which of the three distributions.
+    """
+    ax = plt.subplots(figsize=(3.6, 3.9), layout="constrained")[1] if ax is None else ax
+    for role in roles:
+        style = ":" if role == "pretraining" else "-"
+        gaussian = ROLES[role]
+        circle = Circle(gaussian.mean, 2 * gaussian.std, fill=False, ec=COLOURS[role], lw=1.6, ls=style, zorder=3)
+        circle.set_label(f"{role}, 2σ")
+        ax.add_patch(circle)
+    ax.axhline(BOUNDARY, color="0.7", lw=0.8, zorder=0)
+    ax.set(xlim=LIMITS["x"], ylim=LIMITS["y"], aspect="equal", xticks=[0, 0.5, 1], yticks=[0.5, 1, 1.5])
+    ax.set_xlabel("x", fontsize="small")
+    ax.set_ylabel("y", fontsize="small")
+    ax.tick_params(labelsize="x-small")
+    if legend:
+        ax.legend(loc="upper right", **LEGEND)
+    return ax
+
+
+def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note: str = "", shown: int = 1500) -> Axes:
+    """Samples of one model over the world.
+
+    Args:
+        points: (N, 2) in paper units; points outside the frame are counted in its corner, those not finite too.
+        ax: axes to draw on, made if left out.
+        title: above the axes.
+        note: text at the top of the frame.
+        shown: at most so many points are drawn.
+    """
+    ax = plot_world(ax)
+    drawn = points[:shown].double().numpy()
+    inside = np.ones(len(drawn), dtype=bool)
+    for axis, limits in enumerate((LIMITS["x"], LIMITS["y"])):
+        inside &= (drawn[:, axis] >= limits[0]) & (drawn[:, axis] <= limits[1])
+    ax.scatter(*drawn[inside].T, s=2, color=COLOURS["model"], alpha=0.25, lw=0, zorder=2, rasterized=True)
+    ax.set_title(title, fontsize="small")
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
+    ax.text(0.98, 0.985, note, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, zorder=4, bbox=box)
+    if not inside.all():
+        lost = f"{100 * (1 - inside.mean()):.0f} % outside"
+        ax.text(0.98, 0.02, lost, transform=ax.transAxes, ha="right", fontsize=6.5, bbox=box)
+    return ax
+
+
+def plot_clouds(study: Study, names: Sequence[str], seed: int, columns: int = 5) -> Figure:
+    """Panels of one seed's samples, each with its estimates over all seeds.
+
+    Args:
+        study: measured methods.
+        names: which, in order.
+        seed: whose samples are drawn.
+        columns: panels a row.
+    """
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.0 * columns, 2.75 * rows),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    place = list(study.seeds).index(seed)
+    for ax, name in zip(axes.flat, names, strict=False):
+        note = f"KL {_with_half(study.estimate('kl', name), 3)}"
+        note += f"\nundesirable {_with_half(study.estimate('undesirable_share', name), 2, 100)} %"
+        lost = int(study.diverged[study.names.index(name)].sum())
+        note += f"\n{lost} of {len(study.seeds)} seeds diverged" if lost else ""
+        plot_cloud(study.points[study.names.index(name), place], ax, title=method_label(name), note=note)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    for ax in axes.flat:
+        ax.label_outer()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    return figure
+
+
+def plot_estimates(
+    estimates: Mapping[str, Estimate],
+    ax: Axes | None = None,
+    *,
+    label: str,
+    log: bool = False,
+    scale: float = 1.0,
+    limits: Mapping[str, float] | None = None,
+) -> Axes:
+    """Measures of methods with their intervals, one row each; diverged seeds are named at the row.
+
+    Args:
+        estimates: by method, from top to bottom.
+        ax: axes to draw on, made if left out.
+        label: of the measure, with its unit.
+        log: logarithmic axis.
+        scale: factor on the values, 100 for percent.
+        limits: exact values drawn as lines, by their name.
+    """
+    ax = plt.subplots(figsize=(5.6, 0.8 + 0.3 * len(estimates)), layout="constrained")[1] if ax is None else ax
+    for row, (name, estimate) in enumerate(estimates.items()):
+        colour = method_colour(name)
+        if estimate.n:
+            low, high = (np.nan_to_num(end, nan=estimate.mean) for end in (estimate.low, estimate.high))
+            ax.plot([scale * max(low, 1e-9), scale * high], [row, row], color=colour, lw=2)
+            ax.plot(scale * estimate.mean, row, method_mark(name), color=colour, ms=6)
+        if estimate.diverged:
+            text = f"{estimate.diverged} of {estimate.diverged + estimate.n} seeds diverged"
+            ax.text(0.99, row, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize="x-small")
+    for style, (name, value) in zip((":", "--", "-."), (limits or {}).items(), strict=False):
+        ax.axvline(scale * value, color="0.5", ls=style, lw=1, label=name, zorder=0)
+    if limits:
+        ax.legend(**LEGEND)
+    ax.set_yticks(range(len(estimates)), [method_label(name) for name in estimates], fontsize="small")
+    ax.set_ylim(len(estimates) - 0.5, -0.5)
+    if log:
+        ax.set_xscale("log")
+    ax.set_xlabel(label, fontsize="small")
+    return ax
+
+
+def plot_tradeoff(study: Study, names: Sequence[str], ax: Axes | None = None) -> Axes:
+    """What each method pays: KL to desirable against its undesirable share, both with intervals.
+
+    Lines join the two desirable fractions of one utility. Below and left is better, but the share of the desirable
+    distribution itself (dotted) is what SFT aims at: only preference objectives go left of it.
+
+    Args:
+        study: measured methods.
+        names: which.
+        ax: axes to draw on, made if left out.
+    """
+    ax = plt.subplots(figsize=(NOTEBOOK_WIDTH, 4.2), layout="constrained")[1] if ax is None else ax
+    places = {}
+    for name in names:
+        share, kl = study.estimate("undesirable_share", name), study.estimate("kl", name)
+        if not kl.n:
+            continue
+        places[name] = (100 * share.mean, kl.mean)
+        open_mark = {"mfc": "white"} if "@" in name else {}
+        ax.errorbar(
+            *places[name],
+            xerr=_bars(share, 100),
+            yerr=_bars(kl, 1),
+            fmt=method_mark(name),
+            color=method_colour(name),
+            ms=7,
+            label=method_label(name),
+            **open_mark,
+        )
+    for name, place in places.items():
+        stem = name.partition("@")[0]
+        if stem != name and stem in places:
+            ax.plot(*zip(places[stem], place, strict=True), color=method_colour(name), lw=0.8, alpha=0.6, zorder=0)
+    ax.axvline(100 * undesirable_share(ROLES["desirable"]), color=COLOURS["desirable"], ls=":", lw=1.2)
+    ax.annotate(
+        "the desirable distribution itself",
+        (100 * undesirable_share(ROLES["desirable"]), 1),
+        (3, -3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        fontsize="x-small",
+        color=COLOURS["desirable"],
+    )
+    ax.set_yscale("log")
+    ax.set_xlabel("undesirable share (% of samples)")
+    ax.set_ylabel("KL to desirable (nats)")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="x-small", frameon=False)
+    return ax
+
+
+def plot_sweep(
+    curves: Mapping[str, Mapping[float, Estimate]],
+    ax: Axes | None = None,
+    *,
+    label: str,
+    setting: str,
+    scale: float = 1.0,
+    log: tuple[bool, bool] = (True, True),
+) -> Axes:
+    """A measure over the values of a setting, with its intervals as bands; settings where seeds diverged are ringed.
+
+    Args:
+        curves: by method, estimates by value of the setting.
+        ax: axes to draw on, made if left out.
+        label: of the measure, with its unit.
+        setting: of the horizontal axis.
+        scale: factor on the measure.
+        log: whether the axes are logarithmic.
+    """
+    ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1] if ax is None else ax
+    for name, estimates in curves.items():
+        kept = {value: e for value, e in estimates.items() if e.n}
+        x = list(kept)
+        mean, low, high = (
+            np.array([scale * getattr(e, end) for e in kept.values()]) for end in ("mean", "low", "high")
+        )
+        colour = method_colour(name)
+        ax.plot(x, mean, marker=method_mark(name), ms=4.5, lw=1.5, color=colour, label=method_label(name, None))
+        low = np.maximum(low, mean / 10) if log[1] else low  # an end below zero has no place on a logarithmic axis
+        ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        lost = [place for place, (_, e) in enumerate(kept.items()) if e.diverged]
+        ax.plot([x[i] for i in lost], mean[lost], "o", ms=10, mfc="none", color=colour)
+    ax.set_xscale("log" if log[0] else "linear")
+    ax.set_yscale("log" if log[1] else "linear")
+    ax.set_xlabel(setting, fontsize="small")
+    ax.set_ylabel(label, fontsize="small")
+    return ax
+
+
+def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = None, *, label: str) -> Axes:
+    """A reward over the plane in two colours around zero, with the world on top.
+
+    Args:
+        rewards: (len(y), len(x)).
+        x, y: coordinates in paper units.
+        ax: axes to draw on, made if left out.
+        label: of the colour bar, with its unit.
+    """
+    ax = plot_world(ax)
+    largest = float(rewards.abs().max())
+    norm = TwoSlopeNorm(0, -largest, largest)
+    mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
+    ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")
+    ax.figure.colorbar(mesh, ax=ax, shrink=0.8).set_label(label, fontsize="small")
+    return ax
+
+
+def plot_field(points: Tensor, arrows: Tensor, ax: Axes | None = None, *, longest: float, title: str = "") -> Axes:
+    """Where a tuned model pulls a denoised point, compared with the reference: arrows over the plane.
+
+    Args:
+        points: (N, 2) in paper units.
+        arrows: (N, 2) displacement of the denoised point, paper units.
+        ax: axes to draw on, made if left out.
+        longest: length in paper units that is drawn as 0.25; panels that are compared share it.
+        title: above the axes.
+    """
+    ax = plot_world(ax)
+    scaled = arrows / longest * 0.25
+    ax.quiver(
+        *points.T.numpy(),
+        *scaled.T.numpy(),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.006,
+        color="0.15",
+        zorder=4,
+    )
+    ax.set_title(title, fontsize="small")
+    return ax
+
+
+def ellipse_of(gaussian: Gaussian, ax: Axes, label: str) -> None:
+    """Draw an exact reference as a dashed circle of 2 standard deviations."""
+    ax.add_patch(
+        Circle(gaussian.mean, 2 * gaussian.std, fill=False, ls="--", ec="black", lw=1.2, label=label, zorder=4)
+    )
+
+
+def save_animation(draw: object, frames: Sequence, path: str | Path, figure: Figure, per_second: int = 6) -> Path:
+    """Write a GIF, whole or not at all: `draw(frame)` clears and redraws the figure's axes.
+
+    Args:
+        draw: called with each frame.
+        frames: what it is called with.
+        path: ends in .gif.
+        figure: that is drawn on.
+        per_second: frames a second.
+    """
+    path = Path(path)
+    part = path.with_name("part." + path.name)
+    FuncAnimation(figure, draw, frames=frames).save(part, writer=PillowWriter(fps=per_second))
+    part.replace(path)
+    return path
+
+
+def denoised_shift(difference: Tensor, alphas_cumprod: float) -> Tensor:
+    """Displacement of the predicted clean point, in paper units, that a difference of noise predictions makes.
+
+    x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar), so  shift = -sqrt((1 - abar) / abar) * difference
+    """
+    return -UNIT * ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5 * difference
+
+
+def mean_rewards(names: Sequence[str], records: Sequence, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (R,) and the mean over seeds (R, K) of a field of the records, for curves over training."""
+    steps = np.array([record.global_step for record in records])
+    return steps, torch.stack([getattr(record, which).nanmean(1) for record in records]).numpy()[:, : len(names)]
+
+
+def _bars(estimate: Estimate, scale: float) -> list[list[float]] | None:
+    if not np.isfinite(estimate.low):
+        return None
+    return [[scale * (estimate.mean - estimate.low)], [scale * (estimate.high - estimate.mean)]]
+
+
+def _with_half(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
+    if not estimate.n:
+        return "–"
+    half = scale * (estimate.high - estimate.mean)
+    return (
+        f"{scale * estimate.mean:.{digits}g} ± {half:.1g}"
+        if np.isfinite(half)
+        else f"{scale * estimate.mean:.{digits}g}"
+    )

@@ -1,0 +1,154 @@
+"""The verdict card: the paper's claims about its toy (section 7) against our runs, generated, never typed by hand.
+
+Each claim is one comparison, tried at every setting that was run. It holds where the 95 % interval over seeds is
+on its side; the settings where it does and does not are listed from the runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from toy.measures import Estimate, bounds_of, over_seeds
+from toy.study import BASE, Study
+
+RIVALS = ("loss_averse", "risk_seeking", "dpo")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting at which claims are tried.
+
+    Attributes:
+        name: as the card shows it, "gamma 0.8".
+        study: that holds the runs.
+        names: the study's name of each method, by canonical name; a method that was not run is missing.
+    """
+
+    name: str
+    study: Study
+    names: Mapping[str, str]
+
+    def value(self, measure: str, method: str) -> np.ndarray:
+        """A measure of each seed, NaN where it diverged."""
+        row = self.study.names.index(self.names[method])
+        values = self.study.measures[measure][row].double().numpy().copy()
+        values[self.study.diverged[row].numpy()] = np.nan
+        return values
+
+    def estimate(self, measure: str, method: str) -> Estimate:
+        """A measure over seeds."""
+        return over_seeds(self.value(measure, method), bounds=bounds_of(measure))
+
+    def gap(self, measure: str, method: str, other: str) -> Estimate:
+        """Difference of two methods, seed by seed (they share data and noise)."""
+        return over_seeds(self.value(measure, method) - self.value(measure, other))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper and how it is tried.
+
+    Attributes:
+        text: what the paper says.
+        needs: canonical methods.
+        trial: gives our measure as text and whether the claim holds, for one setting.
+    """
+
+    text: str
+    needs: tuple[str, ...]
+    trial: Callable[[Setting], tuple[str, bool]]
+
+
+def _dpo_leaves(setting: Setting) -> tuple[str, bool]:
+    gap = setting.gap("kl", "dpo", BASE)
+    return f"KL of DPO minus KL of the base: {_shown(gap)}", gap.low > 0
+
+
+def _dpo_undesirable(setting: Setting) -> tuple[str, bool]:
+    share, gap = setting.estimate("undesirable_share", "dpo"), setting.gap("undesirable_share", "dpo", BASE)
+    return f"DPO's undesirable share {_shown(share, 100)} %, minus the base's {_shown(gap, 100)}", gap.low > 0
+
+
+def _seeker_is_sft(setting: Setting) -> tuple[str, bool]:
+    gap = setting.gap("undesirable_share", "risk_seeking", "sft")
+    share = setting.estimate("undesirable_share", "risk_seeking")
+    return f"risk-seeking's undesirable share {_shown(share, 100)} %, minus SFT's {_shown(gap, 100)}", gap.high >= 0
+
+
+def _kt_balances(setting: Setting) -> tuple[str, bool]:
+    gaps = {rival: setting.gap("kl", "kahneman_tversky", rival) for rival in RIVALS}
+    worst = max(gaps, key=lambda rival: gaps[rival].high)
+    text = f"KL of KT {_shown(setting.estimate('kl', 'kahneman_tversky'))}, minus {worst}'s {_shown(gaps[worst])}"
+    return text, all(gap.high < 0 for gap in gaps.values())
+
+
+def _accurate(setting: Setting) -> tuple[str, bool]:
+    both = [setting.estimate("pair_accuracy", name) for name in ("kahneman_tversky", "dpo")]
+    text = f"pair accuracy of KT {_shown(both[0], 100)} %, of DPO {_shown(both[1], 100)} %"
+    return text, all(estimate.low >= 0.9 for estimate in both)
+
+
+CLAIMS = (
+    Claim("DPO avoids losses so strongly that it leaves the desirable distribution", ("dpo",), _dpo_leaves),
+    Claim("DPO clearly samples from the undesirable distribution", ("dpo",), _dpo_undesirable),
+    Claim("Risk-seeking behaves like SFT and tolerates undesirable samples", ("sft", "risk_seeking"), _seeker_is_sft),
+    Claim(
+        "Kahneman-Tversky balances best: nearest to desirable of the preference objectives",
+        ("kahneman_tversky", *RIVALS),
+        _kt_balances,
+    ),
+    Claim("KTO and DPO reach more than 90 % implicit accuracy", ("kahneman_tversky", "dpo"), _accurate),
+)
+
+
+def verdict_card(settings: Sequence[Setting]) -> pd.DataFrame:
+    """One row a claim: verdict, our measure at every setting, and where it changes.
+
+    Args:
+        settings: the first is the paper's own; a claim skips settings that lack a method it needs.
+
+    Returns:
+        Columns claim, verdict ("holds", "holds when ...", "does not hold", "not tried"), measure, changes.
+
+    Raises:
+        ValueError: if there is no setting.
+    """
+    if not settings:
+        raise ValueError("settings must hold at least one setting, got none")
+    rows = []
+    for claim in CLAIMS:
+        tried = [s for s in settings if set(claim.needs) <= set(s.names)]
+        trials = {setting.name: claim.trial(setting) for setting in tried}
+        held = [name for name, (_, holds) in trials.items() if holds]
+        failed = [name for name in trials if name not in held]
+        if not trials:
+            verdict, changes = "not tried", ""
+        elif not failed:
+            verdict, changes = "holds", "at none of the settings tried"
+        elif not held:
+            verdict, changes = "does not hold", "at none of the settings tried"
+        else:
+            verdict = f"holds when {', '.join(held)}"
+            changes = f"fails at {', '.join(failed)}"
+        measure = "; ".join(f"{name}: {text}" for name, (text, _) in trials.items())
+        rows.append({"claim": claim.text, "verdict": verdict, "measure": measure, "changes": changes})
+    return pd.DataFrame(rows)
+
+
+def headline_settings(study: Study) -> list[Setting]:
+    """The two settings of the headline: gamma 0.8, the paper's choice, and 0.5, at which DPO's pairs are drawn."""
+    shared = [BASE, "sft", "csft", "dpo"]
+    family = ("loss_averse", "risk_seeking", "kahneman_tversky")
+    return [
+        Setting(f"γ = {label}", study, {name: name for name in shared} | {name: name + suffix for name in family})
+        for label, suffix in (("0.8", ""), ("0.5", "@0.5"))
+    ]
+
+
+def _shown(estimate: Estimate, scale: float = 1.0) -> str:
+    if not estimate.n:
+        return str(estimate)
+    ends = f"{scale * estimate.mean:.3g} [{scale * estimate.low:.3g}, {scale * estimate.high:.3g}]"
+    return ends + (f" ({estimate.diverged} diverged)" if estimate.diverged else "")
