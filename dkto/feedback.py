@@ -7,7 +7,7 @@ ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from dkto.records import write_atomically
 from dkto.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
 
 MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
@@ -202,8 +203,8 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
         raise ValueError(f"feedback is written as .csv or .parquet, got {path.name!r}")
     if table.comparisons is not None:
         pairs = pd.DataFrame(table.comparisons, columns=["chosen_row", "rejected_row"])
-        _write_whole(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
-    _write_whole(path, lambda part: write(part, index=False))
+        write_atomically(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
+    write_atomically(path, lambda part: write(part, index=False))
     return path
 
 
@@ -228,12 +229,6 @@ def _hash_place(prompt: str, seed: int) -> float:
     """Where in [0, 1) a prompt falls, case and spaces aside."""
     text = f"{seed}\0{' '.join(prompt.casefold().split())}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
 
 
 class BiasedSampler:

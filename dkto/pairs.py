@@ -10,8 +10,8 @@
       skipped.jsonl                 all rows that could not be used
 
 Shards are read a few rows at a time: memory holds the images of one row group at most, whatever the number and size of
-the shards. Every file is whole or absent; a second call goes on where the first stopped, and counts the same votes again
-if it is given another rule.
+the shards. Every file is whole or absent; a second call goes on where the first stopped, and with another rule it only
+counts the votes again.
 """
 
 import glob
@@ -34,7 +34,7 @@ from PIL import Image
 
 from dkto.feedback import MAX_PIXELS, FeedbackTable, write_feedback
 from dkto.progress import progress
-from dkto.records import claim, write_json
+from dkto.records import claim, write_atomically, write_json
 from dkto.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, check_rule, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
@@ -166,10 +166,8 @@ def _unpack(path: Path, name: str, output_dir: Path) -> None:
         votes.append(pd.DataFrame(kept, columns=["image_0", "image_1", "prompt", "label_0"]))
     lines = "".join(json.dumps(line) + "\n" for line in skipped)
     (output_dir / "votes" / f"{name}.skipped.jsonl").write_text(lines)
-    target = output_dir / "votes" / f"{name}.parquet"
-    part = target.with_suffix(".part")
-    pd.concat(votes, ignore_index=True).to_parquet(part, index=False)
-    part.replace(target)
+    table = pd.concat(votes, ignore_index=True)
+    write_atomically(output_dir / "votes" / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
 
 def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
@@ -220,9 +218,7 @@ def _write_image(uid: object, data: object, output_dir: Path) -> str:
     path = output_dir / "images" / stem[:2].lower() / f"{stem}{ending}"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(data)
-        part.replace(path)
+        write_atomically(path, lambda part: part.write_bytes(data))
     return str(path.relative_to(output_dir))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,11 +38,17 @@ def hardware() -> dict[str, str | int]:
     return {"machine": platform.machine(), "cores": os.cpu_count() or 0, "accelerators": ", ".join(devices) or "none"}
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a neighbour of `path`, then rename it: `path` is whole or absent."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
+
+
 def write_json(path: Path, values: dict) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    part.replace(path)
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text))
 
 
 def claim(path: Path, about: dict, what: str) -> None:

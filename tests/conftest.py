@@ -1,5 +1,6 @@
 """Every test runs offline, without a display, from the same seeds; what the machine lacks is skipped, not failed."""
 
+import json
 import os
 import random
 import shutil
@@ -8,9 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 torch.set_num_threads(2)
 
@@ -125,6 +128,48 @@ def paired(tmp_path_factory, likes, tiny_pipeline):
     prompts = [f"a picture {i // 2 % 3}" for i in range(12)]
     table = make_feedback(likes.images, prompts, likes.is_desirable.tolist(), pair_ids=[i // 2 for i in range(12)])
     return prepare_feedback(table, tmp_path_factory.mktemp("paired"), str(tiny_pipeline))
+
+
+@pytest.fixture(scope="session")
+def sparse_copy():
+    """`sparse_copy(prepared, target, rows)`: a prepared folder blown up to any number of rows in sparse files."""
+
+    def copy(prepared, target, rows):
+        target.mkdir()
+        about = json.loads((prepared / "prepared.json").read_text()) | {"rows": rows}
+        per_shard = about["shard_rows"]
+        (target / "prepared.json").write_text(json.dumps(about))
+        for path in prepared.glob("prompts-*"):
+            shutil.copy(path, target)
+        rng = np.random.default_rng(0)
+        index = {
+            "is_desirable": rng.random(rows) < 237_530 / 928_068,
+            "prompt_id": rng.integers(0, about["prompts"], rows).astype(np.int32),
+            "row": np.arange(rows, dtype=np.int32),
+        }
+        pd.DataFrame(index).to_parquet(target / "index.parquet", index=False)
+        np.save(target / "pairs.npy", np.arange(rows // 2 * 2).reshape(-1, 2))
+        with safe_open(prepared / "latents-00000.safetensors", framework="pt") as shard:
+            shapes = {name: shard.get_slice(name).get_shape()[1:] for name in shard.keys()}  # noqa: SIM118
+        for number, start in enumerate(range(0, rows, per_shard)):
+            path = target / f"latents-{number:05d}.safetensors"
+            _write_sparse(path, shapes, min(per_shard, rows - start))
+        return target
+
+    return copy
+
+
+def _write_sparse(path, shapes, rows):
+    header, end = {}, 0
+    for name, shape in sorted(shapes.items(), key=lambda item: item[0] != "sizes"):
+        kind, width = ("I32", 4) if name == "sizes" else ("F16", 2)
+        begin, end = end, end + rows * int(np.prod(shape)) * width
+        header[name] = {"dtype": kind, "shape": [rows, *shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ ROOMS = (
     ("feedback", "config", "plotting"),
     ("pairs",),
     ("models", "published"),
-    ("prepare", "notebooks"),
+    ("prepared", "prepare", "notebooks"),
     ("batches", "checkpoints"),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
