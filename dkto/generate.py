@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
@@ -38,6 +38,8 @@ class System:
         guidance: classifier-free guidance scale, no unit; 1 is off.
         steps: DPM-Solver++ steps.
         prefix: text put before every prompt (CSFT samples with "good image, ").
+        negative_prompt: what guidance leads away from (CSFT in its "negative" style: "Weird image. "); it
+            does nothing at guidance 1.
     """
 
     model: str = SMALL_WORLD
@@ -45,6 +47,7 @@ class System:
     guidance: float = 3.0
     steps: int = 15
     prefix: str = ""
+    negative_prompt: str = ""
 
     @classmethod
     def of_run(cls, folder: str | Path, **settings) -> "System":
@@ -61,12 +64,16 @@ class System:
             return cls(model=about["config"]["model"], lora=str(folder / "lora"), **settings)
         raise FileNotFoundError(f"{folder} holds no finished training (neither model/ nor lora/)")
 
-    def load(self) -> StableDiffusionPipeline:
-        """The pipeline, adapter merged in, with a DPM-Solver++ sampler and no progress bar."""
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            pipeline_folder(self.model), use_safetensors=True, dtype=torch.float32, requires_safety_checker=False
-        )
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    def load(self) -> DiffusionPipeline:
+        """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar."""
+        folder = pipeline_folder(self.model)
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        if "safety_checker" in absent:
+            absent["requires_safety_checker"] = False
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **absent)
+        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         if self.lora:
             pipeline.load_lora_weights(self.lora, weight_name="pytorch_lora_weights.safetensors")
             pipeline.fuse_lora()
@@ -82,7 +89,7 @@ def noise_generator(seed: int, prompt_number: int, image_number: int) -> torch.G
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
+    pipeline: DiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
 ) -> list[Image.Image]:
     """One batch of images, one per prompt and generator."""
     with torch.inference_mode():
@@ -91,6 +98,7 @@ def draw(
             num_inference_steps=system.steps,
             guidance_scale=system.guidance,
             generator=generators,
+            negative_prompt=[system.negative_prompt] * len(prompts) if system.negative_prompt else None,
         ).images
 
 
@@ -193,7 +201,7 @@ def read_manifest(folder: str | Path) -> dict:
     return json.loads(path.read_text())
 
 
-_PIPELINES: dict[System, StableDiffusionPipeline] = {}
+_PIPELINES: dict[System, DiffusionPipeline] = {}
 
 
 def _draw_chunk(task: _Task) -> int:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dkto.feedback import FeedbackTable, load_image
-from dkto.models import StableDiffusion, load_model
+from dkto.models import DiffusionModel, load_model
 from dkto.progress import progress
 from dkto.records import claim
 
@@ -50,10 +50,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     part.replace(path)
 
 
-def model_fingerprint(model: StableDiffusion) -> str:
-    """Hash of the VAE's and the text encoder's weights: the parts that prepared data depend on."""
+def model_fingerprint(model: DiffusionModel) -> str:
+    """Hash of the VAE's and the text encoders' weights: the parts that prepared data depend on."""
     digest = hashlib.sha256()
-    for part in ("vae", "text_encoder"):
+    for part in model.encoder_parts:
         for path in sorted((model.folder / part).glob("*.safetensors")):
             digest.update(path.name.encode())
             with path.open("rb") as file:
@@ -124,7 +124,7 @@ class PreparedFeedback:
         ValueError: if it was prepared with another model's VAE or text encoder.
     """
 
-    def __init__(self, folder: str | Path, model: StableDiffusion) -> None:
+    def __init__(self, folder: str | Path, model: DiffusionModel) -> None:
         self.folder = Path(folder)
         if not (self.folder / "prepared.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no prepared feedback (prepared.json is missing): run prepare")
@@ -216,13 +216,13 @@ def _feedback_hash(feedback: FeedbackTable) -> str:
     return digest.hexdigest()[:16]
 
 
-def _encode_prompts(model: StableDiffusion, prompts: list[str]) -> dict[str, Tensor]:
+def _encode_prompts(model: DiffusionModel, prompts: list[str]) -> dict[str, Tensor]:
     tokenizer, encoder = model.load_text()
     parts = [model.encode_prompts(tokenizer, encoder, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
     return {name: torch.cat([part[name] for part in parts]).half().contiguous() for name in parts[0]}
 
 
-def _encode_images(model: StableDiffusion, vae, images: tuple[Path, ...], batch_size: int) -> dict[str, Tensor]:
+def _encode_images(model: DiffusionModel, vae, images: tuple[Path, ...], batch_size: int) -> dict[str, Tensor]:
     parts = []
     for start in range(0, len(images), batch_size):
         batch = [to_pixel_values(load_image(path), model.image_size) for path in images[start : start + batch_size]]

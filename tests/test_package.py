@@ -18,6 +18,7 @@ ROOMS = (
     ("models",),
     ("prepare", "notebooks"),
     ("batches", "checkpoints"),
+    ("rewards",),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
     ("evaluate",),
