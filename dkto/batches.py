@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dkto.config import TrainConfig
 from dkto.feedback import BiasedSampler
-from dkto.models import StableDiffusion
+from dkto.models import DiffusionModel
 from dkto.prepare import PreparedFeedback
 
 # streams of random numbers; the biased sampler draws from stream 0
@@ -67,7 +67,7 @@ class GlobalBatches:
         ValueError: if the objective needs a class, pairs or prefixed prompts that the data lack.
     """
 
-    def __init__(self, config: TrainConfig, data: PreparedFeedback, model: StableDiffusion) -> None:
+    def __init__(self, config: TrainConfig, data: PreparedFeedback, model: DiffusionModel) -> None:
         self.config, self.data, self.model = config, data, model
         if config.objective == "dpo":
             if not len(data.pairs):
@@ -95,23 +95,30 @@ class GlobalBatches:
             micro: which of the `gradient_accumulation` micro-batches.
             rank, ranks: whose share, of how many.
         """
-        config, model = self.config, self.model
-        whole = config.batch_size // config.gradient_accumulation  # of the global micro-batch
+        whole = self.config.batch_size // self.config.gradient_accumulation  # of the global micro-batch
         group = np.arange(micro * whole, (micro + 1) * whole)
         index = group[rank * whole // ranks : (rank + 1) * whole // ranks]
-        rows = self.rows(step)
+        return self._draw(self.rows(step), step, index, others=np.roll(group, 1)[index - group[0]])
+
+    def draw_rows(self, rows: np.ndarray, step: int) -> Batch:
+        """These very rows with the noise of a step: for measuring, where every row counts once."""
+        index = np.arange(len(rows))
+        return self._draw(rows, step, index, others=np.roll(index, 1))
+
+    def _draw(self, rows: np.ndarray, step: int, index: np.ndarray, others: np.ndarray) -> Batch:
+        """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
+        config, model, size = self.config, self.model, len(rows)
         # the two sides of a pair share timestep, noise and prompt (Diffusion-DPO)
-        shared = np.arange(config.batch_size) // (2 if config.objective == "dpo" else 1)
-        timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), config.batch_size)
-        dropped = stream(config.seed, step, DROPOUT).random(config.batch_size) < config.prompt_dropout
-        timesteps, dropped = timesteps[torch.from_numpy(shared[index])], dropped[shared]
+        shared = np.arange(size) // (2 if config.objective == "dpo" else 1)
+        timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
+        timesteps = timesteps[torch.from_numpy(shared[index])]
+        dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]
         mean, std = self.data.latents(rows[index])
         latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
         noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
         style = config.csft_style if config.objective == "csft" else None
         unrelated = None
         if config.objective == "kto" and config.estimator == "unrelated":
-            others = np.roll(group, 1)[index - group[0]]
             unrelated = self.data.conditioning(rows[others], dropped[others])
         return Batch(
             noisy_latents=model.add_noise(latents, noise, timesteps),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dkto.config import TrainConfig
-from dkto.models import PolicyAndReference, StableDiffusion, read_weights, write_weights
+from dkto.models import DiffusionModel, PolicyAndReference, read_weights, write_weights
 from dkto.records import git_commit, hardware, versions, write_json
 
 
@@ -71,7 +71,7 @@ class CheckpointStore:
         _restore_moments(pair, optimizer, load_file(found[-1] / "optimizer.safetensors"))
         return state["global_step"]
 
-    def finish(self, pair: PolicyAndReference, model: StableDiffusion, seconds: float) -> None:
+    def finish(self, pair: PolicyAndReference, model: DiffusionModel, seconds: float) -> None:
         """Write the tuned weights for plain diffusers and remove the checkpoints."""
         if pair.reference is not None:
             model.write_pipeline(pair.policy, self.folder / "model")

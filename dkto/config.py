@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Objective = Literal["kto", "dpo", "sft", "sft_all", "csft"]
+TimestepSampling = Literal["default", "uniform", "logit_normal"]
 CsftStyle = Literal["prefix", "negative"]
 Estimator = Literal["batch", "unrelated", "per_class", "zero"]
 
@@ -42,6 +43,8 @@ class TrainConfig:
     """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
     clamp: bool = True
     """Keep the reference point at or above 0 (paper 4.1)."""
+    timestep_sampling: TimestepSampling = "default"
+    """Noise levels: uniform (paper), logit_normal (Stable Diffusion 3), or default, as the model was trained."""
     desirable_weight: float = 1.0
     """Weight of liked samples, no unit. Paper 1."""
     undesirable_weight: float = 1.0
@@ -85,7 +88,8 @@ class TrainConfig:
         for name in ("desirable_fraction", "prompt_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name, known in (("objective", Objective), ("estimator", Estimator), ("csft_style", CsftStyle)):
+        choices = {"objective": Objective, "estimator": Estimator, "csft_style": CsftStyle}
+        for name, known in (choices | {"timestep_sampling": TimestepSampling}).items():
             if getattr(self, name) not in known.__args__:
                 raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {getattr(self, name)!r}")
         self.samples_per_rank(1)

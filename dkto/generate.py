@@ -17,7 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
@@ -40,7 +45,8 @@ class System:
         steps: DPM-Solver++ steps.
         prefix: text put before every prompt (CSFT samples with "good image, ").
         unet: UNet to use instead of the model's (a folder or a hub id), or "" for the model's own.
-        negative_prompt: what guidance points away from (CSFT's other form: "bad image"), or "" for nothing.
+        negative_prompt: what guidance leads away from (CSFT in its "negative" style: "Weird image. "), or "" for
+            nothing; it does nothing at guidance 1.
     """
 
     model: str = SMALL_WORLD
@@ -85,16 +91,18 @@ class System:
             return cls(model=about["config"]["model"], lora=str(folder / "lora"), **settings)
         raise FileNotFoundError(f"{folder} holds no finished training (neither model/ nor lora/)")
 
-    def load(self) -> StableDiffusionPipeline:
-        """The pipeline, adapter merged in, with a DPM-Solver++ sampler and no progress bar."""
+    def load(self) -> DiffusionPipeline:
+        """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar."""
+        folder = pipeline_folder(self.model)
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        if "safety_checker" in absent:
+            absent["requires_safety_checker"] = False
         options = {"use_safetensors": True, "dtype": torch.float32}
-        parts = {}
-        if self.unet:
-            parts["unet"] = UNet2DConditionModel.from_pretrained(unet_folder(self.unet), **options)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            pipeline_folder(self.model), **options, **parts, requires_safety_checker=False
-        )
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        parts = {"unet": UNet2DConditionModel.from_pretrained(unet_folder(self.unet), **options)} if self.unet else {}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **options, **absent, **parts)
+        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         if self.lora:
             path = lora_file(self.lora)
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
@@ -111,7 +119,7 @@ def noise_generator(seed: int, prompt_number: int, image_number: int) -> torch.G
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
+    pipeline: DiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
 ) -> list[Image.Image]:
     """One batch of images, one per prompt and generator."""
     with torch.inference_mode():
@@ -121,6 +129,7 @@ def draw(
             num_inference_steps=system.steps,
             guidance_scale=system.guidance,
             generator=generators,
+            negative_prompt=[system.negative_prompt] * len(prompts) if system.negative_prompt else None,
         ).images
 
 
@@ -223,7 +232,7 @@ def read_manifest(folder: str | Path) -> dict:
     return json.loads(path.read_text())
 
 
-_PIPELINES: dict[System, StableDiffusionPipeline] = {}
+_PIPELINES: dict[System, DiffusionPipeline] = {}
 
 
 def _draw_chunk(task: _Task) -> int:

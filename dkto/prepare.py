@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkto.feedback import FeedbackTable, load_image
-from dkto.models import StableDiffusion, load_model
+from dkto.models import DiffusionModel, load_model
 from dkto.prepared import CSFT_PREFIXES, PreparedFeedback, csft_set, model_fingerprint, shard_path
 from dkto.progress import progress
 from dkto.records import claim, write_atomically, write_json
@@ -145,7 +145,7 @@ class _Launch:
             self._state.wait_for_everyone()
 
 
-def _write_plan(feedback: FeedbackTable, folder: Path, model: StableDiffusion, flip: bool) -> None:
+def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, flip: bool) -> None:
     """What is to be encoded, as files that any process reads its share of; row groups are shards."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(["", *feedback.prompts]))
@@ -217,7 +217,7 @@ class _Job:
         return json.loads((self.folder / "prepared.json").read_text())
 
     @cached_property
-    def model(self) -> StableDiffusion:
+    def model(self) -> DiffusionModel:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return load_model(self.source)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dkto.models import StableDiffusion
+from dkto.models import DiffusionModel
 
 # what CSFT writes before the prompt of a liked and of a disliked image: the paper's 5.1.2; HPS v1's released code
 CSFT_PREFIXES = {"prefix": ("good image, ", "bad image, "), "negative": ("", "Weird image. ")}
@@ -33,7 +33,7 @@ def csft_set(style: str, liked: bool) -> str:
     return f"csft-{style}-{'liked' if liked else 'disliked'}" if prefix else "prompts"
 
 
-def model_fingerprint(model: StableDiffusion) -> str:
+def model_fingerprint(model: DiffusionModel) -> str:
     """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on.
 
     Of each file it reads the size, the header with every tensor's name and shape, and 256 blocks
@@ -65,7 +65,7 @@ class PreparedFeedback:
         ValueError: if it was prepared with another model's VAE or text encoder.
     """
 
-    def __init__(self, folder: str | Path, model: StableDiffusion) -> None:
+    def __init__(self, folder: str | Path, model: DiffusionModel) -> None:
         self.folder, self._model = Path(folder), model
         if not (self.folder / "prepared.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no prepared feedback (prepared.json is missing): run prepare")

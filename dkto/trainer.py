@@ -30,7 +30,7 @@ from dkto.losses import (
     sft_loss,
 )
 from dkto.metrics import implicit_accuracy
-from dkto.models import PolicyAndReference, StableDiffusion, load_model, make_policy
+from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
 from dkto.records import keep_records
@@ -139,7 +139,7 @@ Errors = tuple[Tensor, Tensor]  # policy's and reference's denoising error, each
 
 
 def denoising_errors(
-    model: StableDiffusion, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch, accelerator: Accelerator
+    model: DiffusionModel, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch, accelerator: Accelerator
 ) -> tuple[Errors, Errors | None]:
     """Errors of policy and reference on the same noise and timestep, and the same under another sample's
     prompt if the batch carries one (paper 4.1; without gradient)."""

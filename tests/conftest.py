@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from tiny_models import make_tiny_sd3, make_tiny_sdxl
 
 torch.set_num_threads(2)
 
@@ -93,6 +94,18 @@ def tiny_pipeline(tmp_path_factory):
         requires_safety_checker=False,
     ).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """A real Stable Diffusion XL pipeline of that size."""
+    return make_tiny_sdxl(tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """A real Stable Diffusion 3 pipeline of that size."""
+    return make_tiny_sd3(tmp_path_factory.mktemp("tiny-sd3"))
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,29 @@
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from scipy import stats
+from tiny_models import make_tiny_sd3
 
+from dkto.losses import denoising_error
 from dkto.models import load_model, make_policy, pipeline_folder, read_weights, write_weights
+
+KINDS = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")
+BETA = 5000.0
+
+
+@pytest.fixture(params=KINDS)
+def folder(request):
+    """One tiny pipeline of each supported class."""
+    return request.getfixturevalue(request.param)
 
 
 def inputs():
@@ -14,6 +33,12 @@ def inputs():
         torch.tensor([10, 900]),
         {"encoder_hidden_states": torch.randn(2, 24, 16, generator=generator)},
     )
+
+
+def inputs_of(model):
+    """A batch with prompts encoded by the model itself."""
+    noisy, timesteps, _ = inputs()
+    return noisy, timesteps, model.encode_prompts(*model.load_text(), ["a red circle", "a blue square"])
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -99,3 +124,134 @@ def test_folders_that_are_no_pipeline_are_named(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="neither 'small-world', a folder that exists, nor a hub id"):
         load_model("nobody/no-such-model")
+
+
+def test_a_written_pipeline_draws_in_plain_diffusers(folder, tmp_path):
+    model = load_model(folder)
+    denoiser = model.load_denoiser()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    model.write_pipeline(denoiser, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    assert type(pipeline) is model.pipeline_class
+    drawn = getattr(pipeline, model.denoiser_part)
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(drawn.state_dict()[name], value), name
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a red circle", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+
+
+def test_a_written_adapter_loads_in_plain_diffusers(folder, tmp_path):
+    model = load_model(folder)
+    pair = make_policy(model.load_denoiser(), 4, seed=0)
+    with torch.no_grad():
+        for parameter in pair.trainable().values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_weights(pair, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    noisy, timesteps, conditioning = inputs_of(model)
+    expected = model.predict(pair.policy, noisy, timesteps, conditioning)
+    found = model.predict(getattr(pipeline, model.denoiser_part), noisy, timesteps, conditioning)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_equal_policies_give_no_reward_in_any_precision(folder, dtype, lora_rank):
+    """With policy = reference, |beta * g| < 0.01 at the paper's beta: both compute in the same precision."""
+    model = load_model(folder)
+    denoiser = model.load_denoiser()
+    for module in denoiser.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1  # a model with dropout must not see two different networks either
+    pair = make_policy(denoiser, lora_rank, seed=0, frozen_dtype=dtype)
+    assert {p.dtype for p in pair.trainable().values()} == {torch.float32}, "master weights"
+    frozen = pair.policy if lora_rank else pair.reference
+    assert dtype in {p.dtype for p in frozen.parameters()}
+    noisy, timesteps, conditioning = inputs_of(model)
+    target = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
+
+    def error(denoiser):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return denoising_error(model.predict(denoiser, noisy, timesteps, conditioning), target)
+
+    with pair.as_reference() as reference:
+        reference_error = error(reference)
+    policy_error = error(pair.policy)
+    assert policy_error.requires_grad and torch.isfinite(policy_error).all()
+    assert (BETA * (reference_error - policy_error)).abs().max() < 0.01
+
+
+def test_prompts_of_sdxl_are_encoded_as_the_pipeline_does(tiny_sdxl):
+    prompts = ["a red circle", ""]
+    pipeline, model = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl), load_model(tiny_sdxl)
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    found = model.encode_prompts(*model.load_text(), prompts)
+    torch.testing.assert_close(found["encoder_hidden_states"][0], embeds[0])
+    torch.testing.assert_close(found["text_embeds"][0], pooled[0])
+    assert not found["encoder_hidden_states"][1].any() and not found["text_embeds"][1].any(), "forced zeros"
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_prompts_of_sd3_are_encoded_as_the_pipeline_does(tmp_path, with_t5):
+    folder, prompts = make_tiny_sd3(tmp_path, with_t5), ["a red circle", ""]
+    absent = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline, model = StableDiffusion3Pipeline.from_pretrained(folder, **absent), load_model(folder)
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=77
+    )
+    found = model.encode_prompts(*model.load_text(), prompts)
+    torch.testing.assert_close(found["encoder_hidden_states"], embeds)
+    torch.testing.assert_close(found["pooled_projections"], pooled)
+    assert bool(embeds[:, 24:].any()) == with_t5
+
+
+def test_the_size_condition_of_sdxl_is_the_pipelines_own(tiny_sdxl):
+    pipeline, model = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl), load_model(tiny_sdxl)
+    noisy, timesteps, conditioning = inputs_of(model)
+    ids = pipeline._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, text_encoder_projection_dim=16)
+    added = {"text_embeds": conditioning["text_embeds"], "time_ids": ids.expand(2, -1)}
+    hidden = conditioning["encoder_hidden_states"]
+    expected = pipeline.unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
+    torch.testing.assert_close(model.predict(model.load_denoiser(), noisy, timesteps, conditioning), expected)
+
+
+def test_flow_noises_along_a_straight_line_and_predicts_its_slope(tiny_sd3):
+    model = load_model(tiny_sd3)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    timesteps = torch.tensor([250.0, 1000.0])
+    noisy = model.add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(noisy[0], 0.75 * latents[0] + 0.25 * noise[0])
+    torch.testing.assert_close(noisy[1], noise[1])
+    step = model.add_noise(latents, noise, timesteps + 1) - noisy
+    torch.testing.assert_close(step, model.target(latents, noise, timesteps) / 1000, atol=1e-5, rtol=1e-3)
+
+
+def test_flow_timesteps_follow_the_shifted_schedule(tiny_sd3):
+    """At shift 3: uniform levels land where the scheduler has its own; logit-normal ones are those of SD 3."""
+    model = load_model(tiny_sd3)
+    own = model.scheduler.timesteps  # descending, 1000 levels
+    quantiles = torch.arange(1000, 0, -1) / 1000
+    torch.testing.assert_close(model.timesteps_at(quantiles), own, atol=1e-2, rtol=1e-5)
+    drawn = model.draw_timesteps(np.random.default_rng(0), 20_000).numpy() / 1000
+    undone = drawn / (3 - 2 * drawn)  # the shift taken back
+    normal = np.log(undone / (1 - undone))
+    assert stats.kstest(normal, "norm").pvalue > 0.01
+
+
+def test_uniform_timesteps_cover_the_schedule(tiny_pipeline):
+    drawn = load_model(tiny_pipeline).draw_timesteps(np.random.default_rng(0), 100_000)
+    assert drawn.dtype == torch.int64 and drawn.min() == 0 and drawn.max() == 999
+    assert stats.chisquare(torch.bincount(drawn // 100).numpy()).pvalue > 0.01
+
+
+def test_latents_are_shifted_and_scaled(tiny_sd3):
+    model = load_model(tiny_sd3)
+    vae, pixels = model.load_vae(), torch.rand(1, 3, 16, 16) * 2 - 1
+    mean, std = model.encode_images(vae, pixels)
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, (posterior.mean - 0.0609) * 0.5)
+    torch.testing.assert_close(std, posterior.std * 0.5)
+    torch.testing.assert_close(vae.decode(mean / 0.5 + 0.0609).sample, vae.decode(posterior.mean).sample)

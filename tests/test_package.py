@@ -19,6 +19,7 @@ ROOMS = (
     ("models", "published"),
     ("prepared", "prepare", "notebooks"),
     ("batches", "checkpoints"),
+    ("rewards",),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
     ("scoring", "prompts"),

@@ -1,0 +1,84 @@
+"""Rectified flows: Stable Diffusion 3 and its like. A transformer predicts the velocity from picture to noise."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from dkto.models.base import DiffusionModel
+
+T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
+
+
+class StableDiffusion3(DiffusionModel):
+    """Stable Diffusion 3 and 3.5: x_t = (1 - s) x_0 + s noise, s = t / num_train_timesteps.
+
+    Noise levels follow the scheduler's static shift, as in the training of the model:
+    s = shift u / (1 + (shift - 1) u) for u uniform or logit-normal in (0, 1).
+    """
+
+    pipeline_class = StableDiffusion3Pipeline
+    denoiser_class = SD3Transformer2DModel
+    denoiser_part = "transformer"
+    encoder_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    default_sampling = "logit_normal"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def load_text(self) -> tuple[CLIPTokenizer, StableDiffusion3Pipeline]:
+        index = json.loads((self.folder / "model_index.json").read_text())
+        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        encoder = StableDiffusion3Pipeline.from_pretrained(
+            self.folder, **absent | {"transformer": None, "vae": None}, use_safetensors=True, dtype=torch.float32
+        )
+        # a pipeline without T5 pads with zeros and asks the transformer, which is not loaded here, for their width
+        config = json.loads((self.folder / "transformer" / "config.json").read_text())
+        object.__setattr__(encoder, "transformer", SimpleNamespace(config=SimpleNamespace(**config)))
+        return encoder.tokenizer, encoder
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, tokenizer: CLIPTokenizer, encoder: StableDiffusion3Pipeline, prompts: list[str]
+    ) -> dict[str, Tensor]:
+        """`encoder_hidden_states` (B, L, D) of all encoders and `pooled_projections` (B, D2) of the first two."""
+        embeds, _, pooled, _ = encoder.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def timesteps_at(self, quantiles: Tensor) -> Tensor:
+        """Timesteps of the shifted schedule, (B,) float32."""
+        config = self.scheduler.config
+        shift = 1.0 if config.use_dynamic_shifting else config.shift
+        return (shift * quantiles / (1 + (shift - 1) * quantiles) * config.num_train_timesteps).float()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = (1 - s) x_0 + s noise, shape of `latents`."""
+        s = self._level(timesteps, latents)
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity, noise - x_0."""
+        return noise - latents
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
+        return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditioning).sample
+
+    def _level(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        s = (timesteps / self.num_train_timesteps).to(like.dtype)
+        return s.reshape(-1, *[1] * (like.ndim - 1))

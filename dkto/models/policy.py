@@ -1,0 +1,120 @@
+"""Policy and reference, made from one denoiser, and what was trained on disk.
+
+With LoRA the reference is the policy with its adapter switched off, with full fine-tuning it is a frozen
+copy; weights of the policy are never swapped or re-typed. Both compute in the same precision: the
+objective multiplies a small difference of their errors by thousands.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class PolicyAndReference:
+    """The trained model and what it is measured against.
+
+    Attributes:
+        policy: the module in training; with LoRA it carries the adapter.
+        reference: the frozen copy, or None when the adapter switched off is the reference.
+    """
+
+    policy: ModelMixin
+    reference: ModelMixin | None
+
+    @property
+    def part(self) -> str:
+        """Name of the denoiser in its pipeline: "unet" or "transformer"."""
+        return "unet" if type(self.policy).__name__.startswith("UNet") else "transformer"
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference policy, without gradient, for the length of a `with` block."""
+        with torch.no_grad():
+            if self.reference is not None:
+                yield self.reference
+                return
+            self.policy.disable_adapters()
+            try:
+                yield self.policy
+            finally:
+                self.policy.enable_adapters()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training may change, by name."""
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+
+def make_policy(
+    denoiser: ModelMixin, lora_rank: int, seed: int, *, frozen_dtype: torch.dtype = torch.float32
+) -> PolicyAndReference:
+    """Turn a loaded denoiser into policy and reference.
+
+    Args:
+        denoiser: in float32; becomes the policy. Its dropout, if any, is switched off: policy and
+            reference have to see the same network.
+        lora_rank: 0 trains every weight against a frozen copy; above 0, low-rank adapters on the
+            attention projections are trained and the reference is the adapter switched off.
+        seed: fixes the adapters' initial values.
+        frozen_dtype: precision in which frozen matrices are kept, that of the mixed-precision passes:
+            they would be cast to it in every pass. What is trained stays in float32.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if lora_rank == 0:
+        reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        _keep_frozen_in(reference, frozen_dtype)
+        return PolicyAndReference(denoiser.train().requires_grad_(True), reference)
+    denoiser.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        present = {target for target in LORA_TARGETS for name, _ in denoiser.named_modules() if name.endswith(target)}
+        denoiser.add_adapter(
+            LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=sorted(present))
+        )
+    _keep_frozen_in(denoiser, frozen_dtype)
+    return PolicyAndReference(denoiser.train(), None)
+
+
+def _keep_frozen_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Re-type what autocast would re-type anyway: matrices and convolutions, but no norm."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def write_weights(pair: PolicyAndReference, folder: Path) -> None:
+    """Save what was trained in diffusers' layout: `unet/` or `transformer/`, or `pytorch_lora_weights.safetensors`."""
+    if pair.reference is not None:
+        pair.policy.save_pretrained(folder / pair.part, max_shard_size="1TB")
+        return
+    layers = get_peft_model_state_dict(pair.policy)
+    if pair.part == "unet":  # the file of every UNet pipeline is the same
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    else:
+        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+
+
+def read_weights(pair: PolicyAndReference, folder: Path) -> None:
+    """Put weights saved by `write_weights` back into a policy made in the same way."""
+    if pair.reference is not None:
+        pair.policy.load_state_dict(load_file(folder / pair.part / WEIGHTS_FILE))
+        return
+    stored = load_file(folder / LORA_FILE)
+    prefix = f"{pair.part}."
+    set_peft_model_state_dict(pair.policy, {name.removeprefix(prefix): value for name, value in stored.items()})

@@ -1,0 +1,110 @@
+"""Stable Diffusion 1.x, 2.x and XL: a UNet that predicts the noise or the velocity of a variance-preserving process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dkto.models.base import DiffusionModel
+
+
+class StableDiffusion(DiffusionModel):
+    """Stable Diffusion 1.x and 2.x (epsilon or v prediction), of any size."""
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_class = UNet2DConditionModel
+    denoiser_part = "unet"
+    encoder_parts = ("vae", "text_encoder")
+    default_sampling = "uniform"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"{folder}: prediction type {self.scheduler.config.prediction_type!r} is not supported")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def load_text(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+        encoder = CLIPTextModel.from_pretrained(
+            self.folder, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        return tokenizer, encoder.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_prompts(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str]) -> dict[str, Tensor]:
+        """Conditioning of the UNet, `encoder_hidden_states` (B, L, D); longer prompts are truncated."""
+        tokens = tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        return {"encoder_hidden_states": encoder(tokens.input_ids.to(encoder.device))[0]}
+
+    def timesteps_at(self, quantiles: Tensor) -> Tensor:
+        """Whole timesteps, (B,) int64."""
+        return (quantiles * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (paper 3.1), shape of `latents`."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should predict: the noise, or the velocity for v prediction."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
+        return denoiser(noisy_latents, timesteps, **conditioning).sample
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition.
+
+    The size condition (`time_ids`) is what the pipeline itself uses when it draws: a picture of the model's
+    own size, not cropped. So training and drawing see the same one.
+    """
+
+    pipeline_class = StableDiffusionXLPipeline
+    encoder_parts = ("vae", "text_encoder", "text_encoder_2")
+
+    def load_text(self) -> tuple[CLIPTokenizer, StableDiffusionXLPipeline]:
+        encoder = StableDiffusionXLPipeline.from_pretrained(
+            self.folder, unet=None, vae=None, use_safetensors=True, dtype=torch.float32
+        )
+        return encoder.tokenizer, encoder
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, tokenizer: CLIPTokenizer, encoder: StableDiffusionXLPipeline, prompts: list[str]
+    ) -> dict[str, Tensor]:
+        """`encoder_hidden_states` (B, L, D) of both encoders and `text_embeds` (B, D2) of the second.
+
+        The empty prompt becomes zeros if the pipeline draws that way (`force_zeros_for_empty_prompt`).
+        """
+        embeds, _, pooled, _ = encoder.encode_prompt(prompts, do_classifier_free_guidance=False)
+        if encoder.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
+        size = float(self.image_size)
+        time_ids = noisy_latents.new_tensor([size, size, 0, 0, size, size]).expand(len(timesteps), -1)
+        added = {"text_embeds": conditioning["text_embeds"], "time_ids": time_ids}
+        hidden = conditioning["encoder_hidden_states"]
+        return denoiser(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added).sample

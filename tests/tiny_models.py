@@ -1,0 +1,135 @@
+"""Real pipelines of a few thousand random weights: 16 px images, 8x8 latents, built from configurations."""
+
+import torch
+
+
+def clip_encoder(tokenizer, with_projection, width=16):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
+
+
+def tiny_vae(**more):
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=16,
+            **more,
+        )
+    with torch.no_grad():  # as trained ones: latents that differ from picture to picture more than within a posterior
+        vae.quant_conv.weight[:4] *= 10
+        vae.quant_conv.bias[4:] -= 8
+    return vae
+
+
+def make_tiny_sdxl(folder):
+    """A Stable Diffusion XL pipeline: two text encoders, pooled embedding, time ids."""
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    from dkto.embedded.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(folder / "made")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(scaling_factor=0.7),
+        text_encoder=clip_encoder(tokenizer, with_projection=False),
+        text_encoder_2=clip_encoder(tokenizer, with_projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def t5_encoder():
+    """Tokenizer and encoder that know ten words."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    words = ["a", "red", "circle", "blue", "square", "picture", "good", "bad", "image", "the"]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    tokenizer = T5Tokenizer(vocab=[*special, *(("▁" + word, -3.0) for word in words)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return tokenizer, T5EncoderModel(config)
+
+
+def make_tiny_sd3(folder, with_t5=True):
+    """A Stable Diffusion 3 pipeline, with its third text encoder or, as many people run it, without."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    from dkto.embedded.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(folder / "made")
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    tokenizer_3, text_encoder_3 = t5_encoder() if with_t5 else (None, None)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(scaling_factor=0.5, shift_factor=0.0609),
+        text_encoder=clip_encoder(tokenizer, with_projection=True),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_encoder(tokenizer, with_projection=True),
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
