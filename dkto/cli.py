@@ -57,14 +57,18 @@ class Train:
 class Generate:
     """Draw images for a list of prompts with the same starting noise for every method."""
 
-    prompts: tyro.conf.Positional[Path]
-    """Text file, one prompt a line."""
+    prompts: tyro.conf.Positional[str]
+    """A file (one prompt a line, TSV, CSV, JSON), or a set: world_test, hps_v2, parti_prompts, pick_a_pic_test."""
     output_dir: Path
     """Folder for images and manifest."""
+    count: int = 0
+    """Prompts to take, evenly from the styles; 0 takes all."""
     model: str = "small-world"
     """"small-world", a diffusers pipeline folder, or a hub id."""
+    unet: str = ""
+    """Folder or hub id of a UNet to use instead of the model's, or empty."""
     lora: str = ""
-    """Folder of an adapter, or empty."""
+    """File, folder or hub id of an adapter, or empty."""
     guidance: float = 3.0
     """Classifier-free guidance scale, no unit."""
     steps: int = 15
@@ -78,9 +82,10 @@ class Generate:
 
     def run(self) -> None:
         from dkto.generate import System, generate_images
+        from dkto.prompts import load_prompts
 
-        prompts = [line.strip() for line in self.prompts.read_text().splitlines() if line.strip()]
-        system = System(self.model, self.lora, self.guidance, self.steps)
+        prompts = list(load_prompts(self.prompts, count=self.count).prompts)
+        system = System(self.model, self.lora, self.guidance, self.steps, unet=self.unet)
         folder = generate_images(
             system,
             prompts,
@@ -100,12 +105,14 @@ class Score:
     """Folder written by `dkto generate`."""
     scorers: tuple[str, ...] = ("world_fidelity",)
     """Names of scorers."""
+    num_processes: int = 1
+    """Worker processes."""
 
     def run(self) -> None:
-        from dkto.evaluate import score_images
+        from dkto.scoring import score_images
 
         for name in self.scorers:
-            scores = score_images(self.folder, name)
+            scores = score_images(self.folder, name, num_processes=self.num_processes)
             print(f"{name}: mean {scores.mean():.4f} over {scores.size} images, kept in {self.folder / 'scores'}")
 
 
@@ -123,9 +130,11 @@ class Evaluate:
     def run(self) -> None:
         from dkto.evaluate import win_rate_table
 
-        folders = {path.name: path for path in (self.ours, *self.theirs)}
-        names = [path.name for path in self.theirs]
-        print(win_rate_table(folders, self.ours.name, names, self.scorers).to_string(index=False))
+        paths = (self.ours, *self.theirs)
+        alike = len({path.name for path in paths}) < len(set(paths))
+        ours, *theirs = (str(path) if alike else path.name for path in paths)
+        folders = dict(zip((ours, *theirs), paths, strict=True))
+        print(win_rate_table(folders, ours, theirs, self.scorers).to_string(index=False))
 
 
 @dataclass(frozen=True)

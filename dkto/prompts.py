@@ -10,7 +10,7 @@ Sets of the hub are fetched once; another mirror is one argument away: `load_pro
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,19 +69,34 @@ class PromptSet:
         """
         if count == 0:
             return self
-        if not 0 < count <= len(self):
-            raise ValueError(f"count must be in [1, {len(self)}] for prompt set {self.name}, got {count}")
-        rows_of = {style: [i for i, s in enumerate(self.styles) if s == style] for style in dict.fromkeys(self.styles)}
-        kept: list[int] = []
-        for number, (style, rows) in enumerate(rows_of.items()):
-            share = count // len(rows_of) + (number < count % len(rows_of))
-            if share > len(rows):
-                raise ValueError(
-                    f"prompt set {self.name} has {len(rows)} prompts of style {style!r}, but {share} are asked for"
-                )
-            kept += np.random.default_rng([seed, number]).permutation(rows)[:share].tolist()
-        kept.sort()
+        kept = even_rows(self.styles, count, seed)
         return PromptSet(self.name, tuple(self.prompts[i] for i in kept), tuple(self.styles[i] for i in kept))
+
+
+def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
+    """`count` rows drawn as evenly from the styles as can be, in rising order.
+
+    Args:
+        styles: style of each row.
+        count: how many; earlier styles get the rest of an uneven division.
+        seed: of the draw within each style.
+
+    Raises:
+        ValueError: if there are too few rows, in all or of a style.
+
+    >>> even_rows(["photo", "anime", "photo", "photo"], 2, seed=0)
+    [1, 3]
+    """
+    if not 0 < count <= len(styles):
+        raise ValueError(f"count must be in [1, {len(styles)}], the number of prompts, got {count}")
+    rows_of = {style: [i for i, s in enumerate(styles) if s == style] for style in dict.fromkeys(styles)}
+    kept: list[int] = []
+    for number, (style, rows) in enumerate(rows_of.items()):
+        share = count // len(rows_of) + (number < count % len(rows_of))
+        if share > len(rows):
+            raise ValueError(f"there are {len(rows)} prompts of style {style!r}, but {share} are asked for")
+        kept += np.random.default_rng([seed, number]).permutation(rows)[:share].tolist()
+    return sorted(kept)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, 
     assert main(["score", images, "--scorers", "world_redness"]) == 0
     assert main(["evaluate", images, images, "--scorers", "world_redness"]) == 0
     assert "0.5" in capsys.readouterr().out
+    again = str(tmp_path / "again" / "images")
+    options = ["--count", "2", "--steps", "2", "--images-per-prompt", "1", "--unet", f"{tiny_pipeline}/unet"]
+    assert main(["generate", str(tmp_path / "prompts.txt"), "--output-dir", again, *model, *options]) == 0
+    assert main(["evaluate", images, again, "--scorers", "world_redness"]) == 0
+    table = capsys.readouterr().out
+    assert images in table and again in table  # folders of one name are told apart
 
 
 def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):
@@ -37,6 +43,8 @@ def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):
     assert error.startswith("dkto: feedback source") and "does not exist" in error and error.count("\n") == 1
     assert main(["score", str(tmp_path)]) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
+    assert main(["generate", "world_tests", "--output-dir", str(tmp_path / "i")]) == 2
+    assert "did you mean 'world_test'?" in capsys.readouterr().err
     assert main(["run", "notebooks/40_win_rates.ipynb", str(tmp_path / "o.ipynb"), "--parameters", "prompt=3"]) == 2
     error = capsys.readouterr().err
     assert "has no parameter 'prompt'" in error and "did you mean 'prompts'?" in error

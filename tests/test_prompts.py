@@ -74,9 +74,9 @@ def test_taking_is_even_repeatable_and_in_order():
     assert Counter(some.styles) == {"1": 3, "2": 2}
     assert whole.take(0) is whole
     assert {whole.take(2, seed=s).prompts for s in range(20)} > {whole.take(2).prompts}
-    with pytest.raises(ValueError, match=r"count must be in \[1, 8\] for prompt set x, got 9"):
+    with pytest.raises(ValueError, match=r"count must be in \[1, 8\], the number of prompts, got 9"):
         whole.take(9)
-    with pytest.raises(ValueError, match="has 1 prompts of style 'b', but 2 are asked for"):
+    with pytest.raises(ValueError, match="there are 1 prompts of style 'b', but 2 are asked for"):
         PromptSet("x", ("1", "2", "3", "4"), ("a", "a", "a", "b")).take(4)
 
 

@@ -78,7 +78,8 @@ def test_tensors_differ_from_pictures_by_bytes_rounding_only(photograph):
     on_bytes = cropped_image(photograph, 224)
     on_tensors = cropped_pixels(to_pixels(photograph)[None], 224)[0]
     grey_levels = (on_bytes - on_tensors).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
-    assert grey_levels.mean() < 0.5 and grey_levels.max() < 3
+    assert grey_levels.mean() < 0.35 and grey_levels.quantile(0.99) < 1
+    assert grey_levels.max() < 8  # where Pillow cuts an overshoot between its two passes
 
 
 def test_tensors_carry_gradient():

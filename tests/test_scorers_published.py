@@ -1,8 +1,9 @@
-"""The published scorers: names and shapes of the full-size models, and the arithmetic of small ones of the same classes."""
+"""The published scorers: names and shapes of the full-size models, the arithmetic of small ones of their classes."""
 
 import pickle
 
 import numpy as np
+import published_models as published
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,6 @@ from dkto.scorers.network import _load, aesthetics_head
 from dkto.scorers.open_clip import VIT_H_14, open_clip_to_clip
 from dkto.scorers.pickscore import PickScore
 from dkto.scorers.preprocess import cropped_image, padded_pixels, to_pixels
-from tests import published_models as published
 
 PROMPTS = ["a red star", "a green ring on a white background", "a toy"]
 SIDE, PATCH = 28, 7
@@ -121,11 +121,13 @@ def test_full_size_clip_models_have_the_published_names(size, millions):
             "hidden_size": about["text_width"],
             "intermediate_size": 4 * about["text_width"],
             "num_hidden_layers": about["text_layers"],
+            "num_attention_heads": about["text_width"] // 64,
         },
         "vision_config": {
             "hidden_size": about["width"],
             "intermediate_size": 4 * about["width"],
             "num_hidden_layers": about["layers"],
+            "num_attention_heads": 16,
             "patch_size": 14,
         },
     }
@@ -298,7 +300,7 @@ def test_rules_have_gradient_only_where_one_is_written():
     images = [Image.fromarray(p.permute(1, 2, 0).mul(255).round().byte().numpy()) for p in pixels.detach()]
     np.testing.assert_allclose(values.detach(), score("world_redness", images, ["", ""]), atol=1e-6)
     assert pixels.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="scorer world_fidelity has no gradient; those that have: .*pickscore"):
+    with pytest.raises(ValueError, match=r"scorer world_fidelity has no gradient; those that have: .*pickscore"):
         get_pixel_scorer("world_fidelity")
 
 

@@ -7,6 +7,7 @@ the training may be split over any number of sessions.
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -256,6 +257,8 @@ def train_unet(
     """
     if start_from is not None and not (folder / "vae").exists():
         AutoencoderKL.from_pretrained(start_from, subfolder="vae").save_pretrained(folder / "vae")
+    if start_from is not None and not (folder / "tokenizer").exists():
+        shutil.copytree(Path(start_from) / "tokenizer", folder / "tokenizer")
     latents, captions = cache_latents(folder, scenes, seed)
     accelerator = Accelerator(cpu=True)
     tokenizer = build_tokenizer(folder / "tokenizer")

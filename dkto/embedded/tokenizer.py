@@ -48,7 +48,15 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.decoder = decoders.BPEDecoder(suffix=_END)
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END, show_progress=False)
+    # the trainer would number last letters in the order of a hash table, and it breaks ties by number
+    last_letters = [letter + _END for letter in sorted(set("".join(words)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,
+        min_frequency=1,
+        special_tokens=last_letters,
+        end_of_word_suffix=_END,
+        show_progress=False,
+    )
     bpe.train_from_iterator([words], trainer)
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
@@ -56,8 +64,11 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Make the tokenizer and write `vocab.json` and `merges.txt` beside what transformers saves.
 
-    Any text can be encoded: unknown words fall back to bytes.
+    Any text can be encoded: unknown words fall back to bytes. A tokenizer that lies in the folder already is read
+    and not made again: weights that were trained with it go with its numbers.
     """
+    if (folder / "vocab.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     merges = _learn_merges(world_words())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(a + _END for a in alphabet), *("".join(m) for m in merges)]

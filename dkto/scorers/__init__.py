@@ -25,6 +25,7 @@ from dkto.scorers.image_reward import ImageReward
 from dkto.scorers.laion import LaionAesthetics
 from dkto.scorers.pickscore import PickScore
 from dkto.scorers.world import WORLD_SCORERS, redness_pixels
+from dkto.scorers.world_learned import WorldCLIP, WorldPreference
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
 PixelScorer = Callable[[Tensor, Sequence[str]], Tensor]
@@ -41,7 +42,12 @@ PUBLISHED_SCORERS: dict[str, Scorer] = {
         CLIPScore("clip_l14", CLIP_L14),
     )
 }
-SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, **PUBLISHED_SCORERS}
+SCORERS: dict[str, Scorer] = {
+    **WORLD_SCORERS,
+    "world_preference": WorldPreference(),
+    "world_clip": WorldCLIP(),
+    **PUBLISHED_SCORERS,
+}
 RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels}
 
 

@@ -2,7 +2,7 @@
 
 The `*_image` functions take a PIL picture and resize it as the authors' own code does (Pillow's bicubic filter on bytes
 for CLIP and BLIP). The `*_pixels` functions take tensors and carry gradient; they differ from the former only by the
-rounding to bytes inside Pillow, about 0.3 grey levels on photographs (tests/test_scorers_preprocess.py).
+rounding to bytes inside Pillow, about 0.3 grey levels of 255 on photographs.
 """
 
 import numpy as np

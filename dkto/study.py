@@ -1,0 +1,368 @@
+"""The user study: two blinded pictures of a prompt, "Which image do you prefer given the prompt?" (paper 5.1.2, A.2).
+
+    study/
+      questions.json     prompts, styles, and for every judge the order of questions and which picture stands left
+      images/q007-a.png  the two pictures of question 7; which method is "a" was drawn
+      answers/ann.jsonl  one line per answer, only ever appended
+      key.json           which method "a" and "b" are: not for judges
+
+Each method stands left in half of a judge's questions of every style; judges come in twos who see every question
+mirrored. Answers can be stopped and gone on with at any question.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dkto.evaluate import check_comparable
+from dkto.feedback import load_image
+from dkto.generate import image_path
+from dkto.metrics import MeanDifference, WinRate, paired_bootstrap, wilson_interval, win_rate
+from dkto.prompts import even_rows
+from dkto.records import claim
+
+QUESTION = "Which image do you prefer given the prompt?"
+SIDES = ("left", "right")
+UNDONE = "undone"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a judge sees of one question.
+
+    Attributes:
+        number: of the question.
+        prompt: what both pictures were drawn for.
+        left, right: the picture files.
+        position, total: how far the judge has come, counted from 1.
+    """
+
+    number: int
+    prompt: str
+    left: Path
+    right: Path
+    position: int
+    total: int
+
+
+def make_study(
+    folders: Mapping[str, str | Path],
+    output_dir: str | Path,
+    judges: Sequence[str],
+    styles: Sequence[str],
+    *,
+    per_style: int = 25,
+    chosen: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw up a study of two methods from their folders of generated images.
+
+    Args:
+        folders: the two methods by name, ours first, drawn for the same prompts and noise.
+        output_dir: folder for the study; called again with the same arguments it is left as it is.
+        judges: names of letters, digits, `_` and `-`.
+        styles: (P,) style of each prompt, as `PromptSet.styles`.
+        per_style: prompts of each style (25: with four styles the 100 of the protocol).
+        chosen: by method, (P,) which image of each prompt is shown, such as the median one; the first unless given.
+        seed: of the prompts drawn, of sides and of order.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if there are not two methods, they drew different prompts, a style has too few prompts, a judge's
+            name is taken twice or has other characters, or the folder holds another study.
+        FileNotFoundError: if an image is missing.
+    """
+    if len(folders) != 2:
+        raise ValueError(f"a study compares 2 methods, got {len(folders)}: {', '.join(folders)}")
+    _check_judges(judges)
+    manifest = check_comparable(folders)
+    prompts = manifest["prompts"]
+    if len(styles) != len(prompts):
+        raise ValueError(f"styles must name one style for each of {len(prompts)} prompts, got {len(styles)}")
+    if per_style < 1:
+        raise ValueError(f"per_style must be at least 1, got {per_style}")
+    rows = even_rows(styles, per_style * len(set(styles)), seed)
+    output_dir, methods = Path(output_dir), list(folders)
+    for folder in (output_dir / "images", output_dir / "answers"):
+        folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 1])
+    a_is_ours = rng.random(len(rows)) < 0.5
+    asked = {"prompts": [prompts[row] for row in rows], "styles": [styles[row] for row in rows], "seed": seed}
+    shown = {name: [int(chosen[name][row]) if chosen else 0 for row in rows] for name in methods}
+    key = {"methods": methods, "folders": [str(folders[name]) for name in methods], "shown": shown}
+    claim(output_dir / "key.json", {**key, "a_is_ours": a_is_ours.tolist(), **asked}, "a study")
+    for number, row in enumerate(rows):
+        for name in methods:
+            letter = "a" if (name == methods[0]) == a_is_ours[number] else "b"
+            picture = load_image(image_path(Path(folders[name]), row, shown[name][number]))
+            path = output_dir / _file(number, letter)
+            part = path.with_suffix(".part")
+            picture.save(part, format="PNG")
+            part.replace(path)
+    plans = _plans(judges, asked["styles"], a_is_ours, seed)
+    claim(output_dir / "questions.json", {"question": QUESTION, **asked, "judges": plans}, "a study")
+    return output_dir
+
+
+def _check_judges(judges: Sequence[str]) -> None:
+    if not judges:
+        raise ValueError("a study needs at least 1 judge, got none")
+    for judge in judges:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", judge):
+            raise ValueError(f"a judge's name must be letters, digits, '_' and '-', got {judge!r}")
+    twice = {judge for judge in judges if list(judges).count(judge) > 1}
+    if twice:
+        raise ValueError(f"every judge is named once, got {', '.join(sorted(twice))} more often")
+
+
+def _file(number: int, letter: str) -> str:
+    return f"images/q{number:03d}-{letter}.png"
+
+
+def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, seed: int) -> dict[str, dict]:
+    """Order of questions and the letter that stands left, by judge; two judges in a row see mirrored sides."""
+    plans = {}
+    for index, judge in enumerate(judges):
+        rng = np.random.default_rng([seed, 2, index // 2])
+        ours_left = np.zeros(len(styles), bool)
+        for style in dict.fromkeys(styles):
+            of_style = np.array([number for number, other in enumerate(styles) if other == style])
+            half = len(of_style) / 2 + rng.choice([-0.5, 0.5]) * (len(of_style) % 2)
+            ours_left[rng.permutation(of_style)[: int(half)]] = True
+        if index % 2:
+            ours_left = ~ours_left
+        order = np.random.default_rng([seed, 3, index]).permutation(len(styles))
+        left = np.where(ours_left == a_is_ours, "a", "b")
+        plans[judge] = {"order": order.tolist(), "left": left.tolist()}
+    return plans
+
+
+class StudySession:
+    """One judge's way through a study; made anew, it goes on where the judge stopped.
+
+    Args:
+        study_dir: folder written by `make_study`.
+        judge: one of its judges.
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        KeyError: if the study has no such judge; the sentence lists those it has.
+        ValueError: if an answer on disk cannot be read; the sentence names file and line.
+    """
+
+    def __init__(self, study_dir: str | Path, judge: str) -> None:
+        self.folder = Path(study_dir)
+        self.about = _read_study(self.folder)
+        if judge not in self.about["judges"]:
+            raise KeyError(f"the study has no judge {judge!r}; its judges: {', '.join(self.about['judges'])}")
+        self.judge, self.plan = judge, self.about["judges"][judge]
+        self.path = self.folder / "answers" / f"{judge}.jsonl"
+        self.lines = _read_answers(self.path)
+
+    @property
+    def question(self) -> str:
+        """The question put for every pair."""
+        return self.about["question"]
+
+    @property
+    def answers(self) -> dict[int, str]:
+        """ "left" or "right" by question number; the last answer counts, an undone one does not."""
+        last = {line["question"]: line["choice"] for line in self.lines}
+        return {number: choice for number, choice in last.items() if choice != UNDONE}
+
+    def next(self) -> Pair | None:
+        """The next pair without an answer, or None when all have one."""
+        answered = self.answers
+        for number in self.plan["order"]:
+            if number not in answered:
+                left = self.plan["left"][number]
+                right = "b" if left == "a" else "a"
+                return Pair(
+                    number,
+                    self.about["prompts"][number],
+                    self.folder / _file(number, left),
+                    self.folder / _file(number, right),
+                    len(answered) + 1,
+                    len(self.plan["order"]),
+                )
+        return None
+
+    def answer(self, number: int, side: str) -> None:
+        """Keep an answer, on disk before this returns; a question may be answered again.
+
+        Raises:
+            ValueError: if there is no such question, or `side` is neither left nor right.
+        """
+        if number not in self.plan["order"]:
+            raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {number!r}")
+        if side not in SIDES:
+            raise ValueError(f"side must be left or right, got {side!r}")
+        self._append(number, side)
+
+    def undo(self) -> int | None:
+        """Take back the last answer that stands; returns its question, or None if there is none."""
+        standing = self.answers
+        for line in reversed(self.lines):
+            if line["question"] in standing:
+                self._append(line["question"], UNDONE)
+                return line["question"]
+        return None
+
+    def _append(self, number: int, choice: str) -> None:
+        line = {"question": int(number), "choice": choice, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        with self.path.open("a+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if end:  # a line that a kill cut short is closed, so that it spoils no other
+                stream.seek(end - 1)
+                if stream.read(1) != b"\n":
+                    stream.write(b"\n")
+            stream.write(json.dumps(line).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines.append(line)
+
+
+def _read_study(folder: Path) -> dict:
+    if not (folder / "questions.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no study (questions.json is missing)")
+    return json.loads((folder / "questions.json").read_text())
+
+
+def _read_answers(path: Path) -> list[dict]:
+    """Every whole line; one that was cut short (no JSON at its end) is passed over."""
+    if not path.exists():
+        return []
+    found = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(line, dict) or line.get("choice") not in (*SIDES, UNDONE) or "question" not in line:
+            raise ValueError(f"{path}, line {number}: expected an answer with question and choice, got {text!r}")
+        found.append(line)
+    return found
+
+
+def read_answers(study_dir: str | Path) -> pd.DataFrame:
+    """Every standing answer, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        ValueError: if an answer on disk cannot be read.
+    """
+    folder = Path(study_dir)
+    about, key = _read_study(folder), json.loads((folder / "key.json").read_text())
+    rows = []
+    for judge, plan in about["judges"].items():
+        for number, side in sorted(StudySession(folder, judge).answers.items()):
+            left_is_ours = (plan["left"][number] == "a") == key["a_is_ours"][number]
+            ours = (side == "left") == left_is_ours
+            asked = {"prompt": about["prompts"][number], "style": about["styles"][number]}
+            chosen = key["methods"][0 if ours else 1]
+            rows.append({"judge": judge, "question": number, **asked, "side": side, "chosen": chosen, "ours": ours})
+    return pd.DataFrame(rows, columns=["judge", "question", "prompt", "style", "side", "chosen", "ours"])
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What the judges said.
+
+    Attributes:
+        methods: ours and theirs.
+        by_prompt: share of prompts whose majority of judges prefers ours, ties half.
+        votes: share of all answers for ours, with an interval that draws prompts, not answers, anew.
+        styles, judges: win-rate by style (majority) and by judge (answers).
+        left: share of answers that were "left", with its interval: far from one half, judges looked at sides.
+        alpha: Krippendorff's alpha between judges (1 agreement, 0 chance); None if fewer than two judged one
+            prompt, or all answers are for one method.
+        answered, asked: answers given and planned.
+    """
+
+    methods: tuple[str, str]
+    by_prompt: WinRate
+    votes: MeanDifference
+    styles: dict[str, WinRate]
+    judges: dict[str, WinRate]
+    left: MeanDifference
+    alpha: float | None
+    answered: int
+    asked: int
+
+    def __str__(self) -> str:
+        agreement = "not defined" if self.alpha is None else f"{self.alpha:.2f}"
+        return (
+            f"{self.methods[0]} is preferred to {self.methods[1]} on {self.by_prompt}; {self.answered} of {self.asked} "
+            f"answers by {len(self.judges)} judges, Krippendorff's alpha {agreement}"
+        )
+
+    def to_metrics(self) -> dict[str, float]:
+        """Flat keys `study/<ours>_vs_<theirs>` with /low, /high, /n, /votes, /alpha and by style."""
+        key = f"study/{self.methods[0]}_vs_{self.methods[1]}"
+        found = {f"{key}/votes": self.votes.mean, f"{key}/left": self.left.mean, f"{key}/answers": self.answered}
+        for name, result in {key: self.by_prompt, **{f"{key}/{s}": r for s, r in self.styles.items()}}.items():
+            found |= {name: result.rate, f"{name}/low": result.low, f"{name}/high": result.high, f"{name}/n": result.n}
+        return found if self.alpha is None else {**found, f"{key}/alpha": self.alpha}
+
+
+def study_result(study_dir: str | Path) -> StudyResult:
+    """Count a study's answers; unfinished judges count with what they have answered.
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        ValueError: if there is no answer yet.
+    """
+    folder = Path(study_dir)
+    about, key = _read_study(folder), json.loads((folder / "key.json").read_text())
+    answers = read_answers(folder)
+    if answers.empty:
+        raise ValueError(f"{folder} has no answer yet")
+    for_ours = answers.groupby("question")["ours"].sum()
+    for_theirs = answers.groupby("question")["ours"].count() - for_ours
+    style = answers.groupby("question")["style"].first()
+    share = (for_ours / (for_ours + for_theirs)).to_numpy()
+    spread = paired_bootstrap(share, np.zeros(len(share))) if len(share) > 1 else MeanDifference(share[0], 0.0, 1.0)
+    lefts, n = int((answers["side"] == "left").sum()), len(answers)
+    return StudyResult(
+        methods=tuple(key["methods"]),
+        by_prompt=win_rate(for_ours, for_theirs),
+        votes=spread,
+        styles={s: win_rate(for_ours[style == s], for_theirs[style == s]) for s in dict.fromkeys(style)},
+        judges={j: win_rate(group, ~group) for j, group in answers.groupby("judge")["ours"]},
+        left=MeanDifference(lefts / n, *wilson_interval(lefts, n)),
+        alpha=judge_agreement(answers),
+        answered=n,
+        asked=sum(len(plan["order"]) for plan in about["judges"].values()),
+    )
+
+
+def judge_agreement(answers: pd.DataFrame) -> float | None:
+    """Krippendorff's alpha of who was chosen (nominal), over the prompts that at least two judges answered.
+
+    Args:
+        answers: as `read_answers` gives them.
+
+    Returns:
+        1 for full agreement, 0 for chance; None where it is not defined.
+
+    Raises:
+        ModuleNotFoundError: if the package krippendorff is not installed.
+    """
+    try:
+        import krippendorff
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("agreement between judges needs the package krippendorff: pip install it") from error
+    table = answers.pivot(index="judge", columns="question", values="ours").astype(float)
+    shared = table.loc[:, table.notna().sum() >= 2]
+    if shared.empty or np.nanmin(shared.to_numpy()) == np.nanmax(shared.to_numpy()):
+        return None
+    return float(krippendorff.alpha(reliability_data=shared.to_numpy(), level_of_measurement="nominal"))

@@ -1,0 +1,258 @@
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import krippendorff
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dkto.generate import image_path
+from dkto.metrics import win_rate
+from dkto.records import write_json
+from dkto.study import QUESTION, StudySession, judge_agreement, make_study, read_answers, study_result
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+OURS, THEIRS = (255, 0, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two methods' folders for 6 prompts of each style: ours draws red pictures, theirs blue ones, two each."""
+    found = {}
+    for name, colour in (("kto", OURS), ("base", THEIRS)):
+        folder = tmp_path / name
+        folder.mkdir()
+        prompts = [f"prompt {p}" for p in range(24)]
+        write_json(folder / "manifest.json", {"system": {}, "prompts": prompts, "images_per_prompt": 2, "seed": 0})
+        for p in range(24):
+            for i in range(2):
+                Image.new("RGB", (2, 2), (colour[0], 5 * i, colour[2])).save(image_path(folder, p, i))
+        found[name] = folder
+    return found
+
+
+@pytest.fixture
+def styles():
+    return [STYLES[p % 4] for p in range(24)]
+
+
+@pytest.fixture
+def study(folders, styles, tmp_path):
+    return make_study(folders, tmp_path / "study", ["ann", "bob", "cid"], styles, per_style=5)
+
+
+def is_ours(path):
+    return Image.open(path).getpixel((0, 0))[0] > 100
+
+
+def finish(session, prefers_ours):
+    """Answer what is left; `prefers_ours(pair)` says whether the red picture is taken."""
+    while (pair := session.next()) is not None:
+        session.answer(pair.number, "left" if is_ours(pair.left) == prefers_ours(pair) else "right")
+
+
+def test_every_style_has_its_share_and_each_pair_shows_both_methods(study):
+    session = StudySession(study, "ann")
+    assert session.question == QUESTION == "Which image do you prefer given the prompt?"
+    about = json.loads((study / "questions.json").read_text())
+    assert {style: about["styles"].count(style) for style in STYLES} == dict.fromkeys(STYLES, 5)
+    seen = []
+    while (pair := session.next()) is not None:
+        assert (pair.position, pair.total) == (len(seen) + 1, 20)
+        assert is_ours(pair.left) != is_ours(pair.right)
+        assert pair.prompt == about["prompts"][pair.number]
+        seen.append(pair.number)
+        session.answer(pair.number, "left")
+    assert sorted(seen) == list(range(20)) and seen != sorted(seen)
+
+
+def test_nothing_that_a_judge_reads_names_a_method(study):
+    for path in study.rglob("*"):
+        if path.is_file() and path.name != "key.json":
+            assert b"kto" not in path.read_bytes() and b"base" not in path.read_bytes()
+            assert "kto" not in path.name and "base" not in path.name
+
+
+def lefts(study, judge):
+    """By question, whether ours stands left for that judge."""
+    about, key = (json.loads((study / f"{name}.json").read_text()) for name in ("questions", "key"))
+    left = np.array(about["judges"][judge]["left"]) == "a"
+    return left == np.array(key["a_is_ours"]), np.array(about["styles"])
+
+
+def test_sides_are_balanced_within_a_judge_and_across_judges(folders, styles, tmp_path):
+    study = make_study(folders, tmp_path / "s", ["ann", "bob", "cid", "dan"], styles, per_style=6)
+    for first, second in (("ann", "bob"), ("cid", "dan")):
+        ours, of_style = lefts(study, first)
+        for style in STYLES:
+            assert ours[of_style == style].sum() == 3
+        assert (ours != lefts(study, second)[0]).all()
+    assert (lefts(study, "ann")[0] != lefts(study, "cid")[0]).any()
+    letters = np.array(json.loads((study / "key.json").read_text())["a_is_ours"])
+    assert 0 < letters.sum() < 24
+
+
+def test_an_odd_number_of_questions_is_balanced_up_to_one(study):
+    ours, of_style = lefts(study, "ann")
+    assert all(ours[of_style == style].sum() in (2, 3) for style in STYLES)
+
+
+def test_answers_are_appended_and_a_new_session_goes_on(study):
+    session = StudySession(study, "ann")
+    first = session.next()
+    session.answer(first.number, "left")
+    again = StudySession(study, "ann")
+    assert again.next().number != first.number and again.answers == {first.number: "left"}
+    again.answer(first.number, "right")
+    assert StudySession(study, "ann").answers == {first.number: "right"}
+    lines = [json.loads(line) for line in (study / "answers" / "ann.jsonl").read_text().splitlines()]
+    assert [line["choice"] for line in lines] == ["left", "right"] and {"question", "choice", "time"} == set(lines[0])
+    assert StudySession(study, "bob").answers == {}
+
+
+def test_undo_takes_back_one_answer_after_the_other(study):
+    session = StudySession(study, "ann")
+    assert session.undo() is None
+    numbers = []
+    for _ in range(3):
+        numbers.append(session.next().number)
+        session.answer(numbers[-1], "right")
+    assert [session.undo(), session.undo()] == [numbers[2], numbers[1]]
+    assert StudySession(study, "ann").answers == {numbers[0]: "right"} and session.next().number == numbers[1]
+
+
+def _answer_until_killed(study):
+    session = StudySession(study, "ann")
+    while (pair := session.next()) is not None:
+        session.answer(pair.number, "left")
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_killed_judge_loses_no_answer(study):
+    process = multiprocessing.get_context("spawn").Process(target=_answer_until_killed, args=(study,))
+    process.start()
+    path = study / "answers" / "ann.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 3:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    whole = path.read_text().count("\n")
+    with path.open("a") as stream:
+        stream.write('{"question": 1, "cho')
+    session = StudySession(study, "ann")
+    assert len(session.answers) == whole >= 3
+    finish(session, lambda pair: True)
+    assert len(StudySession(study, "ann").answers) == 20
+
+
+def test_the_result_counts_prompts_by_majority_with_its_interval(study):
+    for judge, prefers in (("ann", lambda pair: True), ("bob", lambda pair: True), ("cid", lambda pair: False)):
+        finish(StudySession(study, judge), prefers)
+    result = study_result(study)
+    assert result.by_prompt == win_rate(np.ones(20), np.zeros(20)) and result.methods == ("kto", "base")
+    assert result.votes.mean == pytest.approx(2 / 3) and (result.answered, result.asked) == (60, 60)
+    assert result.judges["cid"].rate == 0.0 and result.styles["photo"].n == 5
+    assert result.left.low < 0.5 < result.left.high
+    assert str(result).startswith("kto is preferred to base on 100 % [84, 100] n=20; 60 of 60 answers by 3 judges")
+    metrics = result.to_metrics()
+    assert metrics["study/kto_vs_base"] == 1.0 and metrics["study/kto_vs_base/n"] == 20
+    assert metrics["study/kto_vs_base/anime/n"] == 5 and metrics["study/kto_vs_base/alpha"] == result.alpha
+    answers = read_answers(study)
+    assert set(answers["chosen"]) == {"kto", "base"} and len(answers) == 60
+
+
+def test_split_judges_tie_and_unfinished_ones_count_with_what_they_said(study):
+    finish(StudySession(study, "ann"), lambda pair: True)
+    session = StudySession(study, "bob")
+    for _ in range(6):
+        pair = session.next()
+        session.answer(pair.number, "right" if is_ours(pair.left) else "left")
+    result = study_result(study)
+    assert (result.by_prompt.ties, result.by_prompt.wins, result.answered, result.asked) == (6, 14, 26, 60)
+
+
+def test_agreement_is_krippendorffs_alpha_over_shared_prompts():
+    ours = {"ann": [1, 0, 1, 1], "bob": [1, 0, 0, None], "cid": [1, 0, 1, None]}
+    rows = [
+        {"judge": judge, "question": q, "ours": bool(v)}
+        for judge, values in ours.items()
+        for q, v in enumerate(values)
+        if v is not None
+    ]
+    expected = krippendorff.alpha([[1, 0, 1], [1, 0, 0], [1, 0, 1]], level_of_measurement="nominal")
+    assert judge_agreement(pd.DataFrame(rows)) == pytest.approx(expected)
+    assert judge_agreement(pd.DataFrame(rows[:4])) is None
+    assert judge_agreement(pd.DataFrame([{**row, "ours": True} for row in rows])) is None
+
+
+def test_judges_who_look_at_sides_only_are_seen(study):
+    for judge in ("ann", "bob"):
+        session = StudySession(study, judge)
+        while (pair := session.next()) is not None:
+            session.answer(pair.number, "left")
+    result = study_result(study)
+    assert result.left.mean == 1.0 and result.by_prompt.rate == 0.5 and result.alpha < 0
+
+
+def test_the_median_image_can_be_shown(folders, styles, tmp_path):
+    chosen = {"kto": [1] * 24, "base": [0] * 24}
+    study = make_study(folders, tmp_path / "s", ["ann"], styles, per_style=2, chosen=chosen)
+    colours = {Image.open(path).getpixel((0, 0)) for path in (study / "images").iterdir()}
+    assert colours == {(255, 5, 0), (0, 0, 255)}
+
+
+def test_the_same_study_is_left_as_it_is_and_another_refused(study, folders, styles, tmp_path):
+    StudySession(study, "ann").answer(0, "left")
+    stamp = (study / "questions.json").stat().st_mtime_ns
+    make_study(folders, study, ["ann", "bob", "cid"], styles, per_style=5)
+    assert (study / "questions.json").stat().st_mtime_ns == stamp and len(StudySession(study, "ann").answers) == 1
+    with pytest.raises(ValueError, match=r"holds a study of another run \(.*differ\): choose another folder"):
+        make_study(folders, study, ["ann", "bob", "cid"], styles, per_style=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"judges": []}, "a study needs at least 1 judge, got none"),
+        ({"judges": ["ann", "../x"]}, r"a judge's name must be letters, digits, '_' and '-', got '\.\./x'"),
+        ({"judges": ["ann", "ann"]}, "every judge is named once, got ann more often"),
+        ({"styles": ["photo"]}, "styles must name one style for each of 24 prompts, got 1"),
+        ({"per_style": 0}, "per_style must be at least 1, got 0"),
+        ({"per_style": 7}, r"count must be in \[1, 24\], the number of prompts, got 28"),
+    ],
+)
+def test_wrong_arguments_raise_their_sentence(folders, styles, tmp_path, change, sentence):
+    arguments = {"judges": ["ann"], "styles": styles, "per_style": 2, **change}
+    with pytest.raises(ValueError, match=sentence):
+        make_study(folders, tmp_path / "s", **arguments)
+
+
+def test_a_third_method_and_a_missing_image_are_refused(folders, styles, tmp_path):
+    with pytest.raises(ValueError, match="a study compares 2 methods, got 3: kto, base, sft"):
+        make_study({**folders, "sft": folders["kto"]}, tmp_path / "s", ["ann"], styles)
+    image_path(folders["kto"], 0, 0).unlink()
+    with pytest.raises(FileNotFoundError, match=r"p00000-s0\.png does not exist"):
+        make_study(folders, tmp_path / "s", ["ann"], styles, per_style=6)
+
+
+def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
+    with pytest.raises(KeyError, match="the study has no judge 'eve'; its judges: ann, bob, cid"):
+        StudySession(study, "eve")
+    session = StudySession(study, "ann")
+    with pytest.raises(ValueError, match=r"question must be in \[0, 19\], got 20"):
+        session.answer(20, "left")
+    with pytest.raises(ValueError, match="side must be left or right, got 'up'"):
+        session.answer(0, "up")
+    with pytest.raises(ValueError, match="has no answer yet"):
+        study_result(study)
+    with pytest.raises(FileNotFoundError, match=r"holds no study \(questions\.json is missing\)"):
+        StudySession(tmp_path / "nothing", "ann")
+    (study / "answers" / "ann.jsonl").write_text('{"question": 0, "choice": "left"}\n{"vote": 3}\n')
+    with pytest.raises(ValueError, match=r"ann\.jsonl, line 2: expected an answer with question and choice"):
+        StudySession(study, "ann")
