@@ -129,7 +129,6 @@ def draw(
             num_inference_steps=system.steps,
             guidance_scale=system.guidance,
             generator=generators,
-            negative_prompt=[system.negative_prompt] * len(prompts) if system.negative_prompt else None,
         ).images
 
 
