@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,10 @@ class PreparedFeedback:
     def __len__(self) -> int:
         return len(self.is_desirable)
 
-    @property
+    @cached_property
     def pairs(self) -> np.ndarray:
-        """(P, 2) int64, rows of the chosen and the rejected image of each comparison; stays on disk."""
-        path = self.folder / "pairs.npy"
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        """(P, 2) int64, rows of the chosen and the rejected image of each comparison; mapped from disk."""
+        return np.load(self.folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
 
     def latents(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of some rows, each (B, C, h, w) float32.
