@@ -91,7 +91,7 @@ class PreparedFeedback:
         self.prompt_ids = index["prompt_id"].to_numpy()
         self._slots = index["row"].to_numpy()  # where each row lies in the shards
         self.has_flips: bool = self._about["flip"]
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[tuple[str, int], safe_open] = {}
 
     def __len__(self) -> int:
         return len(self.is_desirable)
@@ -164,12 +164,12 @@ class PreparedFeedback:
     def _place(self, kind: str, row: int, per_shard: str) -> tuple[safe_open, int]:
         """The mapped shard that holds a row, and the row's number in it."""
         number, offset = divmod(row, self._about[per_shard])
-        path = shard_path(self.folder, kind, number)
-        if path not in self._open:
+        if (kind, number) not in self._open:
+            path = shard_path(self.folder, kind, number)
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing")
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path], offset
+            self._open[kind, number] = safe_open(path, framework="pt")
+        return self._open[kind, number], offset
 
 
 def _row(place: tuple[safe_open, int], name: str) -> Tensor:

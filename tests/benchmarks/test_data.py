@@ -66,7 +66,7 @@ def test_start_up_at_the_size_of_pick_a_pic(small_world_data, sparse_copy, tmp_p
 def test_a_step_at_a_million_rows_over_one_at_a_thousand(small_world_data, sparse_copy, tmp_path, record_ratio):
     """The real trainer on both, one step of each in turn, the order changing."""
     torch.set_num_threads(1)
-    settings = dict(beta=100.0, learning_rate=1e-5, warmup_steps=1, batch_size=16, checkpoint_every=10**6)
+    settings = {"beta": 100.0, "learning_rate": 1e-5, "warmup_steps": 1, "batch_size": 16, "checkpoint_every": 10**6}
     base = TrainConfig(small_world_data, tmp_path, max_train_steps=PAIRS_OF_STEPS + 4, **settings)
     runs = {}
     for rows in (10**3, 10**6):
