@@ -11,28 +11,95 @@ from dkto.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Encode the images and prompts of a feedback table to disk, once."""
+class Feedback:
+    """Where likes are read from."""
 
     feedback: tyro.conf.Positional[Path]
-    """CSV, JSONL or Parquet with image, prompt, liked; or a folder with liked/ and disliked/."""
+    """A CSV, JSONL or Parquet file with image, prompt, liked (or split, as the authors', or rank, as ImageRewardDB's);
+    a JSON list of rankings, as HPDv2's; or a folder with liked/ and disliked/."""
+    image_folder: Path | None = None
+    """Where the images of a file lie; its own folder if not given."""
+    partition: Literal["at_least_once", "always", "mostly"] | None = None
+    """For split and rankings: which images count as liked. The paper's choice, at_least_once, if not given."""
+    ties: Literal["ignore", "liked", "disliked"] | None = None
+    """For rankings: what an equal rank says; ignore if not given."""
+
+    def read(self):
+        from dkto.feedback import read_feedback
+
+        return read_feedback(self.feedback, partition=self.partition, ties=self.ties, image_folder=self.image_folder)
+
+
+@dataclass(frozen=True)
+class Inspect(Feedback):
+    """Read likes and say what they hold, without encoding anything."""
+
+    held_out: float = 0.1
+    """Share of the prompts that `dkto prepare --held-out` would set apart."""
+    gamma: float = 0.8
+    """Chance that training draws a liked sample, no unit (paper 0.8)."""
+
+    def run(self) -> None:
+        from dkto.feedback import describe_feedback
+
+        print(describe_feedback(self.read(), self.held_out, self.gamma))
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """Unpack pairs that carry their images (Pick-a-Pic v2's parquet shards) to image files and a table of likes."""
+
+    source: tyro.conf.Positional[str]
+    """A parquet file, a folder of them, a quoted pattern, or the hub id of a data set."""
     output_dir: Path
-    """Folder for the encoded data."""
+    """Folder for images, votes and table; called again, it goes on where it stopped."""
+    partition: Literal["at_least_once", "always", "mostly"] = "at_least_once"
+    """Which images count as liked; the paper's choice is at_least_once."""
+    ties: Literal["ignore", "liked", "disliked"] = "ignore"
+    """What a tie says of its two images."""
+    files: str = "*.parquet"
+    """For a folder or a hub id: the pattern that the shards' names match, for instance "data/train-*"."""
+
+    def run(self) -> None:
+        from dkto.pairs import convert_pairs
+
+        path = convert_pairs(self.source, self.output_dir, partition=self.partition, ties=self.ties, files=self.files)
+        print(path.with_suffix(".json").read_text().strip())
+        print(f"likes are in {path}")
+
+
+@dataclass(frozen=True)
+class Prepare(Feedback):
+    """Encode the images and prompts of a feedback table to disk, once."""
+
+    output_dir: Path = field(kw_only=True)
+    """Folder for the encoded data; called again, it encodes what is missing."""
     model: str = "small-world"
     """"small-world", a diffusers pipeline folder, or a hub id."""
     batch_size: int = 16
     """Images per pass of the VAE."""
+    flip: bool = False
+    """Encode each image mirrored as well, for training that flips at random."""
+    held_out: float = 0.0
+    """Share of the prompts to set apart; their images are encoded in OUTPUT_DIR/held_out."""
+    strict: bool = False
+    """Stop at the first image that cannot be read, instead of setting it aside in skipped.jsonl."""
+    num_processes: int = 1
+    """Processes that share the work, over the GPUs if there are any."""
     csft: Literal["prefix", "negative"] | None = None
     """Also encode the prompts for `dkto train --objective csft`, in this style."""
 
     def run(self) -> None:
-        from dkto.feedback import read_feedback
         from dkto.prepare import prepare_feedback
 
-        table = read_feedback(self.feedback)
+        table = self.read()
         print(table)
-        folder = prepare_feedback(table, self.output_dir, self.model, batch_size=self.batch_size, csft=self.csft)
-        print(f"encoded in {folder}")
+        options = {name: getattr(self, name) for name in ("batch_size", "flip", "strict", "num_processes", "csft")}
+        train, held_out = table.split_by_prompt(self.held_out)
+        for part, folder in ((train, self.output_dir), (held_out, self.output_dir / "held_out")):
+            if len(part) or part is train:
+                prepare_feedback(part, folder, self.model, **options)
+                print(f"encoded in {folder}: {(folder / 'summary.json').read_text()}".strip())
 
 
 @dataclass(frozen=True)
@@ -171,6 +238,8 @@ class Demo:
 
 
 COMMANDS = {
+    "feedback": Inspect,
+    "unpack": Unpack,
     "prepare": Prepare,
     "train": Train,
     "generate": Generate,

@@ -80,7 +80,7 @@ class FeedbackTable:
 
     def subset(self, rows: np.ndarray) -> "FeedbackTable":
         """Some rows, in the order given; comparisons with an image outside them are left out."""
-        rows = np.asarray(rows)
+        rows = np.arange(len(self))[rows]
         comparisons = None
         if self.comparisons is not None:
             new_row = np.full(len(self), -1)
@@ -184,6 +184,35 @@ def read_feedback(
     pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
     rest = (tuple(columns.prompts), columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
     return FeedbackTable(tuple(columns.images), *rest)
+
+
+def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_fraction: float) -> str:
+    """What a table holds and what the sampler makes of it (paper 4.3), in lines of text.
+
+    Args:
+        table: the feedback.
+        held_out_fraction: share of the prompts to hold out.
+        desirable_fraction: gamma.
+
+    >>> table = make_feedback(["a.png", "b.png", "c.png"], ["x", "x", "y"], [1, 0, 0], pair_ids=[0, 0, -1])
+    >>> print(describe_feedback(table, 0.0, 0.8))
+    3 images, 1 liked, 2 disliked, 2 prompts
+    liked: 33.3 % of the images
+    pairs of a liked and a disliked image: 1
+    gamma 0.8: a liked image is drawn 8 times as often as a disliked one
+    held out by prompt at 0.0: 0 images, 0 liked
+    """
+    liked, disliked = int(table.is_desirable.sum()), int((~table.is_desirable).sum())
+    lines = [str(table), f"liked: {liked / len(table):.1%} of the images".replace("%", " %")]
+    lines.append(f"pairs of a liked and a disliked image: {len(table.pairs)}")
+    if liked and disliked and desirable_fraction < 1:
+        ratio = desirable_fraction / liked / ((1 - desirable_fraction) / disliked)
+        lines.append(f"gamma {desirable_fraction}: a liked image is drawn {ratio:.3g} times as often as a disliked one")
+    else:
+        lines.append("one class only: train with desirable_fraction 1 or 0, or with the objective sft")
+    held_out = table.split_by_prompt(held_out_fraction)[1]
+    text = f"{len(held_out)} images, {int(held_out.is_desirable.sum())} liked"
+    return "\n".join([*lines, f"held out by prompt at {held_out_fraction}: {text}"])
 
 
 def write_feedback(table: FeedbackTable, path: str | Path) -> Path:

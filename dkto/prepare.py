@@ -88,6 +88,8 @@ def prepare_feedback(
     """
     if csft is not None and csft not in CSFT_PREFIXES:
         raise ValueError(f"csft must be one of {', '.join(CSFT_PREFIXES)}, got {csft!r}")
+    if len(feedback) == 0:
+        raise ValueError("feedback must hold at least one image to encode, got none")
     output_dir, launch = Path(output_dir), _Launch()
     if launch.count > 1 and num_processes > 1:
         raise ValueError(f"num_processes must be 1 among {launch.count} launched processes, got {num_processes}")

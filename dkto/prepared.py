@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -90,16 +91,15 @@ class PreparedFeedback:
         self.prompt_ids = index["prompt_id"].to_numpy()
         self._slots = index["row"].to_numpy()  # where each row lies in the shards
         self.has_flips: bool = self._about["flip"]
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[tuple[str, int], safe_open] = {}
 
     def __len__(self) -> int:
         return len(self.is_desirable)
 
-    @property
+    @cached_property
     def pairs(self) -> np.ndarray:
-        """(P, 2) int64, rows of the chosen and the rejected image of each comparison; stays on disk."""
-        path = self.folder / "pairs.npy"
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        """(P, 2) int64, rows of the chosen and the rejected image of each comparison; mapped from disk."""
+        return np.load(self.folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
 
     def latents(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of some rows, each (B, C, h, w) float32.
@@ -164,12 +164,12 @@ class PreparedFeedback:
     def _place(self, kind: str, row: int, per_shard: str) -> tuple[safe_open, int]:
         """The mapped shard that holds a row, and the row's number in it."""
         number, offset = divmod(row, self._about[per_shard])
-        path = shard_path(self.folder, kind, number)
-        if path not in self._open:
+        if (kind, number) not in self._open:
+            path = shard_path(self.folder, kind, number)
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing")
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path], offset
+            self._open[kind, number] = safe_open(path, framework="pt")
+        return self._open[kind, number], offset
 
 
 def _row(place: tuple[safe_open, int], name: str) -> Tensor:

@@ -1,4 +1,9 @@
+import io
+import json
+
+import pandas as pd
 import pytest
+from PIL import Image
 
 from dkto.cli import COMMANDS, main
 from dkto.feedback import write_feedback
@@ -35,6 +40,32 @@ def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, 
     assert main(["evaluate", images, again, "--scorers", "world_redness"]) == 0
     table = capsys.readouterr().out
     assert images in table and again in table  # folders of one name are told apart
+
+
+def test_likes_are_described_and_held_out(likes, tiny_pipeline, tmp_path, capsys):
+    csv = write_feedback(likes, likes.images[0].parent / "likes.csv")
+    assert main(["feedback", str(csv), "--gamma", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "liked: 50.0 % of the images" in out and "drawn 1 times as often" in out
+    options = ["--model", str(tiny_pipeline), "--held-out", "0.5", "--flip", "--strict"]
+    assert main(["prepare", str(csv), "--output-dir", str(tmp_path / "p"), *options]) == 0
+    parts = [json.loads((tmp_path / "p" / name / "summary.json").read_text()) for name in ("", "held_out")]
+    assert [part["rows"] for part in parts] == [8, 4] and [part["prompts"] for part in parts] == [3, 2]
+    assert main(["feedback", str(csv), "--partition", "always"]) == 2
+    assert "holds likes already" in capsys.readouterr().err
+
+
+def test_pairs_are_unpacked(tmp_path, capsys):
+    pixels = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(pixels, "PNG")
+    row = {"jpg_0": pixels.getvalue(), "jpg_1": pixels.getvalue(), "label_0": 0.0, "label_1": 1.0, "caption": "x"}
+    row |= {"image_0_uid": "a", "image_1_uid": "b"}
+    pd.DataFrame([row]).to_parquet(tmp_path / "s.parquet")
+    assert main(["unpack", str(tmp_path / "s.parquet"), "--output-dir", str(tmp_path / "o"), "--ties", "liked"]) == 0
+    out = capsys.readouterr().out
+    assert '"desirable": 1' in out and "237530" in out
+    assert main(["feedback", out.split()[-1]]) == 0
+    assert "2 images, 1 liked, 1 disliked" in capsys.readouterr().out
 
 
 def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):

@@ -199,6 +199,8 @@ def test_csft_prompts_carry_the_like_and_may_be_asked_for_later(likes, tiny_pipe
             torch.testing.assert_close(found[name], values, atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match="csft must be one of prefix, negative, got 'suffix'"):
         prepare_feedback(likes, folder, str(tiny_pipeline), csft="suffix")
+    with pytest.raises(ValueError, match="feedback must hold at least one image to encode, got none"):
+        prepare_feedback(likes.subset([]), folder, str(tiny_pipeline))
 
 
 def test_pairs_have_one_liked_and_one_disliked_side(likes, tiny_pipeline, tmp_path):
