@@ -20,7 +20,7 @@ from dkto.trainer import train
 def bright_and_dark(tmp_path_factory):
     """Training and held-out pictures: bright ones liked, dark ones disliked."""
     folder, rng, tables = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1), []
-    for name, count in (("train", 24), ("held-out", 24)):
+    for name, count in (("train", 24), ("held-out", 40)):
         paths = []
         for index in range(count):
             level = 190 if index % 2 == 0 else 50
@@ -32,7 +32,7 @@ def bright_and_dark(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["tiny_sdxl", "tiny_sd3"])
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [0, 8])
 def test_fifty_steps_teach_a_taste_that_holds_on_new_pictures(
     kind, lora_rank, request, config, bright_and_dark, tmp_path
 ):
@@ -49,7 +49,7 @@ def test_fifty_steps_teach_a_taste_that_holds_on_new_pictures(
         batch_size=8,
         beta=50.0,
         desirable_fraction=0.5,
-        learning_rate=1e-2 if lora_rank else 2e-3,
+        learning_rate=2e-2 if lora_rank else 2e-3,
         checkpoint_every=100,
     )
     assert len(list(train(config))) == 50

@@ -42,6 +42,21 @@ def pipeline_folder(source: str | Path) -> Path:
     return folder
 
 
+class PipelineText(nn.Module):
+    """The text encoders of a pipeline as one module, to be moved together; `encode_prompt` is the pipeline's own."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.encoders = nn.ModuleList(m for m in pipeline.components.values() if isinstance(m, nn.Module))
+        self.eval().requires_grad_(False)
+
+    @property
+    def tokenizers(self) -> tuple:
+        """Those that the pipeline has, in its order."""
+        return tuple(v for k, v in sorted(self.pipeline.components.items()) if k.startswith("tokenizer") and v)
+
+
 class DiffusionModel(ABC):
     """A latent diffusion model in diffusers' layout, as preparation and training see it.
 
@@ -68,7 +83,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def load_text(self) -> tuple[Any, Any]:
-        """Tokenizer and frozen text encoder in float32, as `encode_prompts` takes them; the encoder has `.to`."""
+        """Tokenizer, or several, and frozen text encoder, one module in float32, as `encode_prompts` takes them."""
 
     @abstractmethod
     def encode_prompts(self, tokenizer: Any, encoder: Any, prompts: list[str]) -> dict[str, Tensor]:

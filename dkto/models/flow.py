@@ -12,9 +12,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
-from dkto.models.base import DiffusionModel
+from dkto.models.base import DiffusionModel, PipelineText
 
 T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
 
@@ -40,23 +39,22 @@ class StableDiffusion3(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
-    def load_text(self) -> tuple[CLIPTokenizer, StableDiffusion3Pipeline]:
+    def load_text(self) -> tuple[tuple, PipelineText]:
         index = json.loads((self.folder / "model_index.json").read_text())
         absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-        encoder = StableDiffusion3Pipeline.from_pretrained(
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
             self.folder, **absent | {"transformer": None, "vae": None}, use_safetensors=True, dtype=torch.float32
         )
         # a pipeline without T5 pads with zeros and asks the transformer, which is not loaded here, for their width
         config = json.loads((self.folder / "transformer" / "config.json").read_text())
-        object.__setattr__(encoder, "transformer", SimpleNamespace(config=SimpleNamespace(**config)))
-        return encoder.tokenizer, encoder
+        object.__setattr__(pipeline, "transformer", SimpleNamespace(config=SimpleNamespace(**config)))
+        encoder = PipelineText(pipeline)
+        return encoder.tokenizers, encoder
 
     @torch.no_grad()
-    def encode_prompts(
-        self, tokenizer: CLIPTokenizer, encoder: StableDiffusion3Pipeline, prompts: list[str]
-    ) -> dict[str, Tensor]:
+    def encode_prompts(self, tokenizers: tuple, encoder: PipelineText, prompts: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, L, D) of all encoders and `pooled_projections` (B, D2) of the first two."""
-        embeds, _, pooled, _ = encoder.encode_prompt(
+        embeds, _, pooled, _ = encoder.pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

@@ -77,6 +77,9 @@ def make_policy(
     if lora_rank == 0:
         reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
         _keep_frozen_in(reference, frozen_dtype)
+        # as the policy's weights: torch picks the kernel of a matrix product by it, and kernels round differently.
+        # The reference runs under no_grad and is in no optimiser, so nothing can change it.
+        reference.requires_grad_(True)
         return PolicyAndReference(denoiser.train().requires_grad_(True), reference)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

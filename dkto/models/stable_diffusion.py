@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dkto.models.base import DiffusionModel
+from dkto.models.base import DiffusionModel, PipelineText
 
 
 class StableDiffusion(DiffusionModel):
@@ -75,36 +75,45 @@ class StableDiffusion(DiffusionModel):
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition.
 
-    The size condition (`time_ids`) is what the pipeline itself uses when it draws: a picture of the model's
-    own size, not cropped. So training and drawing see the same one.
+    The size condition, `time_ids`, holds height and width of the original picture, top and left of the crop, and the
+    size that is wanted. Prepared feedback gives each picture its own; without one it is what the pipeline
+    uses when it draws: a picture of the model's own size, not cropped.
     """
 
     pipeline_class = StableDiffusionXLPipeline
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
 
-    def load_text(self) -> tuple[CLIPTokenizer, StableDiffusionXLPipeline]:
-        encoder = StableDiffusionXLPipeline.from_pretrained(
+    def load_text(self) -> tuple[tuple, PipelineText]:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
             self.folder, unet=None, vae=None, use_safetensors=True, dtype=torch.float32
         )
-        return encoder.tokenizer, encoder
+        encoder = PipelineText(pipeline)
+        return encoder.tokenizers, encoder
 
     @torch.no_grad()
-    def encode_prompts(
-        self, tokenizer: CLIPTokenizer, encoder: StableDiffusionXLPipeline, prompts: list[str]
-    ) -> dict[str, Tensor]:
+    def encode_prompts(self, tokenizers: tuple, encoder: PipelineText, prompts: list[str]) -> dict[str, Tensor]:
         """`encoder_hidden_states` (B, L, D) of both encoders and `text_embeds` (B, D2) of the second.
 
         The empty prompt becomes zeros if the pipeline draws that way (`force_zeros_for_empty_prompt`).
         """
-        embeds, _, pooled, _ = encoder.encode_prompt(prompts, do_classifier_free_guidance=False)
-        if encoder.config.force_zeros_for_empty_prompt:
+        embeds, _, pooled, _ = encoder.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        if encoder.pipeline.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
+    def image_conditioning(self, sizes: Tensor) -> dict[str, Tensor]:
+        """`time_ids` (B, 6) of pictures.
+
+        Args:
+            sizes: (B, 4) height and width of the original, top and left of the crop, in pixels.
+        """
+        wanted = torch.full_like(sizes[:, :2], self.image_size)
+        return {"time_ids": torch.cat([sizes, wanted], 1).float()}
+
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
-        size = float(self.image_size)
-        time_ids = noisy_latents.new_tensor([size, size, 0, 0, size, size]).expand(len(timesteps), -1)
+        own = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=noisy_latents.device)
+        time_ids = conditioning.get("time_ids", self.image_conditioning(own)["time_ids"].expand(len(timesteps), -1))
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": time_ids}
         hidden = conditioning["encoder_hidden_states"]
         return denoiser(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
