@@ -21,7 +21,14 @@ from dkto.embedded.preference import (
     to_pixel_values,
 )
 from dkto.embedded.scenes import caption, parse, prompts_for, split_of
-from dkto.embedded.scorers_card import PARTS, load_embedder, measure_scorers, rate, train_scorers
+from dkto.embedded.scorers_card import (
+    PARTS,
+    held_out_prompts,
+    load_embedder,
+    measure_scorers,
+    rate,
+    train_scorers,
+)
 from dkto.embedded.tokenizer import build_tokenizer
 from dkto.embedded.truth import aesthetics, judge
 from dkto.scorers import SCORERS, get_pixel_scorer, score
@@ -68,8 +75,9 @@ def test_one_attribute_is_changed_and_nothing_else(attribute):
 
 
 def test_a_pool_is_painted_once_and_judged_by_the_rules(tmp_path):
-    pool = paint_pool(tmp_path / "train", "train", 20, 0)
-    assert pool.images.shape == (20, 2, 64, 64, 3) and {split_of(p) for p in pool.prompts} == {"train"}
+    prompts = prompts_for("train", 20)
+    pool = paint_pool(tmp_path / "train", prompts, 0)
+    assert pool.images.shape == (20, 2, 64, 64, 3) and pool.prompts == prompts
     for row, side in ((0, 0), (7, 1)):
         picture = np.array(pool.images[row, side])
         expected = judge(picture, pool.prompts[row])["fidelity"] * aesthetics(picture)
@@ -77,7 +85,7 @@ def test_a_pool_is_painted_once_and_judged_by_the_rules(tmp_path):
     faithful = [text == prompt for texts, prompt in zip(pool.captions, pool.prompts, strict=True) for text in texts]
     assert 0.3 < np.mean(faithful) < 0.8
     stamp = (tmp_path / "train.npy").stat().st_mtime_ns
-    again = paint_pool(tmp_path / "train", "train", 20, 0)
+    again = paint_pool(tmp_path / "train", prompts, 0)
     assert (tmp_path / "train.npy").stat().st_mtime_ns == stamp and (again.utilities == pool.utilities).all()
 
 
@@ -122,6 +130,8 @@ def test_the_losses_are_those_of_clip_and_pickscore(embed):
 def test_training_writes_both_networks_their_card_and_goes_on_where_it_stopped(trained, tmp_path):
     folder, sizes, figures = trained
     card = json.loads((folder / "out" / "card.json").read_text())
+    about = [json.loads((folder / "run" / f"{name}.json").read_text())["prompts"] for name in ("train", "test")]
+    assert [{split_of(prompt) for prompt in prompts} for prompts in about] == [{"train"}, {"test"}]
     assert card["figures"] == figures and card["pairs"] == 24 and set(card["sha256"]) == set(PARTS)
     assert "| choices/world_preference |" in (folder / "out" / "README.md").read_text()
     stamps = [(folder / "run" / f"{name}.pt").stat().st_mtime_ns for name in PARTS]
@@ -196,7 +206,7 @@ def test_weights_that_changed_or_are_missing_are_noticed(trained, tmp_path, monk
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     """Pairs of test prompts painted from another seed than the card's."""
-    return paint_pool(tmp_path_factory.mktemp("pool") / "test", "test", 300, seed=7)
+    return paint_pool(tmp_path_factory.mktemp("pool") / "test", held_out_prompts(200), seed=7)
 
 
 def test_the_shipped_scorers_are_small_and_hold_no_pickle():
@@ -215,7 +225,7 @@ def test_the_cards_accuracies_hold_on_pictures_it_never_saw(held_out):
 
 def test_the_preference_model_sees_beauty_and_faithfulness():
     rng = np.random.default_rng(1)
-    prompts = prompts_for("test", 60, seed=3)
+    prompts = prompts_for("test", 40, seed=3)
     good = [Image.fromarray(paint(parse(p), GOOD_FINISH, rng)) for p in prompts]
     bad = [Image.fromarray(paint(parse(p), BAD_FINISH, rng)) for p in prompts]
     other = [Image.fromarray(paint(parse(p), GOOD_FINISH, rng)) for p in prompts[::-1]]

@@ -33,7 +33,6 @@ from dkto.embedded.scenes import (
     Scene,
     caption,
     parse,
-    prompts_for,
     random_scene,
 )
 from dkto.embedded.tokenizer import MAX_LENGTH
@@ -44,6 +43,7 @@ from dkto.scorers.preprocess import normalise
 ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
 CHOICE_SHARPNESS = 10.0  # Bradley-Terry: chance of a choice = sigmoid(sharpness x difference of utilities)
 SAVE_SECONDS = 30.0
+PAINTING = 5  # the stream of random numbers that pictures are painted from
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -107,17 +107,17 @@ class Pool:
         return (rng.random(len(self)) < 1 / (1 + np.exp(-CHOICE_SHARPNESS * gap))).astype(np.int64)
 
 
-def paint_pool(path: Path, split: str, count: int, seed: int) -> Pool:
-    """Paint two pictures for each of `count` prompts of a split, once: faithful or not, in good and bad finish.
+def paint_pool(path: Path, prompts: list[str], seed: int) -> Pool:
+    """Paint two pictures for each prompt, once: faithful or not, in good and bad finish.
 
-    Of the pictures 55 % are faithful, 35 % differ in one attribute and 10 % show something else.
+    Of the pictures 55 % are faithful, 35 % differ in one attribute and 10 % show something else. What lies at `path`
+    already is read.
     """
     if not path.with_suffix(".json").exists():
-        rng = np.random.default_rng([seed, len(split)])
-        prompts = prompts_for(split, count, seed)
-        images = np.zeros((count, 2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        captions, utilities = [], np.zeros((count, 2))
-        for i, prompt in enumerate(tqdm(prompts, desc=f"painting {split} pairs", mininterval=5)):
+        rng = np.random.default_rng([seed, PAINTING])
+        images = np.zeros((len(prompts), 2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        captions, utilities = [], np.zeros((len(prompts), 2))
+        for i, prompt in enumerate(tqdm(prompts, desc=f"painting {path.name} pairs", mininterval=5)):
             shown = [_shown(parse(prompt), rng) for _ in range(2)]
             captions.append([caption(scene) for scene in shown])
             for side, scene in enumerate(shown):

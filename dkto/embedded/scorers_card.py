@@ -19,13 +19,14 @@ from dkto.embedded.preference import (
     train_clip,
     train_preference,
 )
-from dkto.embedded.scenes import caption, parse
+from dkto.embedded.scenes import caption, parse, prompts_for
 from dkto.embedded.tokenizer import build_tokenizer
 from dkto.metrics import wilson_interval
 from dkto.records import write_json
 from dkto.scorers.weights import file_sha256
 
 PARTS = ("clip", "preference")
+TEST_PROMPTS = 200
 
 
 @torch.no_grad()
@@ -74,9 +75,13 @@ def measure_scorers(clip: Embedder, preference: Embedder, pool: Pool, seed: int 
     return figures | {f"captions/{name}": rate(right) for name, right in caption_accuracy(clip, pool, seed).items()}
 
 
-def write_scorers(output: Path, clip: CLIPModel, preference: CLIPModel, pool: Pool, about: dict) -> dict:
+def write_scorers(
+    output: Path, tokenizer_folder: Path, clip: CLIPModel, preference: CLIPModel, pool: Pool, about: dict
+) -> dict:
     """Write both networks in half precision, their tokenizer and the card, measured on what was written."""
-    build_tokenizer(output / "tokenizer")
+    (output / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for path in tokenizer_folder.iterdir():
+        (output / "tokenizer" / path.name).write_bytes(path.read_bytes())
     for name, model in zip(PARTS, (clip, preference), strict=True):
         model.save_pretrained(output / name)
         path = output / name / "model.safetensors"
@@ -91,6 +96,12 @@ def write_scorers(output: Path, clip: CLIPModel, preference: CLIPModel, pool: Po
     ceiling = figures["choices/world_utility itself"]["rate"]
     (output / "README.md").write_text(CARD.format(rows=rows, parameters=parameters, ceiling=ceiling, **about))
     return figures
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """200 test prompts in turn, so that every card, whatever its size, has lone things and pairs in equal shares."""
+    distinct = prompts_for("test", TEST_PROMPTS)
+    return [distinct[i % TEST_PROMPTS] for i in range(count)]
 
 
 def train_scorers(
@@ -119,11 +130,11 @@ def train_scorers(
         The card's figures.
     """
     tokenizer = build_tokenizer(folder / "tokenizer")
-    pool = paint_pool(folder / "train", "train", pairs, seed)
+    pool = paint_pool(folder / "train", prompts_for("train", pairs, seed), seed)
     clip = train_clip(folder, pool, tokenizer, steps=clip_steps, batch=clip_batch, lr=1e-3, seed=seed)
     options = {"steps": preference_steps, "batch": preference_batch, "lr": 5e-4, "seed": seed}
     preference = train_preference(folder, clip, pool, tokenizer, **options)
-    held_out = paint_pool(folder / "test", "test", test_pairs, seed)
+    held_out = paint_pool(folder / "test", held_out_prompts(test_pairs), seed)
     about = {
         "pairs": pairs,
         "test_pairs": test_pairs,
@@ -134,7 +145,7 @@ def train_scorers(
         "sharpness": CHOICE_SHARPNESS,
         "seed": seed,
     }
-    return write_scorers(output, clip, preference, held_out, about)
+    return write_scorers(output, folder / "tokenizer", clip, preference, held_out, about)
 
 
 def load_embedder(folder: Path, name: str) -> Embedder:
@@ -160,7 +171,7 @@ CLIP (contrastive, batch {clip_batch}, with captions of one changed attribute as
 {preference_steps:,} steps of the preference model (batch {preference_batch} pairs); AdamW; about 6 minutes on one core.
 
 ## Measured on prompts that no training saw
-{test_pairs:,} pairs painted for test prompts. *choices*: share of simulated choices that the scorer orders alike;
+{test_pairs:,} pairs painted for 200 test prompts. *choices*: share of simulated choices that the scorer orders alike;
 the utility itself orders {ceiling:.0%} of them, the rest is the person's noise. *captions*: share of pictures nearer to
 their own caption than to one with that attribute changed, where chance is one half. 95 % Wilson intervals.
 
