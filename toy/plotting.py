@@ -293,7 +293,7 @@ def plot_sweep(
 
 
 def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = None, *, label: str) -> Axes:
-    """A reward over the plane in two colours around zero, with the world on top.
+    """A reward over the plane in two colours around zero, each stretched to its end, with the world on top.
 
     Args:
         rewards: (len(y), len(x)).
@@ -302,8 +302,8 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
         label: of the colour bar, with its unit.
     """
     ax = plot_world(ax)
-    largest = float(rewards.abs().max())
-    norm = TwoSlopeNorm(0, -largest, largest)
+    tiny = 1e-6 + 1e-3 * float(rewards.abs().max())  # a map that is never liked, or never disliked, keeps both colours
+    norm = TwoSlopeNorm(0, min(float(rewards.min()), -tiny), max(float(rewards.max()), tiny))
     mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
     ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")
     ax.figure.colorbar(mesh, ax=ax, shrink=0.8).set_label(label, fontsize="small")
