@@ -62,7 +62,10 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
     if not rows:
         places = ", ".join(str(folder) for folder in folders) or "no folder"
         raise ValueError(f"no run in {places}: a run's folder holds {RECORD_NAME}, written by dkto run or dkto sweep")
-    table = pd.DataFrame(rows.values()).convert_dtypes()  # whole numbers stay whole where some are missing
+    table = pd.DataFrame(rows.values())
+    for name in table.columns:
+        if all(type(row[name]) is int for row in rows.values() if row.get(name) is not None):
+            table[name] = table[name].astype("Int64")  # whole numbers stay whole where some are missing
     kinds = [name for kind in KINDS for name in table.columns if name.startswith(f"{kind}.")]
     return table[[*FIRST_COLUMNS, *kinds]]
 
