@@ -1,5 +1,6 @@
 """The `dkto` command: thin, each sub-command calls one function that notebooks call too."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 import tyro
 
 from dkto.config import TrainConfig
+from dkto.progress import QUIET_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -214,14 +216,55 @@ class Run:
     """Where the executed copy goes."""
     parameters: tuple[str, ...] = field(default=())
     """NAME=VALUE, read by the type that the notebook declares."""
+    gpus: int = 0
+    """With --cards: how many of them this run takes, waiting until they are free."""
+    cards: str | None = None
+    """The machine's graphics cards that runs share, as in CUDA_VISIBLE_DEVICES; left out, the notebook sees all."""
 
     def run(self) -> None:
         from dkto.notebooks import run_notebook
+        from dkto.processes import die_with_engine, graphics_cards
 
+        die_with_engine()
         pairs = [text.partition("=") for text in self.parameters]
-        metrics = run_notebook(self.notebook, self.output, {name: value for name, _, value in pairs})
+        told = {name: value for name, _, value in pairs}
+        shared = [] if self.cards is None else [card for card in self.cards.split(",") if card]
+        with graphics_cards(self.gpus, shared) as mine:
+            if self.cards is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            metrics = run_notebook(self.notebook, self.output, told, progress=QUIET_VARIABLE not in os.environ)
         for name, value in metrics.items():
             print(f"{name} = {value}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run every notebook of a sweep; called again, it does only what is missing or failed."""
+
+    sweep: tyro.conf.Positional[Path]
+    """YAML file, see dkto.sweeps and papermill_runs/sweeps/."""
+    dry_run: bool = False
+    """Check everything and show the plan; nothing starts."""
+    output_dir: Path | None = None
+    """Where the runs land; papermill_runs/outputs/NAME OF THE FILE if left out."""
+    profile: str = "local"
+    """local, slurm, kubernetes, or a folder with Snakemake's config.yaml."""
+    cores: int = 0
+    """CPU cores to use on this machine, 0 for all."""
+    retries: int = 0
+    """How often a failed run is tried again at once."""
+    redo: bool = False
+    """Make runs again whose parameters or notebook have changed since; their old results are removed."""
+
+    def run(self) -> None:
+        from dkto.engine import run_sweep, show_plan
+        from dkto.sweeps import read_sweep
+
+        plan = read_sweep(self.sweep, self.output_dir)
+        if self.dry_run:
+            print(show_plan(plan))
+        else:
+            run_sweep(plan, profile=self.profile, cores=self.cores, retries=self.retries, redo=self.redo)
 
 
 @dataclass(frozen=True)
@@ -246,6 +289,7 @@ COMMANDS = {
     "score": Score,
     "evaluate": Evaluate,
     "run": Run,
+    "sweep": Sweep,
     "demo": Demo,
 }
 
@@ -255,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="dkto")
     try:
         command.run()
-    except (ValueError, TypeError, KeyError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"dkto: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,5 @@
 """Start trainings as sub-processes that cannot outlive the notebook or program that started them."""
 
-import ctypes
-import signal
 import subprocess
 import sys
 import time
@@ -10,16 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from dkto.config import TrainConfig
+from dkto.processes import die_with_parent
 from dkto.progress import progress
 from dkto.records import read_records
-
-PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """Linux: ask the kernel to end this process when the thread that made it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def config_arguments(config: TrainConfig) -> list[str]:
@@ -45,7 +36,7 @@ def start_training(config: TrainConfig, *, threads: int = 1) -> subprocess.Popen
     config.output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(config), "--threads", str(threads)]
     with (config.output_dir / "train.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
 
 
 def run_trainings(

@@ -16,20 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
-import pandas as pd
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
-
+from dkto.processes import sole_writer
 from dkto.progress import QUIET_VARIABLE
 from dkto.records import versions, write_json
+from dkto.run_record import PeakMemory, recorded
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 PARAMETER_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+PATIENCE = 5.0  # seconds in which a kernel whose runner was killed ends too
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Parameter:
     comment: str
 
 
-def parameters_cell(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
-    """The one cell tagged `parameters`.
+def parameters_cell(notebook: Mapping, name: str) -> Mapping:
+    """The one cell tagged `parameters` of a notebook as nbformat or json reads it.
 
     Raises:
         ValueError: if there is none, or more than one.
     """
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"notebook {name} must have one cell tagged 'parameters', found {len(cells)}")
     return cells[0]
@@ -64,7 +64,11 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"notebook {path} does not exist")
-    source = parameters_cell(nbformat.read(path, as_version=4), path.name).source
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"notebook {path} is no notebook: {error}") from error
+    source = "".join(parameters_cell(notebook, path.name)["source"])  # json has it as lines
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
@@ -151,26 +155,41 @@ def run_notebook(
         progress: show papermill's bar.
 
     Returns:
-        The metrics of the `metrics.json` in the notebook's `output_dir`.
+        The metrics of the `metrics.json` in the notebook's `output_dir`, where `run.json` lies too (`dkto.run_record`).
 
     Raises:
         FileNotFoundError, ValueError, TypeError: before anything runs, see `check_parameters`.
+        BlockingIOError: if another process writes into `output_dir`.
         RuntimeError: if a cell fails or the kernel dies; the sentence names the notebook, the cell and the error.
     """
     path, output = Path(path), Path(output)
     checked = check_parameters(path, parameters or {})
-    declared = declared_parameters(path)
-    if "output_dir" not in declared:
-        raise ValueError(f"notebook {path.name} must declare the parameter output_dir; declared: {', '.join(declared)}")
-    folder = Path(checked.get("output_dir", declared["output_dir"].default))
-    (folder / "metrics.json").unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    every = {name: declared.default for name, declared in declared_parameters(path).items()} | checked
+    if "output_dir" not in every:
+        raise ValueError(f"notebook {path.name} must declare the parameter output_dir; declared: {', '.join(every)}")
+    folder = Path(every["output_dir"])
+    with sole_writer(folder, patience=PATIENCE), recorded(folder, path, output, every) as memory:
+        result = folder / "metrics.json"
+        result.unlink(missing_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _execute(path, output, checked, progress, memory)
+        if not result.is_file():
+            raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
+        return json.loads(result.read_text())["metrics"]
+
+
+def _execute(path: Path, output: Path, parameters: Mapping[str, object], progress: bool, memory: PeakMemory) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
     try:
         with _kernel_environment():
             papermill.execute_notebook(
                 str(path),
                 str(output),
-                checked,
+                parameters,
                 kernel_name="python3",
                 language="python",
                 progress_bar=progress,
@@ -183,12 +202,9 @@ def run_notebook(
         ) from error
     except DeadKernelError as error:
         raise RuntimeError(
-            f"{path.name}: its kernel died, most often for lack of memory; use smaller parameters (in {output})"
+            f"{path.name}: its kernel died, most often for lack of memory (it held {memory.megabytes:.0f} MB "
+            f"at its peak); use smaller parameters (executed copy: {output})"
         ) from error
-    result = folder / "metrics.json"
-    if not result.is_file():
-        raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
-    return json.loads(result.read_text())["metrics"]
 
 
 KERNEL_ENVIRONMENT = {
@@ -244,8 +260,9 @@ def write_metrics(
     return folder / "metrics.json"
 
 
-def environment_table() -> pd.DataFrame:
+def environment_table() -> "pd.DataFrame":
     """Versions and devices that a notebook runs on, for its first cell."""
+    import pandas as pd
     import torch
 
     found = versions()

@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, or None outside one."""
+    """The commit of the checkout that this package runs from, with -dirty after changes, or None outside one."""
     here = Path(__file__).parent
-    call = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    call = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(call, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else None
 

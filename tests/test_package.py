@@ -12,18 +12,19 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-    ("utilities", "records", "progress", "quiet", "votes"),
-    ("losses", "metrics", "sources"),
+    ("utilities", "records", "progress", "quiet", "votes", "processes", "yaml12"),
+    ("losses", "metrics", "sources", "run_record"),
     ("feedback", "config", "plotting"),
     ("pairs",),
     ("models", "published"),
     ("prepared", "prepare", "notebooks"),
     ("batches", "checkpoints"),
     ("rewards",),
-    ("trainer", "generate", "launch"),
+    ("trainer", "generate", "launch", "sweeps", "runs"),
     ("embedded", "scorers"),
     ("scoring", "prompts"),
-    ("evaluate", "monitors", "study"),
+    ("evaluate", "monitors", "study", "page"),
+    ("engine",),
     ("demo",),
     ("cli",),
 )

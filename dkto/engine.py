@@ -1,0 +1,266 @@
+"""Run the plan of a sweep with Snakemake: what is done stays, failures are gathered, one page tells of all runs."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dkto.processes import die_with_parent, has_writer, sole_writer
+from dkto.progress import QUIET_VARIABLE
+from dkto.records import write_json
+from dkto.run_record import RECORD_NAME, accelerators, source_hash
+from dkto.sweeps import Plan, PlannedRun, plan_to_dict
+from dkto.yaml12 import read_yaml
+
+BATCH = Path(__file__).parent.parent / "papermill_runs"
+ENGINE_LOG = "engine.log"
+GRACE = 30.0  # seconds that the engine has to end its jobs after an interruption
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands: done, changed (done with other parameters), running, or missing, failed, killed, again."""
+
+    word: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.detail}" if self.detail else self.word
+
+
+def run_states(plan: Plan) -> dict[str, State]:
+    """How each run of a plan stands, read from the files that it left."""
+    states = {}
+    for run in plan.runs:
+        state = _state(plan, run)
+        waits = [name for name in run.inputs.values() if states[name].word != "done"]
+        if state.word == "done" and waits:
+            state = State("again", f"{waits[0]}, which it reads, is not done")
+        states[run.name] = state
+    return states
+
+
+def _state(plan: Plan, run: PlannedRun) -> State:
+    folder = plan.folder / run.name
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return State("missing")
+    record = json.loads(path.read_text())
+    if record["status"] == "running":
+        return State("running") if has_writer(folder) else State("killed", "it ended without a word; out of memory?")
+    if record["status"] == "failed":
+        return State("failed", record["error"])
+    if not (folder / "metrics.json").is_file():
+        return State("missing", "its metrics.json is gone")
+    stored = record["parameters"]
+    for key, value in run.parameters.items():
+        if stored.get(key) != value:
+            return State("changed", f"{key} was {stored.get(key)!r} and is {value!r} now")
+    if record["source_hash"] != source_hash(run.notebook):
+        return State("done", "by an older version of its notebook")
+    return State("done")
+
+
+def show_plan(plan: Plan) -> str:
+    """What a sweep would do, nothing done: every run, how it stands, what it may take, and its command by hand."""
+    states = run_states(plan)
+    todo = [run for run in plan.runs if states[run.name].word != "done"]
+    lines = [f"sweep {plan.name}: {len(plan.runs)} runs into {plan.folder}, {len(todo)} to do", ""]
+    width = max(len(run.name) for run in plan.runs)
+    for run in plan.runs:
+        want = run.resources
+        takes = f"cpus {want.cpus}  gpus {want.gpus}  hours {want.hours:g}  memory {want.memory_gb:g} GB"
+        lines.append(f"{run.name:<{width}}  {takes}  {states[run.name]}")
+    cpu_hours = sum(run.resources.cpus * run.resources.hours for run in todo)
+    gpu_hours = sum(run.resources.gpus * run.resources.hours for run in todo)
+    lines += ["", f"at most {cpu_hours:g} CPU hours and {gpu_hours:g} GPU hours by the limits above"]
+    lines += ["", "each by hand:", *(plan.shell_command(run) for run in todo)] if todo else []
+    return "\n".join(lines)
+
+
+def run_sweep(
+    plan: Plan, *, profile: str = "local", cores: int = 0, retries: int = 0, redo: bool = False
+) -> dict[str, State]:
+    """Do what is missing or failed of a plan; whatever fails, the others are done and the page is written.
+
+    Called again it goes on. Two calls at once on one folder: the second is refused. A folder whose engine was
+    killed is free again at once, since the hold on it ends with the processes that have it.
+
+    Args:
+        plan: see `dkto.sweeps.read_sweep`.
+        profile: local, slurm, kubernetes, or a folder with Snakemake's `config.yaml`.
+        cores: CPU cores to use on this machine, 0 for all.
+        retries: how often a failed run is tried again at once.
+        redo: remove and make again what was made with other parameters or by an older version of its notebook.
+
+    Returns:
+        How each run stands; all are done.
+
+    Raises:
+        ModuleNotFoundError: without the extra `batch`.
+        BlockingIOError: if another call works on the same folder.
+        ValueError: before anything starts, if a run was done with other parameters and `redo` is not asked for, if
+            this machine has less than a run asks for, or the profile is unknown.
+        RuntimeError: at the end, if runs are not done; the sentence names each with its error.
+    """
+    if importlib.util.find_spec("snakemake") is None:
+        raise ModuleNotFoundError("dkto sweep runs on Snakemake: pip install 'dkto[batch]'; --dry-run works without")
+    settings = _profile_folder(profile)
+    local = read_yaml((settings / "config.yaml").read_text()).get("executor", "local") == "local"
+    with sole_writer(plan.folder) as hold:
+        states = run_states(plan)
+        todo = [run for run in plan.runs if states[run.name].word != "done" or (redo and states[run.name].detail)]
+        _clear(plan, todo, states, redo)
+        if todo:
+            limits = _limits(todo, cores) if local else []
+            _write_plan(plan, local)
+            print(f"sweep {plan.name}: {len(todo)} of {len(plan.runs)} runs to do, in {plan.folder}", flush=True)
+            with _engine(plan, [*limits, "--profile", str(settings), "--retries", str(retries)], hold) as engine:
+                _tell(plan, todo, engine)
+        return _conclude(plan)
+
+
+def _profile_folder(profile: str) -> Path:
+    for folder in (BATCH / "profiles" / profile, Path(profile)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = ", ".join(sorted(folder.name for folder in (BATCH / "profiles").iterdir()))
+    raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {profile!r}")
+
+
+def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], redo: bool) -> None:
+    """Make way for what is to be done, and never for anything else."""
+    changed = [run for run in todo if states[run.name].word == "changed"]
+    if changed and not redo:
+        first = changed[0].name
+        raise ValueError(
+            f"{len(changed)} runs in {plan.folder} were made with other parameters ({first}: {states[first].detail}): "
+            "choose another --output-dir, or --redo to remove them and make them again"
+        )
+    for run in todo:
+        if states[run.name].word == "running":
+            raise ValueError(f"{plan.folder / run.name} is being written by another process: wait for it")
+        if states[run.name].word in ("changed", "done"):
+            shutil.rmtree(plan.folder / run.name)
+        (plan.folder / run.name / "metrics.json").unlink(missing_ok=True)
+    shutil.rmtree(plan.folder / ".snakemake" / "locks", ignore_errors=True)  # of a killed engine: we hold the folder
+
+
+def _limits(todo: list[PlannedRun], cores: int) -> list[str]:
+    """What this machine has, as arguments for the engine."""
+    memory = int(psutil.virtual_memory().total / 1e6)
+    has = {"gpus": len(_cards()), "memory_gb": memory / 1000}
+    for run in todo:
+        for name, amount in has.items():
+            wanted = getattr(run.resources, name)
+            if wanted > amount:
+                raise ValueError(f"{run.name} asks for {name}: {wanted:g}, this machine has {amount:g}: see --profile")
+    cores = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    return ["--cores", str(cores), "--resources", f"gpu={has['gpus']}", f"mem_mb={memory}"]
+
+
+def _cards() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [card.strip() for card in visible.split(",") if card.strip()]
+    return [str(number) for number in range(len(accelerators()))]
+
+
+def _write_plan(plan: Plan, local: bool) -> None:
+    about = {
+        "sweep": plan.name,
+        "folder": str(plan.folder.resolve()),
+        "working_directory": os.getcwd(),
+        "python": sys.executable,
+        "cards": ",".join(_cards()) if local else None,
+    }
+    write_json(plan.folder / "plan.json", {**about, "runs": plan_to_dict(plan)})
+
+
+@contextmanager
+def _engine(plan: Plan, arguments: list[str], hold: int) -> Iterator[subprocess.Popen]:
+    """Snakemake on the plan's folder. It inherits the hold on the folder and dies with this process."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(BATCH / "Snakefile"), *arguments]
+    command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "plan.json"), "--nocolor"]
+    with (plan.folder / ENGINE_LOG).open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[hold],
+            start_new_session=True,  # an interrupt from the keyboard comes here, and is passed on once
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+            env=os.environ | {QUIET_VARIABLE: "1"},
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def _tell(plan: Plan, todo: list[PlannedRun], engine: subprocess.Popen) -> None:
+    """One line for each run as it ends, until the engine ends."""
+    told, began = set(), time.time()
+    while True:
+        over = engine.poll() is not None
+        for run in todo:
+            path = plan.folder / run.name / RECORD_NAME
+            if run.name in told or not path.is_file() or path.stat().st_mtime < began - 1:
+                continue
+            record = json.loads(path.read_text())
+            if record["status"] != "running":
+                told.add(run.name)
+                end = f": {record['error']}" if record["error"] else ""
+                seconds = f"{record['seconds']:.0f} s"
+                print(f"[{len(told)}/{len(todo)}] {run.name} {record['status']}, {seconds}{end}", flush=True)
+        if over:
+            return
+        time.sleep(0.2)
+
+
+def _conclude(plan: Plan) -> dict[str, State]:
+    """Write table and page; say what is not done."""
+    states = run_states(plan)
+    page = _write_page(plan, states)
+    words = Counter(state.word for state in states.values())
+    print(f"{words['done']} of {len(states)} runs are done; table: {plan.folder / 'table.csv'}, page: {page}")
+    undone = {name: state for name, state in states.items() if state.word != "done"}
+    if not undone:
+        return states
+    if words["missing"] == len(undone):
+        log = plan.folder / ENGINE_LOG
+        last = "\n".join(log.read_text().strip().splitlines()[-8:])
+        raise RuntimeError(f"the engine stopped before any run failed; the end of {log}:\n{last}")
+    parts = []
+    for run in plan.runs:
+        state = undone.get(run.name)
+        waits = [name for name in run.inputs.values() if name in undone]
+        if state is not None:
+            parts.append(f"{run.name} not started: it reads {waits[0]}" if waits else f"{run.name} {state}")
+    raise RuntimeError(
+        f"{len(undone)} of {len(states)} runs are not done; the same call does just these: {'; '.join(parts)}"
+    )
+
+
+def _write_page(plan: Plan, states: dict[str, State]) -> Path:
+    from dkto.page import write_page
+
+    return write_page(plan.folder, plan.name, {name: str(state) for name, state in states.items()})

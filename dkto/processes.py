@@ -1,0 +1,125 @@
+"""Processes that cannot outlive who started them, folders with one writer, graphics cards with one user."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PARENT_VARIABLE = "DKTO_PARENT"  # process that a run of a sweep dies with; set by papermill_runs/Snakefile
+LOCK_NAME = ".lock"
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Linux: ask the kernel for a signal to this process when the thread that made it ends. For `preexec_fn` too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def die_with_engine() -> None:
+    """In a run of a sweep: end when the engine ends, also if it ended before this line."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is not None:
+        die_with_parent(signal.SIGKILL)
+        if str(os.getppid()) != parent:
+            sys.exit(f"process {parent}, which started this run, has ended")
+
+
+@contextmanager
+def sole_writer(folder: Path, *, patience: float = 0.0) -> Iterator[int]:
+    """Hold a folder against other writers; the hold ends with the process, however that ends.
+
+    Args:
+        folder: made if it does not exist.
+        patience: seconds to wait for another writer, which may be about to end.
+
+    Yields:
+        The descriptor of the lock file: a child that inherits it holds the folder too.
+
+    Raises:
+        BlockingIOError: if another process writes there; the sentence names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with (folder / LOCK_NAME).open("a+") as file:
+        while not _locked(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                raise BlockingIOError(f"{folder} is being written by {other}: wait for it, or choose another folder")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield file.fileno()
+
+
+def has_writer(folder: Path) -> bool:
+    """Whether a process holds the folder just now."""
+    try:
+        with (folder / LOCK_NAME).open("a+") as file:
+            return not _locked(file)
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def graphics_cards(count: int, cards: Sequence[str], folder: Path | None = None) -> Iterator[list[str]]:
+    """Hold `count` of this machine's graphics cards against other runs, waiting for free ones.
+
+    Only one run at a time picks cards, so that two runs never wait for each other with one card each.
+
+    Args:
+        count: cards to hold; 0 holds none.
+        cards: numbers or identifiers of those that runs may take, as CUDA_VISIBLE_DEVICES has them.
+        folder: of the lock files, one a card; a folder of this user and machine if left out.
+
+    Yields:
+        The cards held.
+
+    Raises:
+        ValueError: if `count` is more than there are.
+    """
+    if not 0 <= count <= len(cards):
+        raise ValueError(f"gpus must be between 0 and {len(cards)}, the number of cards here, got {count}")
+    if count == 0:
+        yield []
+        return
+    folder = folder or Path(tempfile.gettempdir()) / f"dkto-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    held = {}
+    try:
+        with (folder / "turn").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            while not _hold_free_cards(held, count, cards, folder):
+                time.sleep(0.2)
+        yield list(held)
+    finally:
+        for file in held.values():
+            file.close()
+
+
+def _hold_free_cards(held: dict, count: int, cards: Sequence[str], folder: Path) -> bool:
+    """Add free cards to those held; whether they are enough."""
+    for card in cards:
+        if card not in held and len(held) < count:
+            file = (folder / card).open("w")
+            if _locked(file):
+                held[card] = file
+            else:
+                file.close()
+    return len(held) == count

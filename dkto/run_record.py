@@ -1,0 +1,141 @@
+"""What every run of a notebook leaves beside its metrics: `run.json`, from which it can be judged and made again."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from dkto.records import git_commit, versions, write_json
+
+RECORD_NAME = "run.json"
+SECONDS_BETWEEN_LOOKS = 0.5
+MEGABYTE = 1024 * 1024
+
+
+class PeakMemory:
+    """The most memory that this process's children held together, looked at twice a second.
+
+    The sum of the resident sets of all processes below this one: pages that two of them share count twice.
+    """
+
+    def __init__(self) -> None:
+        self.megabytes = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
+            total = 0
+            for process in me.children(recursive=True):
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:  # it has just ended
+                    continue
+            self.megabytes = max(self.megabytes, total / MEGABYTE)
+
+
+def source_hash(notebook: str | Path) -> str:
+    """Hash of a notebook's cells as they are written: outputs and metadata do not change it."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
+
+
+def hardware() -> dict[str, str | int | float]:
+    """This machine, without loading torch: processor, cores, memory, accelerators and those that are hidden."""
+    found = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "memory_gb": round(psutil.virtual_memory().total / MEGABYTE / 1024, 1),
+        "accelerators": ", ".join(accelerators()) or "none",
+    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found | {"visible_accelerators": visible or "none"}
+
+
+def accelerators() -> list[str]:
+    """Names of this machine's CUDA devices, from torch where it is loaded, from nvidia-smi otherwise."""
+    if "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda
+        return [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    call = [command, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor() or "unknown"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+@contextmanager
+def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[str, object]) -> Iterator[PeakMemory]:
+    """Write `run.json` when a run starts and again when it ends, well or not.
+
+    A record that still says "running" when nothing holds the folder belongs to a run that was killed.
+
+    Args:
+        folder: the run's output folder.
+        notebook: its source.
+        executed: where the executed copy goes.
+        parameters: all of them, defaults included.
+
+    Raises:
+        ValueError: if the folder holds the record of something else, a training, which would be lost.
+    """
+    path = folder / RECORD_NAME
+    if path.exists() and "notebook" not in json.loads(path.read_text()):
+        raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
+    began = time.monotonic()
+    record = {
+        "schema_version": 1,
+        "status": "running",
+        "notebook": str(notebook),
+        "source_hash": source_hash(notebook),
+        "executed": str(executed),
+        "parameters": dict(parameters),
+        "seed": parameters.get("seed"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(path, record)
+    error = None
+    try:
+        with PeakMemory() as memory:
+            yield memory
+    except BaseException as caught:
+        error = str(caught) or type(caught).__name__
+        raise
+    finally:
+        record |= {"status": "finished" if error is None else "failed", "error": error}
+        record |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_mb": round(memory.megabytes, 1)}
+        write_json(path, record)

@@ -1,0 +1,85 @@
+"""`run.json`: what every run leaves, also when it fails."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dkto.notebooks import run_notebook
+from dkto.records import git_commit, write_json
+from dkto.run_record import PeakMemory, accelerators, hardware, recorded, source_hash
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_a_run_of_a_notebook_leaves_a_record_from_which_it_can_be_made_again(tmp_path):
+    told = {"beta": 2.0, "seed": 3, "output_dir": str(tmp_path / "run")}
+    run_notebook(DATA / "tiny_train.ipynb", tmp_path / "run" / "notebook.ipynb", told, progress=False)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["error"], record["seed"]) == ("finished", None, 3)
+    assert record["parameters"]["beta"] == 2.0 and record["parameters"]["slow_seed"] == -1, "defaults too"
+    assert record["git_commit"] == git_commit() and record["versions"]["torch"]
+    assert record["source_hash"] == source_hash(DATA / "tiny_train.ipynb")
+    assert record["hardware"]["cores"] >= 1 and record["hardware"]["memory_gb"] > 0
+    assert record["seconds"] > 0.2 and 10 < record["peak_memory_mb"] < 4000
+    assert Path(record["executed"]).is_file() and record["began"].endswith("+00:00")
+
+
+def test_a_failed_run_says_why_and_one_under_way_says_so(tmp_path):
+    notebook = DATA / "tiny_train.ipynb"
+    with pytest.raises(ValueError, match="no likes"), recorded(tmp_path, notebook, tmp_path / "n.ipynb", {"seed": 1}):
+        assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+        raise ValueError("no likes")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "no likes")
+
+
+def test_the_record_of_a_training_is_never_replaced(tmp_path):
+    write_json(tmp_path / "run.json", {"fingerprint": "ab"})
+    sentence = r"holds the run.json of a training: choose another output_dir"
+    notebook = DATA / "tiny_train.ipynb"
+    with pytest.raises(ValueError, match=sentence), recorded(tmp_path, notebook, tmp_path / "n.ipynb", {}):
+        pass
+    assert json.loads((tmp_path / "run.json").read_text()) == {"fingerprint": "ab"}
+
+
+def test_peak_memory_is_that_of_all_processes_below_together():
+    code = "block = bytearray(100_000_000)\nimport time; time.sleep(60)"
+    with PeakMemory() as memory:
+        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        deadline = time.monotonic() + 30
+        while memory.megabytes < 195 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert 195 < memory.megabytes < 400
+
+
+def test_the_source_of_a_notebook_is_its_cells_without_outputs(tmp_path):
+    notebook = json.loads((DATA / "tiny_train.ipynb").read_text())
+    before = source_hash(DATA / "tiny_train.ipynb")
+    notebook["cells"][1]["outputs"], notebook["cells"][1]["source"] = [], "".join(notebook["cells"][1]["source"])
+    notebook["metadata"]["papermill"] = {"duration": 1}
+    (tmp_path / "same.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "same.ipynb") == before
+    notebook["cells"][2]["source"] = "1"
+    (tmp_path / "other.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "other.ipynb") != before
+
+
+def test_cards_are_named_without_loading_torch(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho NVIDIA A100\necho NVIDIA A100\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert accelerators() == ["NVIDIA A100", "NVIDIA A100"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    found = hardware()
+    assert found["accelerators"] == "NVIDIA A100, NVIDIA A100" and found["visible_accelerators"] == "1"
+    command.write_text("#!/bin/sh\nexit 9\n")
+    assert accelerators() == []
