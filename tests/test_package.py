@@ -14,17 +14,19 @@ PACKAGE = Path(dkto.__file__).parent
 ROOMS = (
     ("utilities", "records", "progress", "quiet", "votes"),
     ("losses", "metrics", "sources"),
-    ("feedback", "config", "plotting"),
+    ("feedback", "config", "online_config", "plotting"),
     ("pairs",),
-    ("models", "published"),
+    ("models", "published", "chain"),
     ("prepared", "prepare", "notebooks"),
     ("batches", "checkpoints"),
     ("rewards",),
     ("trainer", "generate", "launch"),
     ("embedded", "scorers"),
-    ("scoring", "prompts"),
+    ("scoring", "prompts", "online"),
     ("evaluate", "monitors", "study"),
-    ("demo",),
+    ("systems", "paper_tables"),
+    ("search", "report"),
+    ("demo", "paper"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
