@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from dkto.config import TrainConfig
+from dkto.online_config import OnlineConfig
 from dkto.progress import QUIET_VARIABLE
 
 
@@ -120,6 +121,24 @@ class Train:
         if self.threads:
             torch.set_num_threads(self.threads)
         print(f"finished; records and weights are in {run_training(self.config)}")
+
+
+@dataclass(frozen=True)
+class TrainOnline:
+    """Tune a model on pictures that it draws while it learns: AlignProp or D3PO; resumes as `train` does."""
+
+    config: tyro.conf.OmitArgPrefixes[OnlineConfig]
+    threads: int = 0
+    """CPU threads, 0 leaves torch's default."""
+
+    def run(self) -> None:
+        import torch
+
+        from dkto.online import run_online
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        print(f"finished; records and weights are in {run_online(self.config)}")
 
 
 @dataclass(frozen=True)
@@ -285,6 +304,7 @@ COMMANDS = {
     "unpack": Unpack,
     "prepare": Prepare,
     "train": Train,
+    "train-online": TrainOnline,
     "generate": Generate,
     "score": Score,
     "evaluate": Evaluate,

@@ -8,13 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from dkto.config import TrainConfig
+from dkto.online_config import OnlineConfig
 from dkto.processes import die_with_parent
 from dkto.progress import progress
 from dkto.records import read_records
 
+AnyConfig = TrainConfig | OnlineConfig
+COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
 
-def config_arguments(config: TrainConfig) -> list[str]:
-    """The configuration as command-line arguments of `dkto train`."""
+
+def config_arguments(config: AnyConfig) -> list[str]:
+    """The configuration as command-line arguments of `dkto train` or `dkto train-online`."""
     arguments = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -26,7 +30,7 @@ def config_arguments(config: TrainConfig) -> list[str]:
     return arguments
 
 
-def start_training(config: TrainConfig, *, threads: int = 1) -> subprocess.Popen:
+def start_training(config: AnyConfig, *, threads: int = 1) -> subprocess.Popen:
     """Start one training; its output goes to `train.log` in the run's folder.
 
     Args:
@@ -34,49 +38,72 @@ def start_training(config: TrainConfig, *, threads: int = 1) -> subprocess.Popen
         threads: CPU threads of the process.
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(config), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "dkto.cli",
+        COMMANDS[type(config)],
+        *config_arguments(config),
+        "--threads",
+        str(threads),
+    ]
     with (config.output_dir / "train.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
 
 
 def run_trainings(
-    configs: Sequence[TrainConfig], *, threads: int = 1, on_progress: Callable[[], None] | None = None
+    configs: Sequence[AnyConfig],
+    *,
+    processes: int = 0,
+    threads: int = 1,
+    on_progress: Callable[[], None] | None = None,
 ) -> None:
     """Run several trainings side by side and wait for all.
 
+    When one fails, those that run are ended (they go on from their checkpoints when called again) and no
+    other is started.
+
     Args:
-        configs: one per process.
+        configs: one per training.
+        processes: how many run at a time, in the order given; 0 runs all at once.
         threads: CPU threads of each process.
         on_progress: called about once a second, for a live view.
 
     Raises:
+        ValueError: if `processes` is below 0.
         RuntimeError: if one fails; the sentence names its log and quotes the last line of it.
     """
-    processes = [start_training(config, threads=threads) for config in configs]
-    total = sum(config.max_train_steps for config in configs)
-    bar = progress(total=total, desc="training", unit="step")
+    if processes < 0:
+        raise ValueError(f"processes must be 0 or above, got {processes}")
+    waiting, running = list(configs), []
+    bar = progress(total=sum(config.max_train_steps for config in configs), desc="training", unit="step")
     try:
-        while any(process.poll() is None for process in processes):
+        while waiting or running:
+            while waiting and (not processes or len(running) < processes):
+                running.append((waiting[0], start_training(waiting.pop(0), threads=threads)))
             time.sleep(0.5)
             bar.update(sum(map(_steps_done, configs)) - bar.n)
             if on_progress is not None:
                 on_progress()
+            for config, process in [pair for pair in running if pair[1].poll() is not None]:
+                if process.returncode:
+                    raise RuntimeError(_failure(config, process.returncode))
+                running.remove((config, process))
     finally:
-        for process in processes:
+        for _, process in running:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
         bar.close()
-    for config, process in zip(configs, processes, strict=True):
-        if process.returncode:
-            log = config.output_dir / "train.log"
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(
-                f"training in {config.output_dir} ended with code {process.returncode}: {last} (see {log})"
-            )
 
 
-def _steps_done(config: TrainConfig) -> int:
+def _failure(config: AnyConfig, code: int) -> str:
+    log = config.output_dir / "train.log"
+    last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+    return f"training in {config.output_dir} ended with code {code}: {last} (see {log})"
+
+
+def _steps_done(config: AnyConfig) -> int:
     path = Path(config.output_dir) / "metrics.jsonl"
     records = read_records(path) if path.exists() else []
     return records[-1]["global_step"] if records else 0

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dkto.embedded.pixel_rules import aesthetics_pixels
 from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
 from dkto.scorers.hps import HPS
 from dkto.scorers.image_reward import ImageReward
@@ -48,7 +49,7 @@ SCORERS: dict[str, Scorer] = {
     "world_clip": WorldCLIP(),
     **PUBLISHED_SCORERS,
 }
-RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels}
+RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels, "world_aesthetics": aesthetics_pixels}
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:

@@ -1,0 +1,266 @@
+"""A pool of pictures as Pick-a-Pic's and a simulated user who compares them.
+
+The pictures of a prompt come mostly from elsewhere than the model that is tuned: painted in a good, a middling or a
+bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
+guided pictures even training without any preference wins: it bakes the guidance in.) The user compares two pictures
+of a prompt with Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.special import expit
+
+from dkto.embedded.painter import BAD_FINISH, GOOD_FINISH, paint, random_finish
+from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
+from dkto.embedded.users import RED_TINT, USERS, noisy, tint_red
+from dkto.feedback import FeedbackTable, load_image, make_feedback
+from dkto.generate import System, generate_images, image_path
+from dkto.prepare import write_atomically
+from dkto.records import claim
+from dkto.scorers import score
+from dkto.votes import likes_from_votes
+
+FINISHES = ("good", "middling", "bad")
+TASTES = {
+    "balanced": "world_utility",
+    "likes_red": "world_redness",
+    "likes_vivid": "world_aesthetics",
+    "prompt_faithful": "world_fidelity",
+}
+"""Simulated users by name: the scorer that measures what each of them likes. `balanced` cannot be hacked: beauty
+counts for him only where the prompt is followed, and up to a limit."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures of training prompts, K of each.
+
+    Attributes:
+        folder: holds the pictures and `pool.parquet`.
+        frame: columns image (path), prompt, finish ("good", "middling", "bad", or "base" for a drawn one), faithful.
+    """
+
+    folder: Path
+    frame: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+def unfaithful(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one thing wrong: the colour or the shape of its first thing, or the background."""
+    first, others = scene.things[0], scene.things[1:]
+
+    def other(known: Sequence[str], *taken: str) -> str:
+        return str(rng.choice([name for name in known if name not in taken]))
+
+    match rng.integers(3):
+        case 0:
+            colours = [thing.colour for thing in scene.things]
+            return replace(scene, things=(replace(first, colour=other(list(COLOURS), *colours)), *others))
+        case 1:
+            return replace(scene, things=(replace(first, shape=other(SHAPES, first.shape)), *others))
+    return replace(scene, background=other(list(BACKGROUNDS), scene.background))
+
+
+def make_pool(
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    pictures_per_prompt: int = 4,
+    faithful_share: float = 0.7,
+    base: System | None = None,
+    seed: int = 0,
+    num_processes: int = 1,
+) -> Pool:
+    """Paint a pool, with one picture of each prompt drawn by the base if there is one; what is on disk is kept.
+
+    Args:
+        prompts: captions of the small world.
+        folder: pictures and `pool.parquet` land here.
+        pictures_per_prompt: K >= 2.
+        faithful_share: chance that a painted picture shows what the prompt says.
+        base: draws the last of each prompt's pictures; None paints them all.
+        seed: of everything.
+        num_processes: workers that draw.
+
+    Raises:
+        ValueError: if K is below 2, the share outside [0, 1], or the folder holds another pool.
+    """
+    if pictures_per_prompt < 2:
+        raise ValueError(f"pictures_per_prompt must be at least 2, got {pictures_per_prompt}")
+    if not 0 <= faithful_share <= 1:
+        raise ValueError(f"faithful_share must be in [0, 1], got {faithful_share}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"prompts": list(prompts), "pictures_per_prompt": pictures_per_prompt, "faithful_share": faithful_share}
+    claim(folder / "pool.json", {**about, "base": repr(base), "seed": seed}, "a pool")
+    rows = []
+    if base is not None:
+        options = {"images_per_prompt": 1, "seed": seed, "num_processes": num_processes}
+        drawn = generate_images(base, list(prompts), folder / "base", **options)
+        rows += [(image_path(drawn, p, 0), prompt, "base", True) for p, prompt in enumerate(prompts)]
+    (folder / "painted").mkdir(exist_ok=True)
+    finishes = {"good": GOOD_FINISH, "bad": BAD_FINISH}
+    for p, prompt in enumerate(prompts):
+        for k in range(pictures_per_prompt - (base is not None)):
+            rng = np.random.default_rng([seed, p, k])
+            finish = str(rng.choice(FINISHES))
+            faithful = bool(rng.random() < faithful_share)
+            scene = parse(prompt) if faithful else unfaithful(parse(prompt), rng)
+            path = image_path(folder / "painted", p, k)
+            if not path.exists():
+                picture = Image.fromarray(paint(scene, finishes.get(finish) or random_finish(rng), rng))
+                write_atomically(path, lambda part, picture=picture: picture.save(part, format="PNG"))
+            rows.append((path, prompt, finish, faithful))
+    frame = pd.DataFrame(rows, columns=["image", "prompt", "finish", "faithful"])
+    frame["image"] = frame["image"].map(lambda path: str(path.absolute()))
+    write_atomically(folder / "pool.parquet", lambda part: frame.to_parquet(part, index=False))
+    return Pool(folder, frame)
+
+
+def compare_pool(
+    pool: Pool, scorer: str, *, temperature: float = 0.1, comparisons: int = 3, flip_rate: float = 0.0, seed: int = 0
+) -> pd.DataFrame:
+    """What a simulated user answers when shown two pictures of a prompt (Bradley-Terry, paper eq. 4).
+
+        P(first preferred) = sigmoid((u_first - u_second) / temperature)
+
+    Args:
+        pool: the pictures.
+        scorer: measure u of what the user likes.
+        temperature: > 0, in units of the measure; small is decided.
+        comparisons: pairs shown per prompt, drawn without repetition.
+        flip_rate: share of answers that contradict what the user meant, in [0, 0.5].
+        seed: of pairs and answers.
+
+    Returns:
+        Votes as `dkto.votes.likes_from_votes` takes them: image_0, image_1, prompt, label_0.
+
+    Raises:
+        ValueError: if temperature, comparisons or flip_rate are out of range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 <= flip_rate <= 0.5:
+        raise ValueError(f"flip_rate must be in [0, 0.5], got {flip_rate}")
+    frame = pool.frame
+    values = score(scorer, [load_image(path) for path in frame["image"]], list(frame["prompt"]))
+    rng, flips = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    votes = []
+    for prompt, rows in frame.groupby("prompt", sort=False).indices.items():
+        pairs = list(combinations(rows.tolist(), 2))
+        if not 1 <= comparisons <= len(pairs):
+            raise ValueError(f"comparisons must be in [1, {len(pairs)}], got {comparisons}")
+        for number in rng.permutation(len(pairs))[:comparisons]:
+            first, second = rng.permutation(pairs[number])
+            prefers_first = rng.random() < expit((values[first] - values[second]) / temperature)
+            answer = float(prefers_first ^ (flips.random() < flip_rate))
+            votes.append((frame["image"][first], frame["image"][second], prompt, answer))
+    return pd.DataFrame(votes, columns=["image_0", "image_1", "prompt", "label_0"])
+
+
+def likes_of(votes: pd.DataFrame, partition: str = "at_least_once") -> FeedbackTable:
+    """Each picture once, liked or not by a rule of `dkto.votes.PARTITIONS` (paper 5.1.1); the comparisons are kept."""
+    likes = likes_from_votes(votes, partition)
+    paths = tuple(Path(image) for image in likes.images)
+    none = np.full(len(paths), -1)
+    return FeedbackTable(paths, tuple(likes.prompts), likes.is_desirable, none, likes.pairs, likes.counts)
+
+
+def tint_pool(
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    base: System,
+    strength: float = RED_TINT,
+    seed: int = 0,
+    num_processes: int = 1,
+) -> Pool:
+    """A picture of each prompt drawn by the base, and the same one seen through a red filter (paper 6).
+
+    Args:
+        prompts: one picture each.
+        folder: pictures and `pool.parquet` land here.
+        base: draws them.
+        strength: of the filter, in [0, 1].
+        seed: of the starting noise.
+        num_processes: workers that draw.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(
+        folder / "pool.json",
+        {"prompts": list(prompts), "strength": strength, "base": repr(base), "seed": seed},
+        "a pool",
+    )
+    options = {"images_per_prompt": 1, "seed": seed, "num_processes": num_processes}
+    drawn = generate_images(base, list(prompts), folder / "base", **options)
+    (folder / "tinted").mkdir(exist_ok=True)
+    rows = []
+    for p, prompt in enumerate(prompts):
+        original, tinted = (image_path(place, p, 0).absolute() for place in (drawn, folder / "tinted"))
+        if not tinted.exists():
+            picture = tint_red(load_image(original), strength)
+            write_atomically(tinted, lambda part, picture=picture: picture.save(part, format="PNG"))
+        rows += [(str(original), prompt, "base", True), (str(tinted), prompt, "tinted", True)]
+    frame = pd.DataFrame(rows, columns=["image", "prompt", "finish", "faithful"])
+    write_atomically(folder / "pool.parquet", lambda part: frame.to_parquet(part, index=False))
+    return Pool(folder, frame)
+
+
+def ask(pool: Pool, user: str, *, flip_rate: float = 0.0, seed: int = 0) -> FeedbackTable:
+    """Likes of single pictures by a user of `dkto.embedded.users.USERS` (paper 6).
+
+    The user who likes red likes tinted pictures and dislikes the originals; the others like what lies above their
+    threshold. Pictures of one prompt carry one pair number, so that every liked one stands against every disliked
+    one for DPO.
+
+    Args:
+        pool: from `tint_pool` for likes_red, else from `make_pool`.
+        user: name of the user.
+        flip_rate: share of likes that contradict what he meant, in [0, 0.5].
+        seed: of the contradictions.
+
+    Raises:
+        ValueError: if the user is unknown, the rate out of range, or the pool of likes_red has nothing tinted.
+    """
+    if user not in USERS:
+        raise ValueError(f"user must be one of {', '.join(USERS)}, got {user!r}")
+    teller = noisy(USERS[user], flip_rate)
+    prompts = list(pool.frame["prompt"])
+    if user == "likes_red":
+        meant = (pool.frame["finish"] == "tinted").to_numpy()
+        if not meant.any():
+            raise ValueError("user likes_red looks at tinted pictures, but the pool holds none: make it with tint_pool")
+        liked = meant ^ (np.random.default_rng(seed).random(len(meant)) < flip_rate)
+    else:
+        liked = teller.likes([load_image(path) for path in pool.frame["image"]], prompts, seed)
+    return make_feedback(pool.frame["image"], prompts, liked, pd.factorize(pool.frame["prompt"])[0])
+
+
+def take_likes(table: FeedbackTable, count: int, seed: int = 0) -> FeedbackTable:
+    """The first `count` single likes and dislikes, in a random order that smaller counts share.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if not 1 <= count <= len(table):
+        raise ValueError(f"count must be in [1, {len(table)}], got {count}")
+    return table.subset(np.random.default_rng(seed).permutation(len(table))[:count])
+
+
+def shares(pool: Pool, likes: FeedbackTable) -> Mapping[str, float]:
+    """Share of liked pictures by finish and faithfulness, to see what the user likes."""
+    liked = pd.Series(likes.is_desirable, index=[str(path) for path in likes.images])
+    frame = pool.frame.assign(liked=pool.frame["image"].map(liked)).dropna(subset="liked")
+    frame["liked"] = frame["liked"].astype(float)
+    found = {f"finish/{name}": float(v) for name, v in frame.groupby("finish")["liked"].mean().items()}
+    names = {True: "faithful", False: "unfaithful"}
+    return found | {names[bool(k)]: float(v) for k, v in frame.groupby("faithful")["liked"].mean().items()}

@@ -1,0 +1,291 @@
+"""The paper replayed on the small world: notebooks through papermill, one table of numbers, one page to look at.
+
+    make paper                     one seed, 50 prompts, ablations with three points, all users
+    make paper PROFILE=quick       the tables and the user who likes red
+    make paper PROFILE=full        a search with equal budgets, three seeds, 500 prompts
+
+Called again, it goes on: a notebook that finished with the same parameters is not run again, and within a
+notebook runs, pictures and scores on disk are kept.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from dkto.demo import NOTEBOOKS
+from dkto.notebooks import run_notebook, write_metrics
+from dkto.records import hardware, versions, write_json
+from dkto.report import Section, report_html, write_report
+from dkto.search import SearchConfig, search_settings
+from dkto.systems import CONTROLS
+
+MAIN = "win_rate_tables"
+PREFERENCE = "world_utility"
+SETTINGS_FILE = "papermill_runs/paper_settings.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One execution of a notebook.
+
+    Attributes:
+        name: its folder, and the prefix of its numbers; those of the main tables carry none.
+        notebook: file name without ending.
+        parameters: that differ from the notebook's own.
+    """
+
+    name: str
+    notebook: str
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+def _users(**parameters: object) -> list[Step]:
+    return [
+        Step(f"user_{user}", "52_a_specific_user", {"user": user, **parameters})
+        for user in ("likes_red", "likes_vivid", "prompt_faithful")
+    ]
+
+
+def _small(**parameters: object) -> dict[str, object]:
+    return {"pool_prompts": 16, "train_steps": 2, "batch_size": 4, "prompts": 4, "images_per_prompt": 1, **parameters}
+
+
+_QUICK = {"pool_prompts": 240, "train_steps": 80, "prompts": 40, "images_per_prompt": 3}
+_FULL = {"pool_prompts": 2000, "train_steps": 600, "prompts": 500, "images_per_prompt": 5}
+PROFILES: dict[str, list[Step]] = {
+    "tiny": [
+        Step(
+            MAIN,
+            "50_win_rate_tables",
+            _small(
+                systems=["base", "base_best_guidance", "sft_all", "kto", "kto_shuffled", "alignprop"],
+                online_steps=1,
+                guidance_scales=[3.0],
+                validation_prompts=4,
+                sampling_steps=2,
+            ),
+        ),
+    ],
+    "quick": [
+        Step(MAIN, "50_win_rate_tables", {**_QUICK, "online_steps": 25}),
+        Step(
+            "user_likes_red",
+            "52_a_specific_user",
+            {**_QUICK, "user": "likes_red", "train_steps": 60, "flip_rates": [0.0], "doses": []},
+        ),
+    ],
+    "default": [
+        Step(MAIN, "50_win_rate_tables"),
+        Step("ablations", "51_ablations"),
+        *_users(),
+        Step("qualitative_grid", "53_qualitative_grid"),
+    ],
+    "full": [
+        *(
+            Step(f"{MAIN}-{seed}", "50_win_rate_tables", {**_FULL, "online_steps": 100, "seed": seed})
+            for seed in range(3)
+        ),
+        Step("ablations", "51_ablations", {**_FULL, "prompts": 200}),
+        *_users(**{**_FULL, "prompts": 200, "doses": [10, 30, 100, 300, 1000]}),
+        Step("qualitative_grid", "53_qualitative_grid"),
+    ],
+}
+READS_TABLES = "53_qualitative_grid"  # takes the pictures of the main tables
+
+
+def run_paper(
+    output_dir: str | Path = "papermill_runs/outputs/paper",
+    profile: str = "default",
+    *,
+    settings_file: str = SETTINGS_FILE,
+    search: SearchConfig | None = None,
+) -> dict[str, float]:
+    """Run a profile; writes `metrics.json` and `report.html` and returns the metrics.
+
+    Args:
+        output_dir: executed notebooks and their folders land here.
+        profile: a name in `PROFILES`.
+        settings_file: a search result; "full" makes its own.
+        search: sizes of the search of "full".
+
+    Raises:
+        ValueError: if the profile is unknown.
+        FileNotFoundError: outside a checkout, where there are no notebooks.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    if not NOTEBOOKS.is_dir():
+        raise FileNotFoundError(f"the replay runs the notebooks of a checkout, but {NOTEBOOKS} does not exist")
+    folder, processes = Path(output_dir), min(os.cpu_count() or 1, 8)
+    if profile == "full":
+        settings_file = str(folder / "paper_settings.json")
+        if not Path(settings_file).exists():
+            search_settings(search or SearchConfig(folder / "search", train_steps=600), settings_file)
+    results: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    steps = PROFILES[profile]
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] notebook {step.notebook} as {step.name}", flush=True)
+        given = {"processes": processes, **step.parameters, "output_dir": str(folder / step.name)}
+        if step.notebook == READS_TABLES:
+            tables = next(other.name for other in steps if other.notebook == "50_win_rate_tables")
+            given = {"lesson_dir": str(folder / tables), "output_dir": given["output_dir"]}
+        else:
+            given["settings_file"] = settings_file
+        results[step.name], seconds[step.name] = _run(step, folder, given)
+    metrics = combine(results, seconds)
+    write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
+    write_report(folder / "report.html", make_report(folder, profile, metrics))
+    lead = aims_sentence(metrics)
+    print(
+        f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {folder}/metrics.json\npage: {folder}/report.html"
+    )
+    return metrics
+
+
+def _run(step: Step, folder: Path, given: dict[str, object]) -> tuple[dict[str, float], float]:
+    """Run one notebook, or read what it left when it finished with the same parameters."""
+    done = folder / step.name / "step.json"
+    if done.exists():
+        stored = json.loads(done.read_text())
+        if stored["parameters"] == given and (folder / step.name / "metrics.json").exists():
+            return json.loads((folder / step.name / "metrics.json").read_text())["metrics"], stored["seconds"]
+    began = time.monotonic()
+    found = run_notebook(NOTEBOOKS / f"{step.notebook}.ipynb", folder / f"{step.name}.ipynb", given)
+    took = round(time.monotonic() - began, 1)
+    write_json(done, {"parameters": given, "seconds": took})
+    return found, took
+
+
+def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:
+    """One flat table: the main tables' numbers as they are, those of other notebooks under their name.
+
+    Where the main tables ran with several seeds, a rate is the mean over seeds, its interval reaches from the
+    lowest to the highest bound, and each seed's numbers stand under `seed-<n>/`.
+    """
+    tables = {name: values for name, values in results.items() if name.partition("-")[0] == MAIN}
+    metrics: dict[str, float] = {}
+    for name, values in results.items():
+        if name not in tables:
+            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        elif len(tables) > 1:
+            metrics |= {f"seed-{name.partition('-')[2]}/{key}": value for key, value in values.items()}
+    for key in next(iter(tables.values()), {}):
+        found = [values[key] for values in tables.values() if key in values]
+        pick = min if key.endswith("/low") else max if key.endswith("/high") else lambda v: sum(v) / len(v)
+        metrics[key] = pick(found)
+    metrics["seeds"] = len(tables)
+    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+    return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
+
+
+def aims(metrics: Mapping[str, float]) -> pd.DataFrame:
+    """What the replay should show, and whether its interval shows it: "reached", "not reached" or "not run"."""
+    rows = []
+    for opponent in ("base", *CONTROLS):
+        key = f"win_rate/kto_vs_{opponent}/{PREFERENCE}"
+        rows.append((f"kto wins over {opponent}", key, 0.5))
+    for name in ("alignprop", "d3po"):
+        rows.append((f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0))
+    table = []
+    for what, key, line in rows:
+        if key not in metrics:
+            table.append({"aim": what, "found": "", "low": None, "high": None, "verdict": "not run"})
+            continue
+        low, high = metrics[f"{key}/low"], metrics[f"{key}/high"]
+        reached = "reached" if low > line else "not reached"
+        table.append({"aim": what, "found": f"{metrics[key]:.3f}", "low": low, "high": high, "verdict": reached})
+    return pd.DataFrame(table)
+
+
+def aims_sentence(metrics: Mapping[str, float]) -> str:
+    """The first paragraph of the report: the aims that were not reached, by name, before anything else."""
+    table = aims(metrics)
+    missed = table[table["verdict"] == "not reached"]["aim"].tolist()
+    absent = table[table["verdict"] == "not run"]["aim"].tolist()
+    reached = int((table["verdict"] == "reached").sum())
+    parts = [f"Not reached, with its 95 % interval: {'; '.join(missed)}." if missed else ""]
+    parts.append(f"Reached: {reached} of {len(table)} aims.")
+    parts.append(f"Not run in this profile: {'; '.join(absent)}." if absent else "")
+    if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
+        yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
+        parts.append(
+            f"Of {every} orderings of the paper that were tried, {yes} hold, {no} do not, {every - yes - no} stay open."
+        )
+    return " ".join(filter(None, parts))
+
+
+def make_report(folder: Path, profile: str, metrics: Mapping[str, float]) -> str:
+    """The page of a finished replay."""
+    found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
+    main = found[0] if found else folder
+    sections = [
+        Section(
+            "Aims",
+            ["An aim is reached when the whole 95 % interval lies on its side of the line: one half, or no change."],
+            [("", aims(metrics))],
+        ),
+        Section(
+            "Win-rates",
+            [
+                f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
+                "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
+            ],
+            [("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_preference))],
+            _pictures(
+                main, {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
+            ),
+        ),
+        Section(
+            "Beside the paper",
+            [
+                "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
+                "its own measure. Only the side of one half can be compared."
+            ],
+            [("Orderings", _read(main / "orderings.csv")), ("Reproduction cards", _read(main / "cards.csv"))],
+        ),
+        Section(
+            "What a win-rate does not show",
+            ["Drift from the base, spread within a prompt, mean scores, and signs of reward hacking."],
+            [("", _read(main / "monitors.csv"))],
+        ),
+    ]
+    sections += _other_sections(folder)
+    about = {"profile": profile, "seconds": metrics["seconds/total"], "seeds": round(metrics["seeds"])}
+    return report_html(
+        "Diffusion-KTO on the small world", aims_sentence(metrics), sections, about | hardware() | versions()
+    )
+
+
+def _other_sections(folder: Path) -> Sequence[Section]:
+    titles = {"ablations": "Ablations", "qualitative_grid": "Pictures, failures among them"}
+    titles |= {
+        path.name: f"A specific user: {path.name[5:]}" for path in sorted(folder.glob("user_*")) if path.is_dir()
+    }
+    sections = []
+    for name, title in titles.items():
+        if (folder / name).is_dir():
+            tables = [
+                (path.stem.replace("_", " "), pd.read_csv(path)) for path in sorted((folder / name).glob("*.csv"))
+            ]
+            captions = {path.name: path.stem.replace("_", " ") for path in sorted((folder / name).glob("*.png"))}
+            sections.append(Section(title, [], tables, _pictures(folder / name, captions)))
+    return sections
+
+
+def _pictures(folder: Path, captions: Mapping[str, str]) -> list[tuple[str, Path]]:
+    return [(caption, folder / name) for name, caption in captions.items() if (folder / name).exists()]
+
+
+def _read(path: Path, change=lambda frame: frame) -> pd.DataFrame:
+    return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
+
+
+def _only_preference(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = frame[(frame["scorer"] == PREFERENCE) & (frame["method"] == "kto")]
+    return rows[["opponent", "win_rate", "low", "high", "n", "ties", "sign_p"]].reset_index(drop=True)

@@ -1,0 +1,267 @@
+"""Every system that the paper compares, and its controls, trained on the same pictures for the same number of steps.
+
+    base, base_best_guidance      the model as it is; at the guidance scale that the user likes best
+    sft, sft_all                  liked pictures only (eq. 3); every picture, no preference: a control
+    csft                          every picture, the like written into the prompt (5.1.2)
+    dpo                           Diffusion-DPO on the comparisons (eq. 8)
+    kto, kto_loss_averse, kto_risk_seeking    Diffusion-KTO with each utility (4.2)
+    kto_shuffled                  kto on likes dealt out at random: a control
+    alignprop, d3po               sample while they train (`dkto.online`)
+
+Settings (learning rate, beta ...) come per system from a search with the same number of tries for each
+(`dkto.search`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from dkto.config import TrainConfig
+from dkto.feedback import FeedbackTable, make_feedback
+from dkto.generate import System, generate_all
+from dkto.launch import AnyConfig, run_trainings
+from dkto.online import run_online
+from dkto.online_config import OnlineConfig
+from dkto.prepare import CSFT_PREFIXES, prepare_feedback, write_atomically
+from dkto.records import write_json
+from dkto.scoring import score_all
+from dkto.trainer import run_training
+
+OFFLINE = {
+    "sft": {"objective": "sft"},
+    "sft_all": {"objective": "sft_all"},
+    "csft": {"objective": "csft"},
+    "dpo": {"objective": "dpo"},
+    "kto": {"objective": "kto"},
+    "kto_loss_averse": {"objective": "kto", "utility": "loss_averse"},
+    "kto_risk_seeking": {"objective": "kto", "utility": "risk_seeking"},
+    "kto_shuffled": {"objective": "kto"},
+}
+ONLINE = ("alignprop", "d3po")
+UNTRAINED = ("base", "base_best_guidance")
+SYSTEMS = (*UNTRAINED, *OFFLINE, *ONLINE)
+CONTROLS = ("base_best_guidance", "sft_all", "kto_shuffled")
+SHARES_SETTINGS = {"kto_loss_averse": "kto", "kto_risk_seeking": "kto", "kto_shuffled": "kto", "sft_all": "sft"}
+"""Variants of a method and controls are trained with that method's settings, else they would not isolate one thing."""
+
+
+def check_systems(names: Sequence[str]) -> list[str]:
+    """The names, each known and once.
+
+    Raises:
+        ValueError: for another name (the sentence names the nearest), or one that comes twice.
+    """
+    for name in names:
+        if name not in SYSTEMS:
+            near = get_close_matches(name, SYSTEMS, 1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown system {name!r}; {guess}known: {', '.join(SYSTEMS)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"systems must be named once each, got {', '.join(names)}")
+    return list(names)
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """One user's feedback, encoded for every system.
+
+    Attributes:
+        likes, pairs, shuffled: prepared folders of single likes, of comparisons, and of likes dealt out at random.
+        prompts_file: the training prompts, for systems that sample while they train.
+    """
+
+    likes: Path
+    pairs: Path
+    shuffled: Path
+    prompts_file: Path
+
+    def folder(self, system: str) -> Path:
+        """The prepared folder that a system is trained on."""
+        return {"dpo": self.pairs, "kto_shuffled": self.shuffled}.get(system, self.likes)
+
+
+def share_data(
+    table: FeedbackTable,
+    folder: str | Path,
+    model: str,
+    names: Sequence[str] = SYSTEMS,
+    *,
+    csft_style: str = "prefix",
+    seed: int = 0,
+) -> SharedData:
+    """Encode one user's feedback for some systems; what is on disk is kept.
+
+    Args:
+        table: likes, and comparisons or pair numbers if "dpo" is among the names.
+        folder: prepared data land here.
+        model: "small-world", a pipeline folder, or a hub id.
+        names: the systems that will be trained.
+        csft_style: how CSFT writes the like into the prompt, see `dkto.prepare.CSFT_PREFIXES`.
+        seed: of the shuffled likes.
+
+    Raises:
+        ValueError: if "dpo" is asked for without comparisons.
+    """
+    folder, names = Path(folder), check_systems(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = "\n".join(dict.fromkeys(table.prompts)) + "\n"
+    write_atomically(folder / "prompts.txt", lambda part: part.write_text(prompts))
+    data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
+    prepare_feedback(table, data.likes, model, csft=csft_style if "csft" in names else None)
+    if "dpo" in names:
+        prepare_feedback(pairs_of(table), data.pairs, model)
+    if "kto_shuffled" in names:
+        prepare_feedback(table.shuffled_likes(seed), data.shuffled, model)
+    return data
+
+
+def pairs_of(table: FeedbackTable) -> FeedbackTable:
+    """Two rows for each comparison, the chosen picture liked and the other disliked, with a number of its own.
+
+    A picture that is liked in one comparison and disliked in another stands in both, as Diffusion-DPO needs it.
+
+    Raises:
+        ValueError: if the table holds no comparison.
+    """
+    rows = table.pairs.reshape(-1)
+    if not len(rows):
+        raise ValueError("system 'dpo' needs comparisons, but no two of the pictures were compared")
+    images, prompts = [table.images[row] for row in rows], [table.prompts[row] for row in rows]
+    return make_feedback(images, prompts, [True, False] * (len(rows) // 2), np.repeat(np.arange(len(rows) // 2), 2))
+
+
+def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> AnyConfig:
+    """The training of one system.
+
+    Args:
+        name: a trained one of `SYSTEMS`.
+        data: what it is trained on.
+        output_dir: its run's folder.
+        settings: fields of `TrainConfig` or `OnlineConfig`; those of the other are left out, so that one set
+            (seed, batch size, steps) serves all.
+
+    Raises:
+        ValueError: if a setting is a field of neither, or the system is not trained.
+    """
+    known = {kind: {field.name for field in fields(kind)} for kind in (TrainConfig, OnlineConfig)}
+    for key in settings:
+        if key not in known[TrainConfig] | known[OnlineConfig]:
+            raise ValueError(f"settings of {name}: {key!r} is no setting of a training")
+    if name in ONLINE:
+        used = {key: value for key, value in settings.items() if key in known[OnlineConfig]}
+        return OnlineConfig(data.prompts_file, output_dir, **{**used, "objective": name})
+    if name not in OFFLINE:
+        raise ValueError(f"system {name!r} is not trained; trained are: {', '.join((*OFFLINE, *ONLINE))}")
+    used = {key: value for key, value in settings.items() if key in known[TrainConfig]}
+    return TrainConfig(data.folder(name), output_dir, **{**used, **OFFLINE[name]})
+
+
+def train_systems(
+    names: Sequence[str],
+    data: SharedData,
+    output_dir: str | Path,
+    common: Mapping[str, object],
+    own: Mapping[str, Mapping[str, object]],
+    *,
+    processes: int = 1,
+) -> dict[str, Path]:
+    """Train every system that has something to train, some side by side; finished runs are kept.
+
+    Args:
+        names: of `SYSTEMS`.
+        data: the pictures and likes that all share.
+        output_dir: run `name` lands in `output_dir/name`.
+        common: settings of all (steps, batch size, seed).
+        own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
+        processes: trainings at a time, each on one thread; 0 trains one after the other in this process.
+
+    Returns:
+        The run's folder of each trained system.
+    """
+    configs = {}
+    for name in check_systems(names):
+        if name not in UNTRAINED:
+            mine = {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
+            configs[name] = make_config(name, data, Path(output_dir) / name, {**common, **mine})
+    costly_first = sorted(configs, key=lambda name: name not in ONLINE)
+    if processes:
+        run_trainings([configs[name] for name in costly_first], processes=processes)
+    else:
+        for name in costly_first:
+            (run_online if name in ONLINE else run_training)(configs[name])
+    return {name: config.output_dir for name, config in configs.items()}
+
+
+def sampled_as(
+    runs: Mapping[str, Path], names: Sequence[str], base: System, best_guidance: float, csft_style: str = "prefix"
+) -> dict[str, System]:
+    """How each system draws: CSFT asks for a good picture in the form it was trained with, all else is the base's.
+
+    Args:
+        runs: folder of each trained system.
+        names: of `SYSTEMS`.
+        base: model, guidance and steps.
+        best_guidance: scale of `base_best_guidance`.
+        csft_style: a style of `dkto.prepare.CSFT_PREFIXES`.
+    """
+    liked, disliked = CSFT_PREFIXES[csft_style]
+    drawn = {}
+    for name in check_systems(names):
+        sampling = {"guidance": base.guidance, "steps": base.steps}
+        if name == "csft":
+            sampling |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
+        if name == "base":
+            drawn[name] = base
+        elif name == "base_best_guidance":
+            drawn[name] = System(model=base.model, guidance=best_guidance, steps=base.steps)
+        else:
+            drawn[name] = System.of_run(runs[name], **sampling)
+    return drawn
+
+
+def sweep_guidance(
+    base: System,
+    scales: Sequence[float],
+    prompts: Sequence[str],
+    scorer: str,
+    output_dir: str | Path,
+    *,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    num_processes: int = 1,
+) -> dict[float, float]:
+    """Mean score of the base at every guidance scale, on validation prompts."""
+    systems = {f"guidance-{scale:g}": System(base.model, guidance=scale, steps=base.steps) for scale in scales}
+    options = {"images_per_prompt": images_per_prompt, "seed": seed, "num_processes": num_processes}
+    folders = generate_all(systems, list(prompts), output_dir, **options)
+    scores = score_all(folders, [scorer])
+    return {scale: float(scores[f"guidance-{scale:g}", scorer].mean()) for scale in scales}
+
+
+def read_settings(path: str | Path) -> dict:
+    """A committed search result (`dkto.search`): `settings` by system, `guidance`, and how they were found.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is no search result.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"settings file {path} does not exist: `dkto paper-search` writes one")
+    found = json.loads(path.read_text())
+    for key in ("settings", "guidance", "search"):
+        if not isinstance(found, dict) or key not in found:
+            raise ValueError(f"{path} is no search result: {key} is missing")
+    return found
+
+
+def write_settings(path: str | Path, settings: Mapping, guidance: float, search: Mapping) -> Path:
+    """Keep a search result."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"settings": dict(settings), "guidance": guidance, "search": dict(search)})
+    return path

@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+
+from dkto.config import TrainConfig
+from dkto.embedded.pool import compare_pool, likes_of, make_pool
+from dkto.embedded.scenes import prompts_for
+from dkto.feedback import make_feedback
+from dkto.generate import System
+from dkto.models import load_model
+from dkto.online_config import OnlineConfig
+from dkto.prepare import PreparedFeedback
+from dkto.records import read_records
+from dkto.systems import (
+    OFFLINE,
+    ONLINE,
+    SYSTEMS,
+    check_systems,
+    make_config,
+    read_settings,
+    sampled_as,
+    share_data,
+    sweep_guidance,
+    train_systems,
+    write_settings,
+)
+
+NAMES = "base base_best_guidance sft sft_all csft dpo kto kto_loss_averse kto_risk_seeking kto_shuffled alignprop d3po"
+
+
+@pytest.fixture(scope="module")
+def likes(tmp_path_factory):
+    pool = make_pool(prompts_for("train", 6), tmp_path_factory.mktemp("pool"), pictures_per_prompt=3)
+    return likes_of(compare_pool(pool, "world_utility", comparisons=2))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, likes, tiny_pipeline):
+    return share_data(likes, tmp_path_factory.mktemp("shared"), str(tiny_pipeline))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data, tiny_pipeline):
+    """Every system, really trained: two steps of the tiny pipeline."""
+    common = {"model": str(tiny_pipeline), "max_train_steps": 2, "batch_size": 4, "beta": 100.0, "learning_rate": 1e-4}
+    own = {name: {"reward": "world_redness", "sampling_steps": 2} for name in ONLINE} | {"kto": {"beta": 50.0}}
+    return train_systems(SYSTEMS, data, tmp_path_factory.mktemp("runs"), common, own, processes=0)
+
+
+def test_the_names_are_those_of_the_paper_and_its_controls():
+    assert " ".join(SYSTEMS) == NAMES
+
+
+def test_every_system_trains_in_one_loop_and_draws(runs, tiny_pipeline):
+    assert set(runs) == {*OFFLINE, *ONLINE}
+    assert all(len(read_records(run / "metrics.jsonl")) == 2 for run in runs.values())
+    base = System(model=str(tiny_pipeline), guidance=2.0, steps=3)
+    drawn = sampled_as(runs, SYSTEMS, base, best_guidance=5.0)
+    assert list(drawn) == list(SYSTEMS)
+    assert drawn["base"] == base and drawn["base_best_guidance"].guidance == 5.0
+    assert drawn["csft"].prefix == "good image, " and drawn["sft"].prefix == ""
+    assert {system.guidance for name, system in drawn.items() if name != "base_best_guidance"} == {2.0}
+    negative = sampled_as(runs, ["csft"], base, 5.0, csft_style="negative")["csft"]
+    assert negative.prefix == "" and negative.negative_prompt == "Weird image."
+    assert all(system.load().unet is not None for system in (drawn["kto"], drawn["alignprop"]))
+
+
+def test_variants_take_their_methods_settings_and_nothing_else(runs):
+    configs = {name: json.loads((run / "run.json").read_text())["config"] for name, run in runs.items()}
+    assert {configs[name]["beta"] for name in ("kto", "kto_loss_averse", "kto_risk_seeking", "kto_shuffled")} == {50.0}
+    assert configs["dpo"]["beta"] == 100.0
+    assert [configs[name]["utility"] for name in ("kto_loss_averse", "kto_risk_seeking")] == [
+        "loss_averse",
+        "risk_seeking",
+    ]
+    assert {configs[name]["max_train_steps"] for name in runs} == {2}
+
+
+def test_the_controls_see_the_same_pictures(data, likes, tiny_pipeline):
+    model = load_model(str(tiny_pipeline))
+    plain, shuffled = PreparedFeedback(data.likes, model), PreparedFeedback(data.shuffled, model)
+    assert shuffled.is_desirable.sum() == plain.is_desirable.sum()
+    assert (shuffled.is_desirable != plain.is_desirable).any()
+    rows = np.arange(len(likes))
+    assert (plain.latents(rows)[0] == shuffled.latents(rows)[0]).all()
+    assert len(PreparedFeedback(data.pairs, model).pairs) == len(likes.pairs)
+    assert data.folder("sft_all") == data.likes and data.folder("kto_shuffled") == data.shuffled
+
+
+def test_two_processes_train_as_one(data, runs, tmp_path, tiny_pipeline):
+    common = {"model": str(tiny_pipeline), "max_train_steps": 2, "batch_size": 4, "beta": 100.0, "learning_rate": 1e-4}
+    found = train_systems(["base", "sft"], data, tmp_path, common, {}, processes=2)
+    assert list(found) == ["sft"]
+    losses = [[r["loss"] for r in read_records(run / "metrics.jsonl")] for run in (found["sft"], runs["sft"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_settings_reach_the_kind_of_training_that_knows_them(data, tmp_path):
+    settings = {"learning_rate": 1e-5, "desirable_fraction": 0.5, "backprop_steps": 2, "max_train_steps": 3}
+    offline = make_config("kto", data, tmp_path, settings)
+    online = make_config("alignprop", data, tmp_path, settings)
+    assert isinstance(offline, TrainConfig) and offline.desirable_fraction == 0.5
+    assert isinstance(online, OnlineConfig) and online.backprop_steps == 2 and online.objective == "alignprop"
+    with pytest.raises(ValueError, match="settings of kto: 'lerning_rate' is no setting"):
+        make_config("kto", data, tmp_path, {"lerning_rate": 1.0})
+    with pytest.raises(ValueError, match="system 'base' is not trained"):
+        make_config("base", data, tmp_path, {})
+
+
+def test_the_guidance_sweep_scores_every_scale(tmp_path, tiny_pipeline):
+    found = sweep_guidance(System(model=str(tiny_pipeline), steps=2), [1.0, 3.0], ["a star"], "world_redness", tmp_path)
+    assert list(found) == [1.0, 3.0] and all(np.isfinite(list(found.values())))
+
+
+def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline, likes):
+    with pytest.raises(ValueError, match="unknown system 'kto_shufled'; did you mean 'kto_shuffled'"):
+        check_systems(["kto_shufled"])
+    with pytest.raises(ValueError, match="systems must be named once each"):
+        check_systems(["kto", "kto"])
+    lonely = make_feedback(likes.images[:2], ["a", "b"], [True, False])
+    with pytest.raises(ValueError, match="system 'dpo' needs comparisons"):
+        share_data(lonely, tmp_path, str(tiny_pipeline), ["dpo"])
+
+
+def test_a_search_result_is_kept_and_read(tmp_path):
+    path = write_settings(tmp_path / "deep" / "settings.json", {"kto": {"beta": 10.0}}, 3.0, {"seed": 1})
+    assert read_settings(path)["settings"]["kto"] == {"beta": 10.0}
+    with pytest.raises(FileNotFoundError, match="`dkto paper-search` writes one"):
+        read_settings(tmp_path / "none.json")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is no search result: settings is missing"):
+        read_settings(path)
