@@ -12,6 +12,7 @@ from pathlib import Path
 from dkto.config import TrainConfig
 from dkto.progress import progress
 from dkto.records import read_records
+from dkto.utilities import get_utility
 
 PR_SET_PDEATHSIG = 1
 
@@ -27,6 +28,8 @@ def config_arguments(config: TrainConfig) -> list[str]:
     arguments = []
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name == "utility":  # one defined as text here is unknown there: send its definition
+            value = get_utility(value).definition or value
         name = field.name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")

@@ -12,7 +12,7 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-    ("utilities", "records", "progress", "quiet", "votes"),
+    ("expression", "utilities", "records", "progress", "quiet", "votes"),
     ("losses", "metrics", "sources"),
     ("feedback", "config", "plotting"),
     ("pairs",),
@@ -24,6 +24,7 @@ ROOMS = (
     ("embedded", "scorers"),
     ("scoring", "prompts"),
     ("evaluate", "monitors", "study"),
+    ("widgets",),
     ("demo",),
     ("cli",),
 )
