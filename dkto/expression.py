@@ -1,4 +1,4 @@
-"""A utility written as text, such as "tanh(x / 2)": parsed over a short list of allowed parts, never evaluated as Python.
+"""A utility written as text, such as "tanh(x / 2)": parsed over a short list of allowed parts, never evaluated.
 
 Text comes from people who type it into a browser. Only numbers, `x`, the constants and functions below,
 + - * / and powers by a plain number can be said; anything else is refused in one sentence before
