@@ -7,7 +7,7 @@ below are loaded when they are first used.
 
 from importlib import import_module
 
-_HOME = {"Explorer": "explorer"}
+_HOME = {"Explorer": "explorer", "Likes": "likes"}
 __all__ = sorted(_HOME)
 
 

@@ -9,6 +9,8 @@ function element(tag, options = {}, ...children) {
     else if (value === true) node.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
   }
+  // JupyterLab takes arrows, Enter, z and more as its own shortcuts unless the focused element itself forbids it
+  if (["input", "button", "select"].includes(tag) || "tabindex" in options) node.setAttribute("data-lm-suppress-shortcuts", "true");
   node.append(...children);
   return node;
 }
@@ -16,9 +18,8 @@ function element(tag, options = {}, ...children) {
 let lastIdentifier = 0;
 const identifier = () => `dkto-${Date.now().toString(36)}-${++lastIdentifier}`;
 
-// A root that keeps JupyterLab's own keyboard shortcuts away from what is typed inside it.
 function root(el, name, label) {
-  const node = element("section", { class: `dkto dkto-${name}`, "aria-label": label, "data-lm-suppress-shortcuts": "true" });
+  const node = element("section", { class: `dkto dkto-${name}`, "aria-label": label });
   el.append(node);
   return node;
 }

@@ -90,14 +90,12 @@ function render({ model, el }) {
 
   const nameField = element("input", { type: "text", id: identifier(), size: 12, value: "mine", spellcheck: "false" });
   const formulaField = element("input", { type: "text", id: identifier(), class: "dkto-formula", placeholder: "tanh(x/2)", spellcheck: "false" });
-  const own = element("form", { class: "dkto-row" },
-    element("label", { for: nameField.id, text: "own utility" }), nameField,
+  const drawOwn = () => model.send({ type: "utility", name: nameField.value.trim(), formula: formulaField.value });
+  for (const field of [nameField, formulaField]) field.addEventListener("keydown", (event) => { if (event.key === "Enter") drawOwn(); });
+  const own = element("div", { class: "dkto-row dkto-own" },
+    element("label", { for: nameField.id, text: "name" }), nameField,
     element("label", { for: formulaField.id, text: "U(x) =" }), formulaField,
-    element("button", { type: "submit", text: "Draw" }));
-  own.addEventListener("submit", (event) => {
-    event.preventDefault();
-    model.send({ type: "utility", name: nameField.value.trim(), formula: formulaField.value });
-  });
+    element("button", { type: "button", text: "Draw", on: { click: drawOwn } }));
   const file = element("input", { type: "file", id: identifier(), accept: ".csv,.jsonl" });
   file.addEventListener("change", async () => {
     const chosen = file.files[0];
@@ -126,7 +124,7 @@ function render({ model, el }) {
   function drawFixed() {
     const x = grid(POINTS), half = state.largest_reward;
     const line = (curve, map) => ({ x, y: x.map(map), colour: curve.colour, dash: curve.dash, width: curve.name === state.utility ? 3.5 : 1.8 });
-    const xLabel = "gain or loss: reward − reference point (β × MSE)";
+    const xLabel = "gain or loss (β × MSE)";
     panels.value.draw({ x: [-half, half], y: [-1.15 * half, 1.15 * half], xLabel, yLabel: "utility U", lines: curves.map((c) => line(c, c.value)), title: "What is felt: U" });
     panels.slope.draw({ x: [-half, half], y: [-0.1, 2], xLabel, yLabel: "slope U'", lines: curves.map((c) => line(c, c.slope)), title: "What is learnt from: U'" });
   }
@@ -187,7 +185,7 @@ function render({ model, el }) {
     panels.rewards.draw({
       x: [-half, half], y: [-top, top], marks, bars, xLabel: "implicit reward (β × MSE)", yLabel: "share of images",
       yText: (value) => `${short(Math.abs(100 * value))}%`,
-      title: gaps.length ? `Which images learn: ${model.get("source")}` : "Which images learn: no rewards given yet",
+      title: `Which images learn: ${gaps.length ? model.get("source") : "no rewards yet"}`,
       lines: [
         { x, y: up.map((w) => w * scale), colour: "#000000", width: 2 },
         { x, y: down.map((w) => w * scale), colour: "#000000", width: 2 },
@@ -250,7 +248,7 @@ function render({ model, el }) {
     legend,
     element("div", { class: "dkto-panels" }, ...Object.values(panels).map((panel) => panel.canvas)),
     readout,
-    element("fieldset", {}, element("legend", { text: "Your own" }), own,
+    element("fieldset", {}, element("legend", { text: "Your own utility and rewards" }), own,
       element("div", { class: "dkto-row" }, element("label", { for: file.id, text: "rewards from a file (CSV: reward, liked; or a run's metrics.jsonl)" }), file), alert),
   );
   const undo = [
