@@ -12,6 +12,7 @@ from dkto.online_config import OnlineConfig
 from dkto.processes import die_with_parent
 from dkto.progress import progress
 from dkto.records import read_records
+from dkto.utilities import get_utility
 
 AnyConfig = TrainConfig | OnlineConfig
 COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
@@ -22,6 +23,8 @@ def config_arguments(config: AnyConfig) -> list[str]:
     arguments = []
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name == "utility":  # one defined as text here is unknown there: send its definition
+            value = get_utility(value).definition or value
         name = field.name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")

@@ -122,6 +122,66 @@ def plot_sample_weights(
     return ax
 
 
+def plot_reward_weights(
+    rewards: np.ndarray,
+    is_desirable: np.ndarray,
+    utility: str | Utility,
+    ax: Axes | None = None,
+    *,
+    reference_point: float = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    limit: float = 6.0,
+    title: str = "",
+) -> Axes:
+    """Rewards of liked (upwards) and disliked (downwards) samples under the weight with which each learns (paper C.4).
+
+    A bar is strong where the weight there is at least a tenth of the largest in the picture; the curve
+    of the weight is scaled to the picture.
+
+    Args:
+        rewards: (N,) implicit rewards in beta x MSE.
+        is_desirable: (N,) bool.
+        utility: name or `Utility`.
+        ax: axes to draw on, made if left out.
+        reference_point: in beta x MSE.
+        desirable_weight, undesirable_weight: class weights, no unit.
+        limit: half width of the drawn range, beta x MSE; rewards outside are counted in a note.
+        title: what the rewards are.
+    """
+    ax, x = _axes(ax), torch.linspace(-limit, limit, 401, dtype=torch.float64)
+    edges = np.linspace(-limit, limit, 41)
+    middles = torch.from_numpy((edges[:-1] + edges[1:]) / 2)
+
+    def weight(at: Tensor, liked: bool) -> np.ndarray:
+        point, labels = torch.tensor(reference_point, dtype=at.dtype), torch.full_like(at, liked, dtype=torch.bool)
+        options = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        return effective_weight(at, labels, point, utility, **options).numpy()
+
+    largest, top = max(np.abs(weight(x, liked)).max() for liked in (True, False)), 0.05
+    for role, liked, label in (("desirable", True, "liked"), ("undesirable", False, "disliked")):
+        rows = np.asarray(rewards)[np.asarray(is_desirable) == liked]
+        share = np.histogram(rows, edges)[0] / max(len(rows), 1)
+        top = max(top, share.max() * 1.25)
+        learns = np.abs(weight(middles, liked)) >= 0.1 * largest
+        heights = share if liked else -share
+        for mask, alpha, name in ((learns, 0.9, f"{label}, learning"), (~learns, 0.25, f"{label}, not learning")):
+            at = {"width": edges[1] - edges[0], "color": COLOURS[role], "alpha": alpha, "label": name}
+            ax.bar(middles.numpy()[mask], heights[mask], **at)
+    for liked in (True, False):
+        label = "weight (not to scale)" if liked else None
+        ax.plot(x, weight(x, liked) * 0.9 * top / largest, color=COLOURS["model"], lw=1.6, label=label)
+    ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":")
+    ax.set(xlim=(-limit, limit), ylim=(-top, top))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{abs(100 * value):g} %")
+    outside = int((np.abs(rewards) > limit).sum())
+    ax.set_xlabel(REWARD_AXIS + (f"; {outside} outside" if outside else ""), fontsize="small")
+    ax.set_ylabel("share of the class's samples", fontsize="small")
+    ax.set_title(title, fontsize="medium", parse_math=False)
+    ax.legend(**LEGEND)
+    return ax
+
+
 def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Loss, and implicit rewards with their margin, over optimiser steps: thin as recorded, thick a running mean.
 

@@ -6,13 +6,15 @@ U' is the weight with which a sample is learnt from (paper C.4). `UTILITIES` hol
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from dkto.expression import compile_expression
 
 Sign = Literal["inside", "outside"]
 Map = Callable[[Tensor], Tensor]
@@ -30,6 +32,7 @@ class Utility:
             "inside" the utility, U(w * x), or "outside" of it, w * U(x).
         formula: U in plain text, for tables.
         description: what kind of person feels like that, in one line.
+        definition: "name = formula" of a utility given as text: with it another process knows the utility too.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Utility:
     sign: Sign = "inside"
     formula: str = ""
     description: str = ""
+    definition: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.value(x)
@@ -115,16 +119,21 @@ All but `exponential` keep value and slope finite for |x| up to 1e4 in half, bfl
 
 
 def get_utility(utility: str | Utility) -> Utility:
-    """The utility of that name; a `Utility` is passed through.
+    """The utility of that name; a `Utility` is passed through; "name = formula" defines one by `define_utility`.
 
     Raises:
         ValueError: if the name is unknown; the sentence names the nearest and lists the known ones.
 
     >>> get_utility("loss_averse").formula
     'log sigmoid(x)'
+    >>> get_utility("tanh_half = tanh(x / 2)")(torch.tensor([0.0, 2.0]))
+    tensor([0.0000, 0.7616])
     """
     if isinstance(utility, Utility):
         return utility
+    if isinstance(utility, str) and "=" in utility:
+        name, _, formula = utility.partition("=")
+        return define_utility(name.strip(), formula)
     if isinstance(utility, str) and utility in UTILITIES:
         return UTILITIES[utility]
     near = get_close_matches(str(utility), UTILITIES, 1)
@@ -178,6 +187,25 @@ def register_utility(
     _check(utility)
     UTILITIES[name] = utility
     return utility
+
+
+def define_utility(name: str, formula: str) -> Utility:
+    """Register a utility given as text (`dkto.expression` says what it may hold), under a name of one's own.
+
+    The same name may be defined anew. In a run's settings the text "name = formula" stands for it, so
+    that the run's record says what was trained, and a sub-process knows it too.
+
+    Raises:
+        ValueError: if the formula is refused, or fails a check of `register_utility`.
+
+    >>> define_utility("steep", "2 * sigmoid(3 * x)").definition
+    'steep = 2 * sigmoid(3 * x)'
+    """
+    formula = formula.strip()
+    value = compile_expression(formula)
+    utility = register_utility(name, value, formula=formula, description="defined as text", replace=True)
+    UTILITIES[name] = replace(utility, definition=f"{name} = {formula}")
+    return UTILITIES[name]
 
 
 def _slope_by_autograd(value: Map) -> Map:

@@ -20,14 +20,17 @@ torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items):
+    no_chromium = not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    no_chromium = "chromium is missing: apt-get install chromium" if no_chromium else ""
     lacks = {
-        "gpu": not torch.cuda.is_available(),
-        "browser": not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+        "gpu": "" if torch.cuda.is_available() else "this machine has no gpu",
+        "browser": no_chromium,
+        "chromium": no_chromium,
     }
     for item in items:
-        for name, absent in lacks.items():
-            if absent and name in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=f"this machine has no {name}"))
+        for name, reason in lacks.items():
+            if reason and name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

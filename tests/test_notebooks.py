@@ -31,10 +31,12 @@ SMALL: dict[str, dict[str, object]] = {
         "learning_rate": 1e-4,
     },
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
+    "60_explore_utilities": {},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/40_win_rates": {},
+    "solutions/60_explore_utilities": {},
 }
 
 LONGEST_CELL = 25
@@ -212,6 +214,12 @@ def test_a_second_call_of_the_demo_trains_and_draws_nothing_again(outputs):
 def test_start_here_draws_and_finds_every_function(tmp_path):
     metrics = run_small("00_start_here", tmp_path)
     assert metrics["picture/fidelity"] > 0.6 and metrics["functions"] >= 10
+
+
+def test_the_explorer_leaves_a_static_picture(tmp_path):
+    metrics = run_small("60_explore_utilities", tmp_path)
+    assert metrics["slope_at_0"] == 0.5, "tanh(x / 2) at the reference point"
+    assert (tmp_path / "60_explore_utilities" / "explorer.png").stat().st_size > 10_000
 
 
 def test_utility_weights_are_the_gradients(outputs):

@@ -12,7 +12,7 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-    ("utilities", "records", "progress", "quiet", "votes", "processes", "yaml12"),
+    ("expression", "utilities", "records", "progress", "quiet", "votes", "processes", "yaml12"),
     ("losses", "metrics", "sources", "run_record"),
     ("feedback", "config", "online_config", "plotting"),
     ("pairs",),
@@ -26,7 +26,7 @@ ROOMS = (
     ("evaluate", "monitors", "study", "page"),
     ("systems", "paper_tables"),
     ("search", "report", "engine"),
-    ("demo", "paper"),
+    ("demo", "paper", "widgets"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

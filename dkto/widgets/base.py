@@ -1,0 +1,39 @@
+"""What the instruments share: their front-end files, pictures as bytes, the colours of roles."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dkto.plotting import COLOURS
+
+FOLDER = Path(__file__).parent
+SMALLEST_SIDE = 192  # pixels: smaller pictures are enlarged without smoothing
+
+ROLE_COLOURS = {role: COLOURS[role] for role in ("desirable", "undesirable", "model", "reference_point", "pretraining")}
+
+
+def script(*names: str) -> str:
+    """The JavaScript of a widget: common.js and the named files, as one module."""
+    return "\n".join((FOLDER / f"{name}.js").read_text() for name in ("common", *names))
+
+
+def style(*names: str) -> str:
+    """The CSS of a widget: common.css and the named files."""
+    return "\n".join((FOLDER / f"{name}.css").read_text() for name in ("common", *names))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as PNG with nothing in it but pixels: no file name, no generator's note travels with it."""
+    bare = Image.fromarray(np.asarray(image.convert("RGB")))
+    buffer = io.BytesIO()
+    bare.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def figure_bytes(figure) -> bytes:
+    """A matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,299 @@
+"""Utility explorer: U and U' of every utility, the weight of a sample, and which rewards learn (paper 4.2, C.4).
+
+The browser computes every curve by itself (closed forms; a sampled table for utilities that it does not
+know), so a slider moves the picture at once. `Explorer.figure` draws the same without a browser.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import anywidget
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import traitlets
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from dkto.feedback import DISLIKED, LIKED
+from dkto.losses import effective_weight
+from dkto.plotting import (
+    DASHED,
+    NOTEBOOK_WIDTH,
+    REGISTERED_COLOURS,
+    UTILITY_COLOURS,
+    plot_reward_weights,
+    plot_sample_weights,
+    plot_slopes,
+    plot_utilities,
+)
+from dkto.records import read_records
+from dkto.utilities import UTILITIES, define_utility, get_utility
+from dkto.widgets.base import ROLE_COLOURS, script, style
+
+TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50], beta x MSE
+TABLE_POINTS = 10_001
+MOST_REWARDS = 50_000
+LARGEST_UPLOAD = 4_000_000  # bytes
+
+
+class Explorer(anywidget.AnyWidget):
+    """All utilities on one screen, with sliders for what a training is told.
+
+    Rewards are kept as error gaps, reward / beta, so that the beta slider spreads and gathers them as it
+    would in training.
+
+    Args:
+        rewards: (N,) implicit rewards at `beta`, beta x MSE, or None for no histogram.
+        is_desirable: (N,) bool, True where the image was liked; needed with rewards.
+        source: what the rewards are, for the histogram's title.
+        settings: beta, reference_point, desirable_weight, undesirable_weight, desirable_fraction, utility,
+            largest_reward (half width of the pictures); each is also an attribute that follows its slider.
+
+    Raises:
+        ValueError: if rewards and labels differ in length, are not finite, are more than 50,000, or a setting
+            is out of its range or the utility unknown.
+    """
+
+    _esm = script("explorer")
+    _css = style("explorer")
+
+    beta = traitlets.Float(100.0).tag(sync=True)
+    reference_point = traitlets.Float(0.0).tag(sync=True)
+    desirable_weight = traitlets.Float(1.0).tag(sync=True)
+    undesirable_weight = traitlets.Float(1.0).tag(sync=True)
+    desirable_fraction = traitlets.Float(0.8).tag(sync=True)
+    largest_reward = traitlets.Float(6.0).tag(sync=True)
+    utility = traitlets.Unicode("kahneman_tversky").tag(sync=True)
+
+    curves = traitlets.List().tag(sync=True)
+    gaps = traitlets.Bytes().tag(sync=True)
+    liked = traitlets.Bytes().tag(sync=True)
+    source = traitlets.Unicode().tag(sync=True)
+    message = traitlets.Unicode().tag(sync=True)
+    colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
+    table_limit = traitlets.Float(TABLE_LIMIT).tag(sync=True)
+    saved_points = traitlets.Int(121).tag(sync=True)
+    largest_upload = traitlets.Int(LARGEST_UPLOAD).tag(sync=True)
+
+    def __init__(
+        self,
+        rewards: ArrayLike | None = None,
+        is_desirable: ArrayLike | None = None,
+        *,
+        source: str = "given rewards",
+        **settings,
+    ) -> None:
+        super().__init__(**settings)
+        self.refresh()
+        if rewards is not None:
+            self.set_rewards(rewards, is_desirable, source=source)
+        self.on_msg(self._on_message)
+
+    @classmethod
+    def of_run(cls, folder: str | Path, **settings) -> "Explorer":
+        """Rewards from a run's `metrics.jsonl`: the mean of the liked and of the disliked samples of every step.
+
+        Beta and utility are the run's, read from its `run.json`.
+
+        Raises:
+            FileNotFoundError: if the folder holds no run.
+        """
+        folder = Path(folder)
+        for name in ("metrics.jsonl", "run.json"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
+        config = json.loads((folder / "run.json").read_text())["config"]
+        rewards, labels = rewards_of_records(read_records(folder / "metrics.jsonl"))
+        known = {"beta": config["beta"], "utility": get_utility(config["utility"]).name}
+        return cls(rewards, labels, source=f"step means of {folder.name}", **(known | settings))
+
+    @traitlets.validate("beta", "desirable_weight", "undesirable_weight", "largest_reward")
+    def _positive(self, proposal: dict) -> float:
+        if not 0 < proposal["value"] < float("inf"):
+            raise ValueError(f"{proposal['trait'].name} must be above 0, got {proposal['value']}")
+        return proposal["value"]
+
+    @traitlets.validate("desirable_fraction")
+    def _fraction(self, proposal: dict) -> float:
+        if not 0 <= proposal["value"] <= 1:
+            raise ValueError(f"desirable_fraction must be in [0, 1], got {proposal['value']}")
+        return proposal["value"]
+
+    @traitlets.validate("utility")
+    def _known_utility(self, proposal: dict) -> str:
+        return get_utility(proposal["value"]).name
+
+    def refresh(self) -> None:
+        """Send every utility of `dkto.utilities.UTILITIES` to the page; call it after registering one in Python."""
+        registered = [name for name in UTILITIES if name not in UTILITY_COLOURS]
+        spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
+        x = torch.linspace(-TABLE_LIMIT, TABLE_LIMIT, TABLE_POINTS, dtype=torch.float64)
+        curves = []
+        for name, utility in UTILITIES.items():
+            curve = {
+                "name": name,
+                "formula": utility.formula,
+                "sign": utility.sign,
+                "colour": (UTILITY_COLOURS | spare)[name],
+                "dash": [6, 4] if name in DASHED else [],
+            }
+            if name in registered:
+                curve |= {"value": _samples(utility.value(x)), "slope": _samples(utility.slope(x)), "dash": [9, 3]}
+            curves.append(curve)
+        self.curves = curves
+
+    def define(self, name: str, formula: str) -> None:
+        """Add a utility given as text (`dkto.utilities.define_utility`) and show its weights."""
+        utility = define_utility(name, formula)
+        self.refresh()
+        self.utility = utility.name
+
+    def set_rewards(self, rewards: ArrayLike, is_desirable: ArrayLike | None, *, source: str = "given rewards") -> None:
+        """Show rewards at the present `beta`, beta x MSE, under the slope.
+
+        Raises:
+            ValueError: as the class.
+        """
+        rewards, labels = np.asarray(rewards, dtype=np.float64), np.asarray(is_desirable)
+        if rewards.ndim != 1 or labels.shape != rewards.shape or labels.dtype != np.bool_:
+            raise ValueError(
+                f"rewards and is_desirable must be lists of one length, the second of bool, "
+                f"got shapes {rewards.shape} and {labels.shape} of {labels.dtype}"
+            )
+        if not 1 <= len(rewards) <= MOST_REWARDS:
+            raise ValueError(f"rewards must be 1 to {MOST_REWARDS:,}, got {len(rewards):,}: pass a random part")
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"reward {int(np.argmin(np.isfinite(rewards)))} is not finite")
+        with self.hold_sync():
+            self.gaps = (rewards / self.beta).astype(np.float32).tobytes()
+            self.liked = labels.astype(np.uint8).tobytes()
+            self.source = source
+
+    def rewards(self) -> tuple[np.ndarray, np.ndarray]:
+        """The shown rewards at the present `beta`, (N,) beta x MSE, and (N,) bool labels."""
+        gaps = np.frombuffer(self.gaps, dtype=np.float32).astype(np.float64)
+        return gaps * self.beta, np.frombuffer(self.liked, dtype=np.uint8).astype(bool)
+
+    def curves_table(self) -> pd.DataFrame:
+        """What the page's *Save curves* button writes, computed here: U, U', and the weights of the chosen utility."""
+        x = torch.linspace(-self.largest_reward, self.largest_reward, self.saved_points, dtype=torch.float64)
+        columns = {"x": x}
+        for name, utility in UTILITIES.items():
+            columns |= {f"U:{name}": utility.value(x), f"slope:{name}": utility.slope(x)}
+        chances = {"liked": self.desirable_fraction, "disliked": 1 - self.desirable_fraction}
+        weights = {
+            name: effective_weight(
+                x, torch.full_like(x, name == "liked", dtype=torch.bool), *self._point_and_utility(x), **self._weights()
+            )
+            for name in chances
+        }
+        columns |= {f"weight:{name}": weight for name, weight in weights.items()}
+        columns |= {f"drawn:{name}": weight * chances[name] for name, weight in weights.items()}
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+
+    def figure(self) -> Figure:
+        """The four panels as a static figure, for paper and papermill."""
+        x = torch.linspace(-self.largest_reward, self.largest_reward, 401, dtype=torch.float64)
+        figure, axes = plt.subplots(2, 2, figsize=(1.35 * NOTEBOOK_WIDTH, 6.6), layout="constrained")
+        plot_utilities(list(UTILITIES), x, axes[0, 0])
+        plot_slopes(list(UTILITIES), x, axes[0, 1])
+        axes[0, 1].get_legend().remove()
+        options = {"reference_point": self.reference_point, **self._weights()}
+        plot_sample_weights(self.utility, x, axes[1, 0], **options)
+        rewards, labels = self.rewards()
+        if len(rewards):
+            options["title"] = self.source
+            plot_reward_weights(rewards, labels, self.utility, axes[1, 1], limit=self.largest_reward, **options)
+        else:
+            axes[1, 1].text(0.5, 0.5, "no rewards given", ha="center", transform=axes[1, 1].transAxes)
+            axes[1, 1].set_axis_off()
+        plt.close(figure)
+        return figure
+
+    def _weights(self) -> dict[str, float]:
+        return {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+
+    def _point_and_utility(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return torch.tensor(self.reference_point, dtype=x.dtype), self.utility
+
+    def _on_message(self, _, content: dict, buffers: list) -> None:
+        """What the page sends: a formula, or the text of a file with rewards. A refusal becomes `message`."""
+        self.message = ""
+        try:
+            if content.get("type") == "utility":
+                self.define(str(content.get("name")), str(content.get("formula")))
+            elif content.get("type") == "rewards":
+                name = str(content.get("name"))
+                self.set_rewards(*rewards_of_text(str(content.get("text")), name), source=name)
+        except ValueError as refusal:
+            self.message = str(refusal)
+
+
+def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Step records of a training to rewards, (N,) beta x MSE, and labels, (N,) bool.
+
+    One reward for each class and step: the mean over that class in that step's batch.
+
+    Raises:
+        ValueError: if no record holds a reward.
+    """
+    keys = {"reward/desirable": True, "reward/undesirable": False}
+    found = [(record[key], label) for record in records for key, label in keys.items() if key in record]
+    if not found:
+        raise ValueError(f"none of {len(records)} records holds reward/desirable or reward/undesirable")
+    rewards, labels = zip(*found, strict=True)
+    return np.array(rewards, dtype=np.float64), np.array(labels, dtype=bool)
+
+
+def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rewards in a file's text: CSV with the columns reward and liked, or a run's metrics.jsonl.
+
+    Args:
+        text: what the file holds.
+        name: the file's name; its ending says which format it is.
+
+    Returns:
+        (N,) rewards and (N,) bool labels.
+
+    Raises:
+        ValueError: if the file is too long, of another format, lacks a column, or a row is no number or no like;
+            the sentence names the row.
+
+    >>> rewards_of_text("reward,liked\\n1.5,like\\n-2,dislike\\n", "mine.csv")
+    (array([ 1.5, -2. ]), array([ True, False]))
+    """
+    if len(text) > LARGEST_UPLOAD:
+        raise ValueError(f"{name} has {len(text):,} characters, more than {LARGEST_UPLOAD:,}")
+    if name.endswith(".jsonl"):
+        try:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON lines: {error.msg}") from None
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{name} must hold one JSON object a line")
+        return rewards_of_records(records)
+    if not name.endswith(".csv"):
+        raise ValueError(f"{name} must be a .csv with the columns reward and liked, or a run's metrics.jsonl")
+    reader = csv.DictReader(io.StringIO(text))
+    missing = {"reward", "liked"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{name} needs the columns reward and liked; missing: {', '.join(sorted(missing))}")
+    rewards, labels = [], []
+    for number, row in enumerate(reader, 1):
+        like = str(row["liked"]).strip().lower()
+        try:
+            rewards.append(float(row["reward"]))
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}, row {number}: reward must be a number, got {row['reward']!r}") from None
+        if like not in LIKED | DISLIKED:
+            raise ValueError(f"{name}, row {number}: liked must be 0/1, true/false or like/dislike, got {like!r}")
+        labels.append(like in LIKED)
+    return np.array(rewards, dtype=np.float64), np.array(labels, dtype=bool)
+
+
+def _samples(y: torch.Tensor) -> bytes:
+    return y.detach().to(torch.float64).numpy().tobytes()

@@ -1,0 +1,147 @@
+"""Like or dislike pictures by mouse or keyboard, one after another or as a grid (the data of paper 4.3)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anywidget
+import matplotlib.pyplot as plt
+import traitlets
+from matplotlib.figure import Figure
+
+from dkto.feedback import FeedbackTable, load_image
+from dkto.plotting import image_grid
+from dkto.widgets.base import ROLE_COLOURS, png_bytes, script, style
+from dkto.widgets.likelog import LikeLog, Picture
+
+AHEAD = 6  # pictures that are sent before they are asked for
+VIEWS = ("single", "grid")
+
+
+class Likes(anywidget.AnyWidget):
+    """Judge pictures; every judgement is on disk before the next picture is shown.
+
+    Keys, while the widget has the focus: right or l likes, left or d dislikes, space skips, z takes back;
+    in the grid, up and down move between the pictures.
+
+    Args:
+        pictures: what is judged, see `dkto.widgets.likelog.pictures_in`.
+        path: log of the judgements (.jsonl), in the pictures' folder or above it.
+        session: a name; the same name goes on where it stopped.
+        view: "single" or "grid".
+        page_size: pictures of one page of the grid.
+
+    Raises:
+        ValueError, FileNotFoundError: as `LikeLog`, or for an unknown view.
+    """
+
+    _esm = script("likes")
+    _css = style("likes")
+
+    view = traitlets.Unicode("single").tag(sync=True)
+    shown = traitlets.List().tag(sync=True)  # dicts: index, prompt, judgement, image (bytes)
+    current = traitlets.Int(-1).tag(sync=True)
+    counts = traitlets.Dict().tag(sync=True)
+    total = traitlets.Int().tag(sync=True)
+    page = traitlets.Int(0).tag(sync=True)
+    pages = traitlets.Int(1).tag(sync=True)
+    message = traitlets.Unicode().tag(sync=True)
+    colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        path: str | Path,
+        *,
+        session: str = "me",
+        view: str = "single",
+        page_size: int = 12,
+    ) -> None:
+        if view not in VIEWS:
+            raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
+        if page_size < 1:
+            raise ValueError(f"page_size must be 1 or more, got {page_size}")
+        self.likes = LikeLog(pictures, path, session)
+        self._page_size = page_size
+        self._bytes: dict[int, bytes] = {}
+        super().__init__(view=view, total=len(self.likes.pictures), pages=-(-len(self.likes.pictures) // page_size))
+        self._show()
+        self.on_msg(self._on_message)
+        self.observe(lambda _: self._show(), names=["page", "view"])
+
+    def judge(self, index: int, judgement: str) -> None:
+        """Like, dislike or skip a picture, as the page does."""
+        self.likes.judge(index, judgement)
+        self._show()
+
+    def undo(self) -> None:
+        """Take the last judgement back and show its picture again."""
+        index = self.likes.undo()
+        if index is not None and self.view == "grid":
+            self.page = index // self._page_size
+        self._show(at=index)
+
+    def feedback(self) -> FeedbackTable:
+        """The likes and dislikes so far; raises a ValueError if there is none."""
+        return self.likes.feedback()
+
+    def figure(self, most: int = 16) -> Figure:
+        """The first judged pictures as a static figure: liked above, disliked below."""
+        groups = {
+            name: [i for i, given in self.likes.judgements.items() if given == name][: most // 2]
+            for name in ("like", "dislike")
+        }
+        groups = {name: rows for name, rows in groups.items() if rows}
+        if not groups:
+            figure, ax = plt.subplots(figsize=(6, 0.6))
+            ax.text(0.5, 0.5, "no picture was judged yet", ha="center")
+            ax.set_axis_off()
+        else:
+            figure, axes = plt.subplots(len(groups), 1, figsize=(7, 1.5 * len(groups)), layout="constrained")
+            for ax, (name, rows) in zip([axes] if len(groups) == 1 else axes, groups.items(), strict=True):
+                images = [load_image(self.likes.pictures[i].image) for i in rows]
+                blank = images[0].copy()
+                blank.paste((255, 255, 255), (0, 0, *blank.size))
+                image_grid([images + [blank] * (most // 2 - len(images))], [f"{name}d"], ax=ax)
+        plt.close(figure)
+        return figure
+
+    def _picture_bytes(self, index: int) -> bytes:
+        if index not in self._bytes:
+            self._bytes[index] = png_bytes(load_image(self.likes.pictures[index].image))
+        return self._bytes[index]
+
+    def _show(self, at: int | None = None) -> None:
+        """Send what the page shows: the next pictures, or one page of the grid."""
+        if self.view == "grid":
+            first = self.page * self._page_size
+            wanted = list(range(first, min(first + self._page_size, len(self.likes.pictures))))
+            open_ones = [i for i in wanted if i not in self.likes.judgements]
+            current = at if at in wanted else (open_ones or wanted)[0]
+        else:
+            start = self.likes.next_picture() if at is None else at
+            current = -1 if start is None else start
+            later = [i for i in range(len(self.likes.pictures)) if i not in self.likes.judgements and i != current]
+            wanted = [] if start is None else [current, *later[: AHEAD - 1]]
+        counts = self.likes.counts()
+        with self.hold_sync():
+            self.shown = [
+                {
+                    "index": i,
+                    "prompt": self.likes.pictures[i].prompt,
+                    "judgement": self.likes.judgements.get(i, ""),
+                    "image": self._picture_bytes(i),
+                }
+                for i in wanted
+            ]
+            self.current = current
+            self.counts = {name: counts[name] for name in ("like", "dislike", "skip")}
+
+    def _on_message(self, _, content: dict, buffers: list) -> None:
+        self.message = ""
+        try:
+            if content.get("type") == "undo":
+                self.undo()
+            elif content.get("type") == "judge":
+                self.judge(int(content["index"]), str(content["judgement"]))
+        except (ValueError, KeyError, TypeError, OSError) as refusal:  # a full disk must be seen, not lost
+            self.message = f"not kept: {refusal}"
