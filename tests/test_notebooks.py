@@ -19,10 +19,26 @@ LESSONS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
+TOY_STEPS = {"pretrain_steps": 300, "max_train_steps": 40}
+
 # Parameters that make a notebook small enough for a test, by its path below notebooks/ without the ending.
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"pictures": 3},
     "10_utility_functions": {},
+    "20_how_a_model_learns_a_gaussian": {"pretrain_steps": 200, "seeds": 2, "num_samples": 500},
+    "21_error_as_reward": {"seeds": 2, "resolution": 9, "draws": 6, **TOY_STEPS},
+    "22_reference_point": {"seeds": 2, "processes": 1, **TOY_STEPS},
+    "23_which_objective": {"seeds": 2, "processes": 1, "num_samples": 300, **TOY_STEPS},
+    "24_ablations": {
+        "betas": [1.0, 10.0],
+        "fractions": [0.5, 0.8],
+        "lengths": [20, 40],
+        "seeds": 2,
+        "processes": 1,
+        **TOY_STEPS,
+    },
+    "25_noisy_labels": {"flip_rates": [0.0, 0.4], "seeds": 2, "processes": 1, **TOY_STEPS},
+    "26_watch_it_move": {"frames": 3, "num_samples": 100, **TOY_STEPS},
     "30_train_with_likes": {
         "pool_prompts": 12,
         "max_train_steps": 12,
@@ -34,6 +50,13 @@ SMALL: dict[str, dict[str, object]] = {
     "60_explore_utilities": {},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
+    "solutions/20_how_a_model_learns_a_gaussian": {},
+    "solutions/21_error_as_reward": TOY_STEPS,
+    "solutions/22_reference_point": TOY_STEPS,
+    "solutions/23_which_objective": {"max_train_steps": 60, "seeds": 2, "processes": 1},
+    "solutions/24_ablations": TOY_STEPS | {"max_train_steps": 150},
+    "solutions/25_noisy_labels": {},
+    "solutions/26_watch_it_move": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},

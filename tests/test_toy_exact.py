@@ -68,8 +68,8 @@ def test_a_map_that_folds_the_plane_has_no_density():
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 @pytest.mark.parametrize("role", [PRETRAINING, DESIRABLE], ids=["pretraining", "desirable"])
 def test_sampler_law_of_the_exact_denoiser(sampler, role):
-    """200,000 draws against the affine recursion: means within 4 std/sqrt(N), spreads within 4 std/sqrt(2N)."""
-    denoiser, count = exact_denoiser(role.model_units(), SCHEDULE), 200_000
+    """100,000 draws against the affine recursion: means within 4 std/sqrt(N), spreads within 4 std/sqrt(2N)."""
+    denoiser, count = exact_denoiser(role.model_units(), SCHEDULE), 100_000
     start = torch.randn(count, 2, dtype=torch.float64)
     if sampler == "ancestral":
         points = ancestral(denoiser, SCHEDULE, start, lambda _: torch.randn(count, 2, dtype=torch.float64))

@@ -58,12 +58,12 @@ def test_sliced_wasserstein_of_round_gaussians():
 
 
 def test_energy_distance_equals_its_definition_by_draws():
-    """Against 2 E|X - Y| - E|X - X'| - E|Y - Y'| from fresh draws of both sides, within 4 standard errors of 0.001."""
+    """Against 2 E|X - Y| - E|X - X'| - E|Y - Y'| from fresh draws of both sides, within 4 standard errors of 0.0015."""
     x, y = draws_of(PRETRAINING), draws_of(DESIRABLE)
     x2, y2 = draws_of(PRETRAINING), draws_of(DESIRABLE)
     expected = 2 * (x - y).norm(dim=1).mean() - (x - x2).norm(dim=1).mean() - (y - y2).norm(dim=1).mean()
-    assert float(energy_distance(x)) == pytest.approx(float(expected), abs=3e-3)
-    assert float(energy_distance(draws_of(DESIRABLE))) == pytest.approx(0, abs=1e-3)
+    assert float(energy_distance(x[:20_000])) == pytest.approx(float(expected), abs=6e-3)
+    assert float(energy_distance(draws_of(DESIRABLE, 20_000))) == pytest.approx(0, abs=1e-3)
 
 
 def test_members_are_measured_one_by_one():

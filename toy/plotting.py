@@ -287,6 +287,9 @@ def plot_sweep(
         ax.plot([x[i] for i in lost], mean[lost], "o", ms=10, mfc="none", color=colour)
     ax.set_xscale("log" if log[0] else "linear")
     ax.set_yscale("log" if log[1] else "linear")
+    values = sorted({value for estimates in curves.values() for value in estimates})
+    ax.set_xticks(values, [f"{value:g}" for value in values], fontsize="small")
+    ax.minorticks_off()
     ax.set_xlabel(setting, fontsize="small")
     ax.set_ylabel(label, fontsize="small")
     return ax
@@ -306,7 +309,10 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
     norm = TwoSlopeNorm(0, min(float(rewards.min()), -tiny), max(float(rewards.max()), tiny))
     mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
     ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")
-    ax.figure.colorbar(mesh, ax=ax, shrink=0.8).set_label(label, fontsize="small")
+    ends = [norm.vmin, norm.vmin / 2, 0, norm.vmax / 2, norm.vmax]
+    bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.8, ticks=ends)
+    bar.ax.set_yticklabels([f"{end:.2g}" for end in ends], fontsize="x-small")
+    bar.set_label(label, fontsize="small")
     return ax
 
 

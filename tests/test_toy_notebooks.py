@@ -1,0 +1,70 @@
+"""The lessons of the laboratory run small, and what they hand over is what they show."""
+
+import nbformat
+import pytest
+from test_notebooks import FOLDER, run_small
+
+from toy.__main__ import NOTEBOOK, Headline, format_headline
+
+METHODS = ["base", "sft", "csft", "dpo", "loss_averse", "risk_seeking", "kahneman_tversky"]
+METHODS += ["loss_averse@0.5", "risk_seeking@0.5", "kahneman_tversky@0.5"]
+
+
+def test_a_gaussian_is_learnt_and_compared_with_its_law(tmp_path):
+    metrics = run_small("20_how_a_model_learns_a_gaussian", tmp_path)
+    assert metrics["score_mse"] < 0.1 and 0.18 < metrics["std/exact_law"] < 0.2
+
+
+def test_reward_maps_are_drawn(tmp_path):
+    metrics = run_small("21_error_as_reward", tmp_path)
+    assert metrics["map_correlation/dpo"] > 0.5
+    assert (tmp_path / "21_error_as_reward" / "reward_maps.png").stat().st_size > 10_000
+
+
+def test_reference_points_are_compared(tmp_path):
+    metrics = run_small("22_reference_point", tmp_path)
+    assert metrics["kl/kahneman_tversky/0.5/batch_mean_clamped"] > 0
+    assert metrics["kl/kahneman_tversky/0.5/zero"] == pytest.approx(
+        metrics["kl/kahneman_tversky/0.5/batch_mean_clamped"], rel=0.2
+    ), "at gamma = 0.5 the clamped mean is 0"
+
+
+def test_the_headline_writes_its_keys(tmp_path):
+    metrics = run_small("23_which_objective", tmp_path)
+    for name in METHODS:
+        for measure in ("kl", "undesirable_share", *(() if name == "base" else ("pair_accuracy",))):
+            assert metrics[f"{measure}/{name}/low"] <= metrics[f"{measure}/{name}"] <= metrics[f"{measure}/{name}/high"]
+    assert metrics["seconds/ensemble"] > 0 and metrics["seconds/one_by_one"] > 0
+    assert "pair_accuracy/base" not in metrics
+    assert (tmp_path / "23_which_objective" / "verdicts.csv").read_text().count("\n") >= 6
+    table = format_headline(metrics)
+    assert all(name in table for name in METHODS) and "diverged" in table
+
+
+def test_ablations_reach_the_card(tmp_path):
+    metrics = run_small("24_ablations", tmp_path)
+    assert metrics["beta/kl/dpo/10"] > 0 and metrics["length/40/kl/sft"] > 0 and "gamma/kl/loss_averse/0.5" in metrics
+
+
+def test_flips_leave_symmetric_optima_alone(tmp_path):
+    metrics = run_small("25_noisy_labels", tmp_path)
+    moved = {
+        name: metrics[f"exact_optimum_moved/{name}"] for name in ("kahneman_tversky", "risk_seeking", "loss_averse")
+    }
+    assert moved["kahneman_tversky"] < 1e-5 and moved["risk_seeking"] < 1e-5 and moved["loss_averse"] > 0.05
+
+
+def test_the_animation_is_saved_and_shown(tmp_path):
+    metrics = run_small("26_watch_it_move", tmp_path)
+    assert (tmp_path / "26_watch_it_move" / "training.gif").read_bytes()[:6] == b"GIF89a"
+    cells = nbformat.read(tmp_path / "26_watch_it_move.ipynb", as_version=4).cells
+    assert any("image/gif" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert 0 <= metrics["alikeness/dpo"] <= 1
+
+
+def test_make_toy_runs_the_headline_with_20_seeds():
+    assert NOTEBOOK.is_file() and NOTEBOOK.parent == FOLDER
+    default = Headline()
+    assert (default.profile, default.seeds, str(default.output_dir)) == ("small", 20, "papermill_runs/outputs/toy")
+    makefile = (FOLDER.parent / "Makefile").read_text()
+    assert "python -m toy --profile $(PROFILE)" in makefile
