@@ -30,10 +30,12 @@ SMALL: dict[str, dict[str, object]] = {
         "batch_size": 8,
         "learning_rate": 1e-4,
     },
+    "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
+    "solutions/31_feedback_data": {"sessions": 40},
     "solutions/40_win_rates": {},
 }
 
@@ -217,6 +219,13 @@ def test_start_here_draws_and_finds_every_function(tmp_path):
 def test_utility_weights_are_the_gradients(outputs):
     metrics = json.loads((outputs / "utility_functions" / "metrics.json").read_text())["metrics"]
     assert metrics["worst_gradient_gap"] < 1e-12 and metrics["dpo_gap"] < 1e-12
+
+
+def test_pairs_become_likes_under_both_rules(tmp_path):
+    metrics = run_small("31_feedback_data", tmp_path)
+    assert metrics["share_liked/always"] < metrics["share_liked/at_least_once"] < 0.6
+    assert metrics["purity/at_least_once"] > 0.55 and abs(metrics["share_drawn"] - 0.8) < 0.02
+    assert metrics["views_of_a_liked_picture/paper"] > 1 > metrics["views_of_a_disliked_picture/paper"]
 
 
 def test_solutions_hold(outputs, tmp_path):
