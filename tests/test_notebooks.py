@@ -46,6 +46,7 @@ SMALL: dict[str, dict[str, object]] = {
         "batch_size": 8,
         "learning_rate": 1e-4,
     },
+    "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
     "solutions/00_start_here": {"pictures": 2},
@@ -58,6 +59,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/25_noisy_labels": {},
     "solutions/26_watch_it_move": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
+    "solutions/31_feedback_data": {"sessions": 40},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
 }
@@ -248,6 +250,13 @@ def test_the_explorer_leaves_a_static_picture(tmp_path):
 def test_utility_weights_are_the_gradients(outputs):
     metrics = json.loads((outputs / "utility_functions" / "metrics.json").read_text())["metrics"]
     assert metrics["worst_gradient_gap"] < 1e-12 and metrics["dpo_gap"] < 1e-12
+
+
+def test_pairs_become_likes_under_both_rules(tmp_path):
+    metrics = run_small("31_feedback_data", tmp_path)
+    assert metrics["share_liked/always"] < metrics["share_liked/at_least_once"] < 0.6
+    assert metrics["purity/at_least_once"] > 0.55 and abs(metrics["share_drawn"] - 0.8) < 0.02
+    assert metrics["views_of_a_liked_picture/paper"] > 1 > metrics["views_of_a_disliked_picture/paper"]
 
 
 def test_solutions_hold(outputs, tmp_path):

@@ -1,11 +1,14 @@
 """The README's Python runs as it stands."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dkto.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +26,24 @@ def test_the_ten_lines_turn_likes_into_a_redder_picture(tmp_path, monkeypatch):
     assert before.shape == (256, 256, 3)
     red = [p[..., 0].mean() - p[..., 1:].mean() for p in (before, after)]
     assert red[1] > red[0] + 5  # of 255
+
+
+def test_three_commands_go_from_twenty_likes_to_pictures(tmp_path, monkeypatch):
+    """As they stand, but with fewer steps and pictures: what is appended comes last and counts."""
+    section = README.split("## Your own likes")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.S)
+    commands = [shlex.split(line.removeprefix(".venv/bin/dkto ")) for line in block.strip().splitlines()]
+    assert [command[0] for command in commands] == ["prepare", "train", "generate"]
+    lines = (ROOT / "notebooks" / "likes" / "likes.csv").read_text().splitlines(keepends=True)
+    shutil.copytree(ROOT / "notebooks" / "likes", tmp_path / "likes")
+    monkeypatch.chdir(tmp_path / "likes")
+    Path("likes.csv").write_text("".join(lines[:21]))
+    Path("prompts.txt").write_text("a toy of a large yellow star on a grey background\n")
+    fewer = {"train": ["--max-train-steps", "2", "--batch-size", "4"], "generate": ["--images-per-prompt", "1"]}
+    for command in commands:
+        assert main([*command, *fewer.get(command[0], [])]) == 0
+    assert Path("out/run/lora/pytorch_lora_weights.safetensors").is_file()
+    assert len(list(Path("out/images").glob("*.png"))) == 1
 
 
 def test_links_and_files_exist():
