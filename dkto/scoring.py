@@ -1,7 +1,8 @@
 """Scores of generated images as files beside them: `<folder>/scores/<scorer>.parquet`, only missing ones computed.
 
 A row holds prompt and image number, the score, and the size and time of change of the image file: a picture
-that was drawn again is scored again. Whatever a scorer returned before it failed stays on disk.
+that was drawn again is scored again, one that was deleted keeps its score. Whatever a scorer returned before it failed
+stays on disk.
 """
 
 import json
@@ -42,7 +43,7 @@ def score_images(
         (P, n): P prompts, n images each.
 
     Raises:
-        FileNotFoundError: if the manifest or an image is missing; nothing is scored then.
+        FileNotFoundError: if the manifest or an image without a score is missing; nothing is scored then.
         KeyError: if no scorer has that name.
         ValueError: if the scorer fails its checks, or the scores on disk come from another model;
             what it scored before stays on disk.
@@ -73,11 +74,11 @@ def score_all(
         FileNotFoundError, KeyError, ValueError: as `score_images`.
     """
     tables = [_Table.open(name, Path(folder), scorer) for scorer in scorers for name, folder in folders.items()]
-    tasks = [
-        _Task(index, get_scorer(table.scorer), table.folder, table.prompts, table.missing[start : start + batch_size])
-        for index, table in enumerate(tables)
-        for start in range(0, len(table.missing), batch_size)
-    ]
+    tasks = []
+    for index, table in enumerate(tables):
+        missing, scorer = table.missing, get_scorer(table.scorer)
+        for start in range(0, len(missing), batch_size):
+            tasks.append(_Task(index, scorer, table.folder, table.prompts, missing[start : start + batch_size]))
     if tasks:
         bar = progress(total=sum(len(task.keys) for task in tasks), desc="scoring", unit="image")
         try:
@@ -116,12 +117,16 @@ class _Table:
     def open(cls, method: str, folder: Path, scorer: str | Scorer) -> "_Table":
         table = cls(method, folder, scorer)
         table._check_model()
-        stamps = {key: _stamp(image_path(folder, *key)) for key in table._keys()}
+        paths = {key: image_path(folder, *key) for key in table._keys()}
+        stamps = {key: _stamp(path) if path.exists() else None for key, path in paths.items()}
         if table.path.exists():
             frame = pd.read_parquet(table.path)
             for prompt, image, value, size, changed in frame[list(COLUMNS)].itertuples(index=False):
-                if stamps.get((prompt, image)) == (size, changed):
+                if (prompt, image) in stamps and stamps[prompt, image] in (None, (size, changed)):
                     table.rows[prompt, image] = (value, size, changed)
+        for key in table.missing:
+            if stamps[key] is None:
+                raise FileNotFoundError(f"image {paths[key]} does not exist")
         table.written = len(table.rows)
         return table
 
@@ -171,10 +176,7 @@ class _Table:
 
 def _stamp(path: Path) -> tuple[int, int]:
     """Size in bytes and time of change in ns."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} does not exist") from None
+    found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 

@@ -109,6 +109,16 @@ def test_a_missing_image_is_named_before_anything_is_scored(folder):
     assert counting.seen == 0 and not (folder / "scores").exists()
 
 
+def test_scores_outlive_their_images(folder):
+    """Tables can be made again where the pictures were too many to keep."""
+    first = score_images(folder, brightness)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert (score_images(folder, brightness) == first).all()
+    with pytest.raises(FileNotFoundError, match=r"p00000-s0\.png does not exist"):
+        score_images(folder, "world_aesthetics")
+
+
 def test_a_scorer_that_cannot_travel_is_refused_before_workers_start(folder):
     with pytest.raises(ValueError, match=r"cannot be sent to another process .*: use num_processes=1"):
         score_images(folder, lambda images, prompts: [0.0] * len(images), num_processes=2, batch_size=4)

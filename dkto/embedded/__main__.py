@@ -108,7 +108,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Preference:
-    """Train the learned scorers: a small CLIP and a preference model; about 6 minutes on one core."""
+    """Train the learned scorers: a small CLIP and a preference model, in minutes on one core."""
 
     folder: Path
     output: Path

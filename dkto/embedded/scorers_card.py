@@ -168,7 +168,7 @@ chance of a choice is sigmoid({sharpness:g} x difference).
 ## Recipe
 `python -m dkto.embedded preference --folder runs/scorers --output dkto/embedded/scorers`: {clip_steps:,} steps of the
 CLIP (contrastive, batch {clip_batch}, with captions of one changed attribute as further wrong answers), then
-{preference_steps:,} steps of the preference model (batch {preference_batch} pairs); AdamW; about 6 minutes on one core.
+{preference_steps:,} steps of the preference model (batch {preference_batch} pairs); AdamW, on one core.
 
 ## Measured on prompts that no training saw
 {test_pairs:,} pairs painted for 200 test prompts. *choices*: share of simulated choices that the scorer orders alike;
