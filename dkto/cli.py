@@ -247,8 +247,8 @@ class Run:
         die_with_engine()
         pairs = [text.partition("=") for text in self.parameters]
         told = {name: value for name, _, value in pairs}
-        shared = [] if self.cards is None else [card for card in self.cards.split(",") if card]
-        with graphics_cards(self.gpus, shared) as mine:
+        shared = [card for card in (self.cards or "").split(",") if card]
+        with graphics_cards(self.gpus if self.cards is not None else 0, shared) as mine:
             if self.cards is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
             metrics = run_notebook(self.notebook, self.output, told, progress=QUIET_VARIABLE not in os.environ)

@@ -1,0 +1,52 @@
+"""Sphinx's settings for `make site`; dkto.site lays out what it reads."""
+
+from docutils import nodes
+
+from dkto import __version__
+from dkto.site import literal_formulas, mathml
+
+project = "dkto"
+author = "the dkto authors"
+release = __version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"dkto {__version__}"
+html_show_copyright = False
+html_show_sphinx = False
+html_copy_source = False
+html_math_renderer = "mathml"
+
+nb_execution_mode = "off"  # the lessons are shown as they ran
+nb_ipywidgets_js = {}  # no script from elsewhere
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+# a lesson's live widget is shown by its picture; a word such as `low` is the name of several attributes
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
+
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def setup(app):
+    """Formulas become MathML; docstrings are read as they are written here."""
+
+    def show(display):
+        def visit(self, node):
+            self.body.append(mathml(node.astext(), display))
+            raise nodes.SkipNode
+
+        return visit
+
+    app.add_html_math_renderer("mathml", (show(False), None), (show(True), None))
+    app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon
+
+
+def process(app, what, name, thing, options, lines):
+    """Prepare a docstring for napoleon and reStructuredText."""
+    lines[:] = literal_formulas(lines)
