@@ -18,7 +18,6 @@ import traitlets
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from dkto.feedback import DISLIKED, LIKED
 from dkto.losses import effective_weight
 from dkto.plotting import (
     DASHED,
@@ -31,6 +30,7 @@ from dkto.plotting import (
     plot_utilities,
 )
 from dkto.records import read_records
+from dkto.sources import DISLIKED, LIKED
 from dkto.utilities import UTILITIES, define_utility, get_utility
 from dkto.widgets.base import ROLE_COLOURS, script, style
 
