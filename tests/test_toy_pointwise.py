@@ -9,9 +9,10 @@ import torch
 
 from dkto.losses import denoising_error, implicit_reward, kto_loss
 from toy.exact import dpo_optimum, normal_quadrature, output_law
-from toy.measures import exact_kl, fitted_kl, undesirable_rate
+from toy.measures import exact_kl, fitted_kl
+from toy.network import Ensemble
 from toy.objectives import METHODS, Method, get_method
-from toy.pointwise import PointwiseOptimum
+from toy.pointwise import PointwiseOptimum, draw_alike
 from toy.schedule import linear_schedule
 from toy.study import run_study
 from toy.training import FULL, SMALL
@@ -53,23 +54,31 @@ def test_trained_dpo_reaches_its_closed_form(study):
     assert study.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.04)
 
 
+def gaps_to_optimum(study, name, point=0.0, count=800):
+    """Mean over seeds of the trained samples' mean and spread minus the optimum's, and both KLs, on the same noise."""
+    optimum = PointwiseOptimum(study.methods[name], study.schedule, point).sample(count)
+    trained = []
+    for seed in study.seeds:
+        member = Ensemble(study.policy.architecture, study.model(name, seed).parameters.double())
+        trained.append(draw_alike(lambda x, t, member=member: member(x[None], t)[0], study.schedule, count))
+    trained = torch.stack(trained)
+    means, spreads = trained.mean((0, 1)) - optimum.mean(0), trained.std(1).mean(0) - optimum.std(0)
+    return means.abs().max(), spreads.abs().max(), float(fitted_kl(trained).mean()), float(fitted_kl(optimum))
+
+
 def test_trained_loss_averse_is_the_pointwise_optimum(study):
-    """beta = 10, gamma = 0.5, where the clamped reference point is 0: mean within 0.015, spread within 0.01. The
-    interval over 5 seeds of the small recipe is +-0.009, the error of 800 sampled points 0.004."""
-    points = PointwiseOptimum(METHODS["loss_averse@0.5"], study.schedule).sample(800)
-    for axis, name in enumerate("xy"):
-        assert study.estimate(f"mean_{name}", "loss_averse@0.5").mean == pytest.approx(
-            float(points[:, axis].mean()), abs=0.015
-        )
-        assert study.estimate(f"std_{name}", "loss_averse@0.5").mean == pytest.approx(
-            float(points[:, axis].std()), abs=0.01
-        )
-    assert study.estimate("kl", "loss_averse@0.5").mean == pytest.approx(float(fitted_kl(points)), rel=0.15)
+    """beta = 10, gamma = 0.5, where the clamped reference point is 0: mean and spread within 0.012, KL within 12 %.
+
+    Both draw with the same noise; what is left is the training's own scatter, +-0.009 in the mean of 5 seeds.
+    """
+    means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5")
+    assert means < 0.012 and spreads < 0.012
+    assert trained == pytest.approx(exact, rel=0.12)
 
 
 def test_exact_and_fitted_kl_agree_where_clouds_are_round(study):
     """DDIM's exact KL of the base against the law of its sampler: the same within 5 %."""
-    found = exact_kl(study.model("base"), study.schedule)
+    found = exact_kl(study.model("base"), study.schedule, draws=512)
     mean, std = output_law(dpo_optimum(study.schedule, 1e12), study.schedule, "ddim")
     spread = (0.2 * std / 0.1) ** 2
     expected = (2 * spread + 4 - 2 - 2 * math.log(spread)) / 2  # the pretrained mean is 2 desirable stds away
@@ -84,19 +93,12 @@ def test_the_large_recipe_is_predicted_to_two_digits():
     no finite optimum, within 0.012 at the reference point seen in training."""
     methods = {name: METHODS[name] for name in ("loss_averse@0.5", "kahneman_tversky")} | {"dpo@100": LARGE_BETA}
     study = run_study(methods, SEEDS, replace(FULL, max_train_steps=2000), processes=1)
+    means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5", count=2000)
+    assert means < 0.006 and spreads < 0.006
+    assert trained == pytest.approx(exact, rel=0.05)
     point = float(torch.stack([record.reference_point[1] for record in study.records[-5:]]).mean())
-    for name, z, close in (("loss_averse@0.5", 0.0, 0.006), ("kahneman_tversky", point, 0.012)):
-        points = PointwiseOptimum(METHODS[name], study.schedule, z).sample(3500)
-        for axis, letter in enumerate("xy"):
-            assert study.estimate(f"mean_{letter}", name).mean == pytest.approx(
-                float(points[:, axis].mean()), abs=close
-            )
-            assert study.estimate(f"std_{letter}", name).mean == pytest.approx(float(points[:, axis].std()), abs=close)
-        if name == "loss_averse@0.5":
-            assert study.estimate("kl", name).mean == pytest.approx(float(fitted_kl(points)), rel=0.05)
-        assert study.estimate("undesirable_share", name).mean == pytest.approx(
-            float(undesirable_rate(points)), abs=0.03
-        )
+    means, spreads, _, _ = gaps_to_optimum(study, "kahneman_tversky", point, count=2000)
+    assert means < 0.012 and spreads < 0.012
     mean, std = output_law(dpo_optimum(study.schedule, 100.0), study.schedule)
     assert study.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.008)
     assert study.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.03)

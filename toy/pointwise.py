@@ -14,7 +14,7 @@ from dkto.utilities import get_utility
 from toy.exact import normal_quadrature
 from toy.network import one_thread, stream
 from toy.objectives import Method
-from toy.sampling import ancestral
+from toy.sampling import NoisePred, ancestral
 from toy.schedule import Schedule
 from toy.world import DESIRABLE, UNDESIRABLE, exact_noise_pred, to_paper_units
 
@@ -78,27 +78,8 @@ class PointwiseOptimum:
         return step * (LONGEST_STEP / length).clamp(max=1)
 
     def sample(self, count: int = 800, seed: int = 0) -> Tensor:
-        """Points (N, 2) in paper units, drawn by ancestral sampling with this prediction.
-
-        Every second point has the first one's noise with the other sign, which leaves means little to chance.
-
-        Args:
-            count: N, even.
-            seed: of the noise.
-
-        Raises:
-            ValueError: if `count` is odd.
-        """
-        if count < 2 or count % 2:
-            raise ValueError(f"count must be even and at least 2, got {count}")
-        generator = stream(seed, "pointwise noise")
-
-        def noise(_: int) -> Tensor:
-            half = torch.randn(count // 2, 2, generator=generator, dtype=torch.float64)
-            return torch.cat([half, -half])
-
-        with one_thread():
-            return to_paper_units(ancestral(self, self.schedule, noise(0), noise))
+        """Points (N, 2) in paper units, drawn by ancestral sampling with this prediction; see `draw_alike`."""
+        return draw_alike(self, self.schedule, count, seed)
 
     def _posterior(self, noisy: Tensor, timestep: int) -> "_Posterior":
         abar = self.schedule.alphas_cumprod[timestep]
@@ -141,6 +122,35 @@ class PointwiseOptimum:
         across = (pull * nodes).sum((-1, -2))  # (..., N)
         towards = (each[..., None] * (posterior.mean - noise_pred[..., None, :])).sum(-2)
         return towards + posterior.std * across[..., None] * direction
+
+
+def draw_alike(noise_pred: NoisePred, schedule: Schedule, count: int = 800, seed: int = 0) -> Tensor:
+    """Ancestral samples whose noise depends on `count` and `seed` alone, so that two predictions meet the same luck.
+
+    Every second point has the first one's noise with the other sign, which leaves means little to chance as well.
+
+    Args:
+        noise_pred: takes noisy points (N, 2) float64 and a timestep, gives the predicted noise.
+        schedule: noise levels.
+        count: N, even.
+        seed: of the noise.
+
+    Returns:
+        (N, 2) in paper units.
+
+    Raises:
+        ValueError: if `count` is odd.
+    """
+    if count < 2 or count % 2:
+        raise ValueError(f"count must be even and at least 2, got {count}")
+    generator = stream(seed, "pointwise noise")
+
+    def noise(_: int) -> Tensor:
+        half = torch.randn(count // 2, 2, generator=generator, dtype=torch.float64)
+        return torch.cat([half, -half])
+
+    with one_thread():
+        return to_paper_units(ancestral(noise_pred, schedule, noise(0), noise))
 
 
 @dataclass(frozen=True)
