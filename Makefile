@@ -23,7 +23,7 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
-	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: 15 minutes)"
+	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
 	@echo "make paper and make site belong to later versions and say so"
 
 setup: $(READY)

@@ -25,7 +25,7 @@ TOY_STEPS = {"pretrain_steps": 300, "max_train_steps": 40}
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"pictures": 3},
     "10_utility_functions": {},
-    "20_how_a_model_learns_a_gaussian": {"pretrain_steps": 200, "seeds": 2, "num_samples": 500},
+    "20_how_a_model_learns_a_gaussian": {"pretrain_steps": 800, "seeds": 2, "num_samples": 500},
     "21_error_as_reward": {"seeds": 2, "resolution": 9, "draws": 6, **TOY_STEPS},
     "22_reference_point": {"seeds": 2, "processes": 1, **TOY_STEPS},
     "23_which_objective": {"seeds": 2, "processes": 1, "num_samples": 300, **TOY_STEPS},

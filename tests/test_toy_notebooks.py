@@ -12,12 +12,12 @@ METHODS += ["loss_averse@0.5", "risk_seeking@0.5", "kahneman_tversky@0.5"]
 
 def test_a_gaussian_is_learnt_and_compared_with_its_law(tmp_path):
     metrics = run_small("20_how_a_model_learns_a_gaussian", tmp_path)
-    assert metrics["score_mse"] < 0.1 and 0.18 < metrics["std/exact_law"] < 0.2
+    assert metrics["score_mse"] < 0.05 and 0.18 < metrics["std/exact_law"] < 0.2
 
 
 def test_reward_maps_are_drawn(tmp_path):
     metrics = run_small("21_error_as_reward", tmp_path)
-    assert metrics["map_correlation/dpo"] > 0.5
+    assert metrics["map_correlation/dpo"] > 0.3
     assert (tmp_path / "21_error_as_reward" / "reward_maps.png").stat().st_size > 10_000
 
 

@@ -17,7 +17,7 @@ class Headline:
     """Run the headline notebook: every objective of the paper on the 2-D world, with intervals over seeds."""
 
     profile: Literal["small", "full"] = "small"
-    """Recipe: "small" takes about a minute on 2 cores, "full" is wider and longer, about 15 minutes."""
+    """Recipe: "small" takes about a minute on 2 cores, "full" is wider and longer, several minutes."""
     seeds: int = 20
     """Repetitions."""
     processes: int = 2
