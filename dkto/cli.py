@@ -116,11 +116,16 @@ class Train:
     def run(self) -> None:
         import torch
 
+        from dkto.checkpoints import CheckpointStore
         from dkto.trainer import run_training
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        print(f"finished; records and weights are in {run_training(self.config)}")
+        folder = run_training(self.config)
+        if CheckpointStore(self.config).is_finished():
+            print(f"finished; records and weights are in {folder}")
+        else:
+            print(f"stopped at a checkpoint; the same command goes on from it: {folder}")
 
 
 @dataclass(frozen=True)

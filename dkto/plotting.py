@@ -304,6 +304,34 @@ def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = Non
     return ax
 
 
+def plot_preferences(results: Sequence[tuple[str, str, WinRate]], ax: Axes | None = None) -> Axes:
+    """Who was preferred in blind comparisons, as bars (paper Figure 3), with the interval that the figure lacks.
+
+    Args:
+        results: ours, theirs and our win-rate, one for each opponent.
+        ax: axes to draw on, made if left out.
+
+    Raises:
+        ValueError: if there is no result.
+    """
+    if not results:
+        raise ValueError("results must hold at least one comparison, got none")
+    ax = _axes(ax, 1.8 + 1.9 * len(results), 3.2)
+    for at, (ours, theirs, result) in enumerate(results):
+        low, high = 100 * (result.rate - result.low), 100 * (result.high - result.rate)
+        for shift, name, share, role in ((-0.2, ours, result.rate, "desirable"), (0.2, theirs, 1 - result.rate, None)):
+            colour, hatch = (COLOURS[role], "") if role else (COLOURS["pretraining"], "//")
+            ax.bar(at + shift, 100 * share, 0.38, color=colour, hatch=hatch, edgecolor="white")
+            error = [[low], [high]] if role else [[high], [low]]
+            ax.errorbar(at + shift, 100 * share, error, color=COLOURS["model"], capsize=4, lw=1.4)
+            ax.annotate(f"{name}\n{100 * share:.0f} %", (at + shift, 2), ha="center", fontsize=8, color="white")
+    ax.axhline(50, color="0.4", ls="--", lw=1)
+    names = [f"against {theirs}\n(n = {result.n})" for _, theirs, result in results]
+    ax.set_xticks(range(len(results)), names, parse_math=False)
+    ax.set(ylim=(0, 100), xlim=(-0.6, len(results) - 0.4), ylabel="preferred (% of prompts)")
+    return ax
+
+
 def _axes(ax: Axes | None, width: float = 4.6, height: float = 3.2) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 

@@ -8,9 +8,11 @@ same noise and timestep, and let `dkto.losses` turn the two errors into a loss. 
 point are means over the global batch, so the number of processes changes neither.
 """
 
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -42,7 +44,32 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
 
-def train(config: TrainConfig) -> Iterator[dict]:
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM ends nothing, but makes the returned function true.
+
+    A view's stop button, a scheduler's warning and the death of the notebook that started the training all
+    arrive as SIGTERM. Only the main thread can ask for that; elsewhere the function stays false.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _any_rank(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: all must leave after the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
+
+
+def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[dict]:
     """Train and yield one record per optimiser step.
 
     A run whose output folder holds checkpoints of the same configuration goes on from the last one;
@@ -50,6 +77,11 @@ def train(config: TrainConfig) -> Iterator[dict]:
     leaves no record and is counted.
     At the end the folder holds `metrics.jsonl`, `run.json` and the weights for plain diffusers:
     `model/`, a whole pipeline, after full fine-tuning; `lora/` after training adapters.
+
+    Args:
+        config: what to train.
+        should_stop: asked after every step; once it is true on any process, a checkpoint is written and the
+            run ends there, to go on when it is called again.
 
     Raises:
         ValueError: if the feedback was prepared with another model, has one class only while both
@@ -114,22 +146,30 @@ def train(config: TrainConfig) -> Iterator[dict]:
                     f"loss or gradient was not finite for {bad_steps} steps in a row, last at step {step + 1}; "
                     f"the last checkpoint in {config.output_dir} is whole. Lower learning_rate or beta"
                 )
+        if accelerator.is_main_process and record is not None:
+            store.append(record)
+        stopping = _any_rank(should_stop(), accelerator) and step + 1 < config.max_train_steps
         if accelerator.is_main_process:
-            if record is not None:
-                store.append(record)
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps:
+            due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps
+            if due or stopping:
                 store.save(pair, optimizer, step + 1)
         accelerator.wait_for_everyone()
         if record is not None:
             yield record
+        if stopping:
+            return
     if accelerator.is_main_process:
         store.finish(pair, model, time.monotonic() - began)
 
 
 def run_training(config: TrainConfig) -> Path:
-    """Train to the end with a progress bar; returns the run's folder (see `dkto.generate.System.of_run`)."""
-    with progress(total=config.max_train_steps, desc="training", unit="step") as bar:
-        for record in train(config):
+    """Train to the end with a progress bar; returns the run's folder (see `dkto.generate.System.of_run`).
+
+    SIGTERM lets the present step end, writes a checkpoint and returns; the next call goes on from there.
+    """
+    bar = progress(total=config.max_train_steps, desc="training", unit="step")
+    with bar, stop_on_sigterm() as should_stop:
+        for record in train(config, should_stop):
             bar.update(record["global_step"] - bar.n)
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     return config.output_dir

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from dkto.checkpoints import CheckpointStore
-from dkto.launch import config_arguments, run_trainings
+from dkto.launch import config_arguments, run_trainings, start_training
 from dkto.prepare import prepare_feedback
 from dkto.records import read_records
 from dkto.trainer import learning_rate_at, run_training, train
@@ -174,6 +175,29 @@ def test_killed_in_training_and_called_again_ends_the_same(config):
     records = read_records(long.output_dir / "metrics.jsonl")
     assert without_time(records) == without_time(read_records(whole.output_dir / "metrics.jsonl"))
     assert same(weights(long.output_dir), weights(whole.output_dir))
+
+
+def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
+    """A real process that gets SIGTERM between two checkpoints: it ends by itself, and the rest is the same run."""
+    config = replace(config, max_train_steps=400, checkpoint_every=10_000)
+    process = start_training(config)
+    deadline = time.monotonic() + 120
+    while not (config.output_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "stopped at a checkpoint" in (config.output_dir / "train.log").read_text()
+    records = read_records(config.output_dir / "metrics.jsonl")
+    (checkpoint,) = config.output_dir.glob("checkpoint-*")
+    assert 0 < len(records) < 400 and int(checkpoint.name.split("-")[1]) == records[-1]["global_step"]
+    rest = list(itertools.islice(train(config), 2))
+    assert [record["global_step"] for record in rest] == [len(records) + 1, len(records) + 2]
+
+
+def test_a_caller_stops_a_run_at_a_checkpoint(config):
+    records = list(train(config, lambda: True))
+    assert [record["global_step"] for record in records] == [1]
+    assert [path.name for path in config.output_dir.glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
 def test_another_configuration_does_not_resume(config):

@@ -7,7 +7,13 @@ below are loaded when they are first used.
 
 from importlib import import_module
 
-_HOME = {"Explorer": "explorer", "Likes": "likes"}
+_HOME = {
+    "Explorer": "explorer",
+    "Judge": "judge",
+    "Likes": "likes",
+    "TrainingView": "training_view",
+    "Tuner": "tuner",
+}
 __all__ = sorted(_HOME)
 
 

@@ -1,0 +1,99 @@
+"""Blind judging of two systems, the paper's user study in a notebook (paper 5.1.2, A.2, Fig. 3)."""
+
+from pathlib import Path
+
+import anywidget
+import traitlets
+from matplotlib.figure import Figure
+
+from dkto.feedback import load_image
+from dkto.plotting import plot_preferences
+from dkto.study import StudyResult, StudySession, study_result
+from dkto.widgets.base import figure_bytes, png_bytes, script, style
+
+
+class Judge(anywidget.AnyWidget):
+    """Two pictures of a prompt, left and right as the study drew them; the page never learns which is whose.
+
+    Keys, while the widget has the focus: the arrows choose, z takes the last answer back. The result, with
+    the names of the methods, is sent to the page only when every question is answered.
+
+    Args:
+        study_dir: folder written by `dkto.study.make_study`.
+        judge: one of its judges; goes on where that judge stopped.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: as `dkto.study.StudySession`.
+    """
+
+    _esm = script("judge")
+    _css = style("judge")
+
+    question = traitlets.Unicode().tag(sync=True)
+    number = traitlets.Int(-1).tag(sync=True)
+    answered = traitlets.Int(0).tag(sync=True)
+    total = traitlets.Int(0).tag(sync=True)
+    prompt = traitlets.Unicode().tag(sync=True)
+    left = traitlets.Bytes().tag(sync=True)
+    right = traitlets.Bytes().tag(sync=True)
+    result = traitlets.Dict().tag(sync=True)  # text, rows, chart (bytes); empty until the end
+    message = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, study_dir: str | Path, judge: str) -> None:
+        self.session = StudySession(study_dir, judge)
+        self._study_dir = Path(study_dir)
+        super().__init__(question=self.session.question, total=len(self.session.plan["order"]))
+        self._show()
+        self.on_msg(self._on_message)
+
+    def answer(self, side: str) -> None:
+        """Prefer the left or the right picture of the pair that is shown."""
+        self.session.answer(self.number, side)
+        self._show()
+
+    def undo(self) -> None:
+        """Take the last answer back."""
+        self.session.undo()
+        self._show()
+
+    def study_result(self) -> StudyResult:
+        """The answers of all judges of this study so far; raises a ValueError if there is none."""
+        return study_result(self._study_dir)
+
+    def figure(self) -> Figure:
+        """The bar chart of Figure 3 with intervals."""
+        result = self.study_result()
+        return plot_preferences([(*result.methods, result.by_prompt)]).figure
+
+    def _show(self) -> None:
+        pair = self.session.next()
+        with self.hold_sync():
+            self.answered = len(self.session.answers)
+            if pair is None:
+                self.number, self.prompt, self.left, self.right = -1, "", b"", b""
+                self.result = self._result()
+            else:
+                self.number, self.prompt, self.result = int(pair.number), pair.prompt, {}
+                self.left, self.right = (png_bytes(load_image(path)) for path in (pair.left, pair.right))
+
+    def _result(self) -> dict:
+        found = self.study_result()
+        rows = [("all prompts", found.by_prompt), *found.styles.items()]
+        return {
+            "text": f"{found}; left was chosen in {found.left.mean:.0%} of the answers",
+            "head": ["", f"{found.methods[0]} preferred", "95 % interval", "prompts"],
+            "rows": [
+                [name, f"{rate.rate:.0%}", f"{rate.low:.0%} to {rate.high:.0%}", str(rate.n)] for name, rate in rows
+            ],
+            "chart": figure_bytes(self.figure()),
+        }
+
+    def _on_message(self, _, content: dict, buffers: list) -> None:
+        self.message = ""
+        try:
+            if content.get("type") == "undo":
+                self.undo()
+            elif content.get("type") == "answer" and content.get("number") == self.number:
+                self.answer(str(content.get("side")))  # a key that was pressed twice answers once
+        except (ValueError, OSError) as refusal:
+            self.message = f"not kept: {refusal}"

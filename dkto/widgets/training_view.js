@@ -1,0 +1,82 @@
+// Live view of a training. The kernel sends curves and pictures; the page draws them and has two buttons.
+
+const STATES = {
+  ready: "ready", preparing: "preparing the pictures", running: "training", stopping: "stopping at a checkpoint",
+  stopped: "stopped at a checkpoint; start goes on from it", finished: "finished", failed: "failed",
+};
+
+function render({ model, el }) {
+  const node = root(el, "training", "Training");
+  const colours = model.get("colours");
+  const status = element("p", { class: "dkto-status", role: "status", "aria-live": "polite" });
+  const bar = element("progress", { "aria-label": "training steps done" });
+  const alert = element("div", { class: "dkto-alert", role: "alert" });
+  const result = element("p", { class: "dkto-result" });
+  const start = element("button", { type: "button", class: "dkto-main", on: { click: () => { start.disabled = true; model.send({ type: "start" }); } } });
+  const stop = element("button", { type: "button", text: "Stop at a checkpoint", on: { click: () => model.send({ type: "stop" }) } });
+  const panels = { loss: axes("Loss over training steps", 210), rewards: axes("Rewards over training steps", 210) };
+  const table = element("div", { class: "dkto-scroll" });
+
+  function span(values) {
+    const finite = values.flat().filter(Number.isFinite);
+    if (!finite.length) return [0, 1];
+    const low = Math.min(...finite), high = Math.max(...finite), pad = 0.08 * (high - low) || 0.1 * Math.abs(high) || 0.1;
+    return [low - pad, high + pad];
+  }
+
+  function drawCurves() {
+    const curves = model.get("curves"), x = [0, Math.max(1, model.get("total"))];
+    const [steps, loss] = curves.loss ?? [[], []];
+    panels.loss.draw({ x, y: span([loss]), title: "Loss", xLabel: "optimiser step", yLabel: "loss (no unit)", lines: [{ x: steps, y: loss, colour: colours.model, width: 1.5 }] });
+    const shown = [["desirable", "liked", []], ["undesirable", "disliked", [6, 3]], ["reference_point", "reference point", [2, 3]]];
+    panels.rewards.draw({
+      x, y: span(shown.map(([name]) => curves[name]?.[1] ?? [])), title: "Mean implicit reward", xLabel: "optimiser step", yLabel: "reward (β × MSE)",
+      lines: shown.map(([name, , dash]) => ({ x: curves[name]?.[0] ?? [], y: curves[name]?.[1] ?? [], colour: colours[name], dash, width: 2 })),
+      legend: shown.map(([name, label, dash]) => ({ label, colour: colours[name], dash })),
+    });
+    node.dataset.updates = model.get("updates");
+  }
+
+  function drawState() {
+    const state = model.get("state");
+    node.dataset.state = state;
+    status.textContent = `${STATES[state]}: step ${model.get("step")} of ${model.get("total")}`;
+    bar.max = model.get("total");
+    bar.value = model.get("step");
+    start.textContent = model.get("start_label");
+    start.disabled = !model.get("can_start");
+    stop.disabled = state !== "running";
+    alert.textContent = model.get("message");
+    result.textContent = model.get("result");
+  }
+
+  function drawSamples() {
+    const rows = model.get("samples"), prompts = model.get("prompts");
+    if (!rows.length) return table.replaceChildren();
+    const head = element("tr", {}, element("td"), ...prompts.map((prompt) => element("th", { class: "dkto-prompt", scope: "col", text: prompt })));
+    const body = rows.map((row) =>
+      element("tr", {}, element("th", { scope: "row", text: row.label }), ...row.images.map((bytes, i) => {
+        const image = element("img", { alt: `${row.label}: ${prompts[i]}` });
+        showPicture(image, bytes);
+        return element("td", {}, image);
+      })));
+    table.replaceChildren(element("table", { "aria-label": "sample pictures" }, head, ...body));
+  }
+
+  node.append(element("div", { class: "dkto-row" }, start, stop, bar, status), alert,
+    element("div", { class: "dkto-panels" }, panels.loss.canvas, panels.rewards.canvas), result, table);
+  const undo = [
+    listen(model, ["curves", "total"], drawCurves),
+    listen(model, ["state", "step", "total", "can_start", "start_label", "message", "result"], drawState),
+    listen(model, ["samples", "prompts"], drawSamples),
+  ];
+  drawCurves();
+  drawState();
+  drawSamples();
+  return () => {
+    undo.forEach((call) => call());
+    Object.values(panels).forEach((panel) => panel.close());
+  };
+}
+
+export default { render };

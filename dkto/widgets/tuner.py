@@ -1,0 +1,135 @@
+"""One button that tunes an adapter on likes: encode, train, and show the pictures before and after (paper 4, 6)."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dkto.config import TrainConfig
+from dkto.embedded.users import SimulatedUser
+from dkto.feedback import FeedbackTable, write_feedback
+from dkto.generate import System, draw, noise_generator
+from dkto.metrics import WinRate, win_rate
+from dkto.plotting import image_grid
+from dkto.prepare import prepare_feedback
+from dkto.widgets.base import png_bytes
+from dkto.widgets.training_view import TrainingView
+
+SHOWN = 6  # prompts of the before/after grid
+QUICK = {
+    "beta": 100.0,
+    "learning_rate": 1e-3,
+    "warmup_steps": 5,
+    "max_train_steps": 60,
+    "batch_size": 16,
+    "lora_rank": 8,
+    "checkpoint_every": 30,
+}
+
+
+class Tuner(TrainingView):
+    """Tune on the likes given so far, live; each press is a run of its own in `output_dir/run-N`.
+
+    Args:
+        likes: called when the button is pressed; gives the table to train on.
+        output_dir: folder of the runs; the table's pictures must lie in it or below.
+        prompts: held-out prompts that are drawn before and after, from the same noise.
+        model: "small-world", a pipeline folder or a hub id.
+        user: a simulated user who never saw the training pictures, for a win-rate of after against before.
+        guidance, sample_steps, seed, threads: as `TrainingView`.
+        settings: fields of `TrainConfig` other than those of `QUICK`.
+    """
+
+    def __init__(
+        self,
+        likes: Callable[[], FeedbackTable],
+        output_dir: str | Path,
+        prompts: Sequence[str],
+        *,
+        model: str = "small-world",
+        user: SimulatedUser | None = None,
+        guidance: float = 3.0,
+        sample_steps: int = 15,
+        seed: int = 0,
+        threads: int = 2,
+        **settings,
+    ) -> None:
+        if not prompts:
+            raise ValueError("prompts must hold at least one prompt to draw before and after, got none")
+        self._likes, self._root, self._user = likes, Path(output_dir), user
+        self._judged = list(prompts)
+        self.before: list[Image.Image] = []
+        self.after: list[Image.Image] = []
+        self.win_rate: WinRate | None = None
+        config = TrainConfig(self._root / "none", self._root / "none", model=model, seed=seed, **(QUICK | settings))
+        options = {"guidance": guidance, "sample_steps": sample_steps, "seed": seed, "threads": threads}
+        super().__init__(config, self._judged[:SHOWN], **options)
+        self.start_label = "Tune on these likes"
+
+    def start(self) -> None:
+        """Tune on the likes given so far. Returns at once.
+
+        Raises:
+            ValueError: if there are no likes, or only likes or only dislikes.
+            RuntimeError: if a training runs already.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            raise RuntimeError("the training runs already")
+        table = self._likes()
+        given = int(table.is_desirable.sum())
+        if not 0 < given < len(table):
+            raise ValueError(f"tuning needs likes and dislikes, got {given} likes and {len(table) - given} dislikes")
+        if self.state != "stopped":
+            number = 1 + len(list(self._root.glob("run-*")))
+            folder = self._root / f"run-{number:02d}"
+            write_feedback(table, self._root / f"likes-{number:02d}.csv")
+            self.config = replace(self.config, prepared_dir=folder / "prepared", output_dir=folder)
+            self._table, self.samples, self.result, self.curves = table, [], "", {}
+            self.step, self.before, self.after, self.win_rate = 0, [], [], None
+            self._drawn.clear()
+        super().start()
+
+    def figure(self) -> Figure:
+        """Before and after as a static figure."""
+        if not self.after:
+            return super().figure()
+        rows = [self.before[:SHOWN], self.after[:SHOWN]]
+        figure = image_grid(rows, ["before", "after"], self._judged[:SHOWN]).figure
+        plt.close(figure)
+        return figure
+
+    def _work(self) -> None:
+        self.state = "preparing"
+        with ThreadPoolExecutor(1, thread_name_prefix="before") as pool:
+            drawing = pool.submit(self._draw_all, System(model=self.config.model)) if not self.before else None
+            prepare_feedback(self._table, self.config.prepared_dir, self.config.model)
+            if drawing is not None:
+                self.before = drawing.result()
+                self._show("before", self.before)
+        super()._work()
+
+    def _draw_all(self, system: System) -> list[Image.Image]:
+        system = replace(system, guidance=self._guidance, steps=self._sample_steps)
+        noise = [noise_generator(self._seed, number, 0) for number in range(len(self._judged))]
+        return draw(system.load(), self._judged, noise, system)
+
+    def _show(self, label: str, images: Sequence[Image.Image]) -> None:
+        self.samples = [*self.samples, {"label": label, "images": [png_bytes(image) for image in images[:SHOWN]]}]
+
+    def _finish(self) -> None:
+        self.after = self._draw_all(System.of_run(self.config.output_dir))
+        self._show("after", self.after)
+        text = f"Tuned on {self._table}."
+        if self._user is not None:
+            after, before = (
+                [self._user.measure(np.asarray(i), p) for i, p in zip(images, self._judged, strict=True)]
+                for images in (self.after, self.before)
+            )
+            self.win_rate = win_rate(after, before)
+            text += f" In the eyes of {self._user.name}, after wins against before on {self.win_rate} held-out prompts."
+        self.result = text
