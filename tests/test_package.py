@@ -26,6 +26,8 @@ ROOMS = (
     ("evaluate", "monitors", "study", "page"),
     ("systems", "paper_tables"),
     ("search", "report", "engine"),
+    ("reference",),
+    ("site",),
     ("demo", "paper", "widgets"),
     ("cli",),
 )
