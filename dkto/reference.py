@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dkto.engine import run_sweep
+from dkto.batch_engine import run_sweep
 from dkto.notebooks import Parameter, declared_parameters
 from dkto.run_record import RECORD_NAME, source_hash
 from dkto.sweeps import Plan, PlannedRun, Resources, read_sweep
@@ -22,6 +22,7 @@ from dkto.sweeps import Plan, PlannedRun, Resources, read_sweep
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" reads
 EXAMPLE_FOLDER = "sweep"
+NOT_RUN_HERE = {"54_published_checkpoints": "needs released weights and a GPU"}  # lessons without a reference run
 CARDS = ("*card*.csv", "verdicts.csv")
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
@@ -30,6 +31,8 @@ def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
     """Lessons without a reference run of just this text, with the reason, in the order of their numbers."""
     found = {}
     for path in _lessons(root).values():
+        if path.stem in NOT_RUN_HERE:
+            continue
         kept = root / "papermill_runs" / "reference" / path.stem / RECORD_NAME
         if not kept.is_file():
             found[path.stem] = "no reference run"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dkto.reference import EXAMPLE, EXAMPLE_FOLDER, lesson_plan, make_reference, outdated_lessons, shrink
+from dkto.reference import EXAMPLE, EXAMPLE_FOLDER, NOT_RUN_HERE, lesson_plan, make_reference, outdated_lessons, shrink
 from dkto.run_record import source_hash
 from dkto.sweeps import read_sweep
 
@@ -27,9 +27,19 @@ NOT_KEPT = {
     "10_utility_functions",
     "20_how_a_model_learns_a_gaussian",
     "21_error_as_reward",
+    "22_reference_point",
     "23_which_objective",
+    "24_ablations",
+    "25_noisy_labels",
+    "26_watch_it_move",
     "30_train_with_likes",
+    "31_feedback_data",
     "40_win_rates",
+    "50_win_rate_tables",
+    "51_ablations",
+    "52_a_specific_user",
+    "53_qualitative_grid",
+    "60_explore_utilities",
     "70_reading_runs",
     "sweep",
 }
@@ -38,6 +48,8 @@ NOT_KEPT = {
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_every_lesson_has_a_reference_run_of_its_present_text(lesson):
     folder = REFERENCE / lesson.stem
+    if lesson.stem in NOT_RUN_HERE:
+        pytest.skip(f"{lesson.stem} {NOT_RUN_HERE[lesson.stem]}")
     if not folder.exists():
         assert lesson.stem in NOT_KEPT, f"{lesson.stem} has no reference run: make reference"
         pytest.skip(f"{lesson.stem} has no reference run yet, as NOT_KEPT says: make reference")
