@@ -12,7 +12,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all toy paper bench lab lint format site clean
+.PHONY: help setup demo test test-all toy paper bench lab lint format site reference clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 6 minutes on 2 cores)"
@@ -23,8 +23,15 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
+<<<<<<< HEAD
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
 	@echo "make paper and make site belong to later versions and say so"
+=======
+	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
+	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
+	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
+	@echo "make paper belongs to a later version and says so"
+>>>>>>> batch
 
 setup: $(READY)
 
@@ -71,7 +78,13 @@ bench: $(READY)
 toy: $(READY)
 	$(BIN)/python -m toy --profile $(PROFILE)
 
-paper site:
+site: $(READY)
+	$(BIN)/python -m dkto.site
+
+reference: $(READY)
+	$(BIN)/python -m dkto.reference
+
+paper:
 	@echo "make $@ is not part of this version yet; see CHANGELOG.md"; exit 1
 
 clean:

@@ -281,7 +281,7 @@ class Sweep:
     """Make runs again whose parameters or notebook have changed since; their old results are removed."""
 
     def run(self) -> None:
-        from dkto.engine import run_sweep, show_plan
+        from dkto.batch_engine import run_sweep, show_plan
         from dkto.sweeps import read_sweep
 
         plan = read_sweep(self.sweep, self.output_dir)

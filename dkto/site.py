@@ -11,19 +11,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 
+from dkto.reference import CARDS
+
 ROOT = Path(__file__).parent.parent
 OUTPUT = ROOT / "papermill_runs" / "outputs" / "site"
 SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
-CARD_COLUMNS = "*_card.csv"
 
 
 def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path = ROOT) -> Path:
@@ -67,7 +67,7 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     cards = _write_cards(source, reference)
     modules = _write_modules(source, root)
-    text = re.sub(r"\n## Notebooks\n", "\n## Notebooks\n", (root / "README.md").read_text(encoding="utf-8"))
+    text = (root / "README.md").read_text(encoding="utf-8")
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     for image in images:
         target = source / image
@@ -115,7 +115,7 @@ def _rewrite(text: str, lessons: list[str], keep: set[str], folder: str) -> str:
 def _write_cards(source: Path, reference: Path) -> list[str]:
     """A page for every table of a reference run that says paper value, ours and verdict."""
     names = []
-    for path in sorted(reference.glob(f"*/{CARD_COLUMNS}")):
+    for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
         name = f"{path.parent.name}-{path.stem}"
         title = path.stem.replace("_", " ")
         table = pd.read_csv(path, dtype=str, keep_default_na=False).to_html(index=False, border=0)
@@ -149,7 +149,6 @@ def _has_public(path: Path) -> bool:
     return any(isinstance(node, defined) and not node.name.startswith("_") for node in nodes)
 
 
-@dataclass
 class _Page(HTMLParser):
     """Anchors, links, and whatever a page would fetch."""
 
@@ -193,7 +192,7 @@ def check_pages(folder: Path) -> list[str]:
     return wrong
 
 
-def _read_page(path: Path) -> "_Page":
+def _read_page(path: Path) -> _Page:
     page = _Page()
     page.feed(path.read_text(encoding="utf-8"))
     return page

@@ -49,6 +49,7 @@ SMALL: dict[str, dict[str, object]] = {
     "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
+    "70_reading_runs": {},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/20_how_a_model_learns_a_gaussian": {},
@@ -62,6 +63,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/31_feedback_data": {"sessions": 40},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
+    "solutions/70_reading_runs": {},
 }
 
 LONGEST_CELL = 25
@@ -257,6 +259,11 @@ def test_pairs_become_likes_under_both_rules(tmp_path):
     assert metrics["share_liked/always"] < metrics["share_liked/at_least_once"] < 0.6
     assert metrics["purity/at_least_once"] > 0.55 and abs(metrics["share_drawn"] - 0.8) < 0.02
     assert metrics["views_of_a_liked_picture/paper"] > 1 > metrics["views_of_a_disliked_picture/paper"]
+
+
+def test_reading_runs_reads_the_example_sweep(tmp_path):
+    metrics = run_small("70_reading_runs", tmp_path)
+    assert (metrics["runs"], metrics["groups"], metrics["seeds/fewest"], metrics["unfinished"]) == (18, 6, 3, 0)
 
 
 def test_solutions_hold(outputs, tmp_path):

@@ -25,7 +25,9 @@ ROOMS = (
     ("scoring", "prompts", "online"),
     ("evaluate", "monitors", "study", "page"),
     ("systems", "paper_tables"),
-    ("search", "report", "engine"),
+    ("search", "report", "batch_engine"),
+    ("reference",),
+    ("site",),
     ("demo", "paper", "widgets"),
     ("cli",),
 )

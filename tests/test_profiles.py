@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dkto.engine import _write_plan, run_sweep
+from dkto.batch_engine import _write_plan, run_sweep
 from dkto.sweeps import read_sweep
 from dkto.yaml12 import read_yaml
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dkto.engine import show_plan
+from dkto.batch_engine import show_plan
 from dkto.sweeps import read_sweep
 
 ROOT = Path(__file__).parent.parent

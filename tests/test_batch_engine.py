@@ -14,8 +14,8 @@ import nbformat
 import psutil
 import pytest
 
-from dkto import engine
-from dkto.engine import run_states, run_sweep, show_plan
+from dkto import batch_engine as engine
+from dkto.batch_engine import run_states, run_sweep, show_plan
 from dkto.processes import sole_writer
 from dkto.records import write_json
 from dkto.run_record import recorded

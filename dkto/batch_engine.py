@@ -180,7 +180,7 @@ def _cards() -> list[str]:
 def _write_plan(plan: Plan, local: bool) -> None:
     about = {
         "sweep": plan.name,
-        "folder": str(plan.folder.resolve()),
+        "folder": str(plan.folder),
         "working_directory": os.getcwd(),
         "python": sys.executable,
         "cards": ",".join(_cards()) if local else None,

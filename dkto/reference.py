@@ -1,0 +1,193 @@
+"""The lessons as they ran, kept with the project: `python -m dkto.reference` makes what is missing or outdated.
+
+A lesson is outdated when its cells have changed since its reference ran; the hash of their text is in its `run.json`.
+A lesson that reads another's folder (a parameter whose default is the other's `output_dir`) runs after it.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from dkto.batch_engine import run_sweep
+from dkto.notebooks import Parameter, declared_parameters
+from dkto.run_record import RECORD_NAME, source_hash
+from dkto.sweeps import Plan, PlannedRun, Resources, read_sweep
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" reads
+EXAMPLE_FOLDER = "sweep"
+NOT_RUN_HERE = {"54_published_checkpoints": "needs released weights and a GPU"}  # lessons without a reference run
+CARDS = ("*card*.csv", "verdicts.csv")
+LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
+
+
+def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
+    """Lessons without a reference run of just this text, with the reason, in the order of their numbers."""
+    found = {}
+    for path in _lessons(root).values():
+        if path.stem in NOT_RUN_HERE:
+            continue
+        kept = root / "papermill_runs" / "reference" / path.stem / RECORD_NAME
+        if not kept.is_file():
+            found[path.stem] = "no reference run"
+        elif json.loads(kept.read_text())["source_hash"] != source_hash(path):
+            found[path.stem] = "its cells have changed since its reference ran"
+    return found
+
+
+def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
+    """A plan of these lessons and of those whose folders they read, with their defaults, one at a time."""
+    declared = {name: declared_parameters(path) for name, path in _lessons(root).items()}
+    home = {parameters["output_dir"].default: name for name, parameters in declared.items()}
+    needed = list(names)
+    for name in needed:  # grows while it is read
+        needed += [other for other in _inputs(declared[name], home).values() if other not in needed]
+    runs = []
+    for name in _in_order(needed, declared, home):
+        inputs = {key: _run_name(other) for key, other in _inputs(declared[name], home).items()}
+        defaults = {key: parameter.default for key, parameter in declared[name].items()}
+        runs.append(
+            PlannedRun(
+                name=_run_name(name),
+                notebook=str(Path("notebooks") / f"{name}.ipynb"),
+                given={},
+                parameters={key: value for key, value in defaults.items() if key not in {"output_dir", *inputs}},
+                inputs=inputs,
+                varying={},
+                resources=Resources(cpus=os.cpu_count() or 1),  # one at a time, so that its seconds mean something
+            )
+        )
+    return Plan("reference", Path("papermill_runs") / "outputs" / "reference", tuple(runs))
+
+
+def _lessons(root: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+
+
+def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str, str]:
+    return {key: home[p.default] for key, p in parameters.items() if key != "output_dir" and p.default in home}
+
+
+def _in_order(names: list[str], declared: dict, home: dict[str, str]) -> list[str]:
+    """Each after those that it reads, otherwise by number."""
+    found = []
+
+    def add(name: str) -> None:
+        for other in sorted(_inputs(declared[name], home).values()):
+            add(other)
+        if name not in found:
+            found.append(name)
+
+    for name in sorted(names):
+        add(name)
+    return found
+
+
+def _run_name(lesson: str) -> str:
+    return f"lesson_{lesson}/run"
+
+
+def make_reference(root: Path = ROOT) -> list[str]:
+    """Run what is missing or outdated and keep it; what has run in `outputs/reference` before is not run again.
+
+    Args:
+        root: the checkout, which must be the working directory.
+
+    Returns:
+        The lessons whose reference was made.
+
+    Raises:
+        ValueError: outside the checkout.
+        RuntimeError: if a lesson fails; the others are kept.
+    """
+    if Path.cwd() != root.resolve():
+        raise ValueError(f"reference runs are made in the checkout: cd {root}")
+    reference = root / "papermill_runs" / "reference"
+    _make_example(root, reference / EXAMPLE_FOLDER)
+    names = list(outdated_lessons(root))
+    if not names:
+        return []
+    plan = lesson_plan(names, root)
+    made = []
+    try:
+        run_sweep(plan, redo=True)
+    finally:
+        for name in names:
+            folder = plan.folder / _run_name(name)
+            record = folder / RECORD_NAME
+            if record.is_file() and json.loads(record.read_text())["status"] == "finished":
+                keep(folder, reference / name)
+                made.append(name)
+    return made
+
+
+def _make_example(root: Path, kept: Path) -> None:
+    """The records of a real sweep, as small files, for the notebook that reads runs."""
+    sweep = root / "papermill_runs" / "sweeps" / f"{EXAMPLE}.yaml"
+    if not sweep.is_file():
+        return
+    plan = read_sweep(sweep)
+    hashes = {run.name: source_hash(run.notebook) for run in plan.runs}
+    records = [kept / name / RECORD_NAME for name in hashes]
+    if all(p.is_file() for p in records):
+        stored = [json.loads(path.read_text())["source_hash"] for path in records]
+        if stored == list(hashes.values()):
+            return
+    run_sweep(plan, redo=True)
+    shutil.rmtree(kept, ignore_errors=True)
+    for run in plan.runs:
+        (kept / run.name).mkdir(parents=True)
+        for name in (RECORD_NAME, "metrics.json"):
+            shutil.copyfile(plan.folder / run.name / name, kept / run.name / name)
+
+
+def keep(run: Path, kept: Path) -> None:
+    """Copy what a reader needs of a run: notebook with small figures, record, metrics, cards; all or nothing."""
+    part = kept.with_name(kept.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    notebook = json.loads((run / "notebook.ipynb").read_text(encoding="utf-8"))
+    (part / "notebook.ipynb").write_text(json.dumps(shrink(notebook), indent=1) + "\n", encoding="utf-8")
+    cards = [path for pattern in CARDS for path in run.glob(pattern)]
+    for path in (run / RECORD_NAME, run / "metrics.json", *cards):
+        shutil.copyfile(path, part / path.name)
+    shutil.rmtree(kept, ignore_errors=True)
+    part.replace(kept)
+
+
+def shrink(notebook: dict) -> dict:
+    """The notebook with large figures in 256 colours where that is smaller, and without the state of live widgets."""
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if len(data) > 1:
+                data.pop("application/vnd.jupyter.widget-view+json", None)
+            if "image/png" in data:
+                data["image/png"] = _smaller(data["image/png"])
+    return notebook
+
+
+def _smaller(encoded: str) -> str:
+    data = base64.b64decode(encoded)
+    if len(data) < LARGE_FIGURE:
+        return encoded
+    image = Image.open(io.BytesIO(data))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
+    file = io.BytesIO()
+    flat.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode() if len(file.getvalue()) < len(data) else encoded
+
+
+if __name__ == "__main__":
+    try:
+        print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"dkto: {error}")
