@@ -2,7 +2,7 @@
 # Everything is set up on first use in .venv; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
-PROFILE ?= small
+PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -24,7 +24,8 @@ help:
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: 15 minutes)"
-	@echo "make paper and make site belong to later versions and say so"
+	@echo "make paper     the paper's tables on the small world (about an hour; PROFILE=quick make paper: 15 minutes)"
+	@echo "make site belongs to a later version and says so"
 
 setup: $(READY)
 
@@ -69,9 +70,12 @@ bench: $(READY)
 	$(PYTEST) tests/benchmarks
 
 toy: $(READY)
-	$(BIN)/python -m toy --profile $(PROFILE)
+	$(BIN)/python -m toy --profile $(or $(PROFILE),small)
 
-paper site:
+paper: $(READY)
+	$(BIN)/dkto paper --profile $(or $(PROFILE),default)
+
+site:
 	@echo "make $@ is not part of this version yet; see CHANGELOG.md"; exit 1
 
 clean:

@@ -21,7 +21,8 @@ from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
 from dkto.records import hardware, versions, write_json
 from dkto.report import Section, report_html, write_report
-from dkto.search import SearchConfig, search_settings
+from dkto.search import search_settings
+from dkto.search_config import SearchConfig
 from dkto.systems import CONTROLS
 
 MAIN = "win_rate_tables"
@@ -68,6 +69,7 @@ PROFILES: dict[str, list[Step]] = {
                 guidance_scales=[3.0],
                 validation_prompts=4,
                 sampling_steps=2,
+                processes=0,
             ),
         ),
     ],
