@@ -31,9 +31,9 @@ GRIDS: dict[str, list[dict[str, object]]] = {
         {"learning_rate": 3e-5, "beta": 300.0},
     ],
     "kto": [
-        {"learning_rate": 1e-4, "beta": 100.0},
-        {"learning_rate": 3e-5, "beta": 100.0},
-        {"learning_rate": 1e-4, "beta": 300.0},
+        {"learning_rate": 3e-5, "beta": 100.0, "desirable_fraction": 0.5},
+        {"learning_rate": 3e-5, "beta": 100.0, "desirable_fraction": 0.8},
+        {"learning_rate": 1e-4, "beta": 100.0, "desirable_fraction": 0.5},
     ],
     "alignprop": [
         {"backprop_steps": 3, "learning_rate": 3e-3},

@@ -39,7 +39,7 @@ def test_the_first_paragraph_names_what_was_not_reached():
     assert "Not run in this profile: d3po raises its own reward" in aims_sentence(absent)
     assert aims(missed)["verdict"].tolist().count("not reached") == 1
     ordered = aims_sentence(REACHED | {"orderings/yes": 2, "orderings/no": 1, "orderings/all": 5})
-    assert "Of 5 orderings of the paper that were tried, 2 hold, 1 do not, 2 stay open" in ordered
+    assert "Orderings of the paper that were tried: 5; 2 hold, 1 do not, 2 stay open" in ordered
 
 
 def test_seeds_are_pooled_without_hiding_one():
