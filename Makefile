@@ -2,7 +2,7 @@
 # Everything is set up on first use in .venv; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
-PROFILE ?= small
+PROFILE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,15 +23,10 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
-<<<<<<< HEAD
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
-	@echo "make paper and make site belong to later versions and say so"
-=======
-	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
+	@echo "make paper     the paper's tables on the small world (about an hour; PROFILE=quick make paper: 15 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
-	@echo "make paper belongs to a later version and says so"
->>>>>>> batch
 
 setup: $(READY)
 
@@ -76,7 +71,7 @@ bench: $(READY)
 	$(PYTEST) tests/benchmarks
 
 toy: $(READY)
-	$(BIN)/python -m toy --profile $(PROFILE)
+	$(BIN)/python -m toy --profile $(or $(PROFILE),small)
 
 site: $(READY)
 	$(BIN)/python -m dkto.site
@@ -84,8 +79,8 @@ site: $(READY)
 reference: $(READY)
 	$(BIN)/python -m dkto.reference
 
-paper:
-	@echo "make $@ is not part of this version yet; see CHANGELOG.md"; exit 1
+paper: $(READY)
+	$(BIN)/dkto paper --profile $(or $(PROFILE),default)
 
 clean:
 	rm -rf papermill_runs/outputs .pytest_cache .ruff_cache .hypothesis .coverage .benchmarks tests/benchmarks/results.json

@@ -11,6 +11,7 @@ import tyro
 from dkto.config import TrainConfig
 from dkto.online_config import OnlineConfig
 from dkto.progress import QUIET_VARIABLE
+from dkto.search_config import SearchConfig
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,38 @@ class Demo:
         run_demo(self.output_dir)
 
 
+@dataclass(frozen=True)
+class Paper:
+    """Replay the paper on the small world: notebooks through papermill, metrics.json and one HTML page."""
+
+    output_dir: Path = Path("papermill_runs/outputs/paper")
+    """Folder for everything it makes; called again, it goes on."""
+    profile: str = "default"
+    """quick, default or full."""
+    settings_file: str = "papermill_runs/paper_settings.json"
+    """Search result with the settings of every system; "full" searches anew."""
+
+    def run(self) -> None:
+        from dkto.paper import run_paper
+
+        run_paper(self.output_dir, self.profile, settings_file=self.settings_file)
+
+
+@dataclass(frozen=True)
+class PaperSearch:
+    """Search the settings of every system, the same number of tries for each, on validation prompts."""
+
+    config: tyro.conf.OmitArgPrefixes[SearchConfig]
+    keep: Path = Path("papermill_runs/paper_settings.json")
+    """JSON file for the result."""
+
+    def run(self) -> None:
+        from dkto.search import search_settings
+
+        print(search_settings(self.config, self.keep).to_string(index=False))
+        print(f"kept in {self.keep}")
+
+
 COMMANDS = {
     "feedback": Inspect,
     "unpack": Unpack,
@@ -316,6 +349,8 @@ COMMANDS = {
     "run": Run,
     "sweep": Sweep,
     "demo": Demo,
+    "paper": Paper,
+    "paper-search": PaperSearch,
 }
 
 

@@ -21,7 +21,8 @@ from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
 from dkto.records import hardware, versions, write_json
 from dkto.report import Section, report_html, write_report
-from dkto.search import SearchConfig, search_settings
+from dkto.search import search_settings
+from dkto.search_config import SearchConfig
 from dkto.systems import CONTROLS
 
 MAIN = "win_rate_tables"
@@ -68,6 +69,7 @@ PROFILES: dict[str, list[Step]] = {
                 guidance_scales=[3.0],
                 validation_prompts=4,
                 sampling_steps=2,
+                processes=0,
             ),
         ),
     ],
@@ -95,6 +97,7 @@ PROFILES: dict[str, list[Step]] = {
         Step("qualitative_grid", "53_qualitative_grid"),
     ],
 }
+UNSHOWN = ("likes", "gaps")  # tables of a notebook that are too long for a page
 READS_TABLES = "53_qualitative_grid"  # takes the pictures of the main tables
 
 
@@ -215,7 +218,7 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
         yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
         parts.append(
-            f"Of {every} orderings of the paper that were tried, {yes} hold, {no} do not, {every - yes - no} stay open."
+            f"Orderings of the paper that were tried: {every}; {yes} hold, {no} do not, {every - yes - no} stay open."
         )
     return " ".join(filter(None, parts))
 
@@ -252,7 +255,7 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float]) -> str
         Section(
             "What a win-rate does not show",
             ["Drift from the base, spread within a prompt, mean scores, and signs of reward hacking."],
-            [("", _read(main / "monitors.csv"))],
+            [("", _read(main / "monitors.csv", _named))],
         ),
     ]
     sections += _other_sections(folder)
@@ -284,6 +287,10 @@ def _pictures(folder: Path, captions: Mapping[str, str]) -> list[tuple[str, Path
 
 def _read(path: Path, change=lambda frame: frame) -> pd.DataFrame:
     return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.rename(columns={"Unnamed: 0": "system"})
 
 
 def _only_preference(frame: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ one with the highest mean of the user's own measure on validation prompts that n
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -15,67 +15,38 @@ import pandas as pd
 from dkto.embedded.pool import TASTES, compare_pool, likes_of, make_pool
 from dkto.embedded.scenes import prompts_for
 from dkto.generate import System, generate_all
-from dkto.launch import run_trainings
 from dkto.models import SMALL_WORLD
 from dkto.scoring import score_all
-from dkto.systems import make_config, sampled_as, share_data, sweep_guidance, write_settings
+from dkto.search_config import SearchConfig
+from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
-GUIDANCE_SCALES = (1.5, 3.0, 5.0, 7.5)
+GUIDANCE_SCALES = (1.5, 3.0, 5.0)
+CHECKPOINT_EVERY = 20
 GRIDS: dict[str, list[dict[str, object]]] = {
-    "sft": [{"learning_rate": 3e-5}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4}],
-    "csft": [{"learning_rate": 3e-5}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4}],
+    "sft": [{"learning_rate": 1e-4}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}],
+    "csft": [{"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"learning_rate": 3e-5}],
     "dpo": [
-        {"learning_rate": 1e-5, "beta": 100.0},
         {"learning_rate": 3e-5, "beta": 100.0},
+        {"learning_rate": 1e-5, "beta": 100.0},
         {"learning_rate": 3e-5, "beta": 300.0},
     ],
     "kto": [
-        {"learning_rate": 3e-5, "beta": 100.0},
-        {"learning_rate": 1e-4, "beta": 100.0},
-        {"learning_rate": 1e-4, "beta": 300.0},
+        {"learning_rate": 3e-5, "beta": 100.0, "desirable_fraction": 0.5},
+        {"learning_rate": 3e-5, "beta": 100.0, "desirable_fraction": 0.8},
+        {"learning_rate": 1e-4, "beta": 100.0, "desirable_fraction": 0.5},
     ],
     "alignprop": [
-        {"backprop_steps": 1, "learning_rate": 3e-3},
-        {"backprop_steps": 3, "learning_rate": 1e-3},
         {"backprop_steps": 3, "learning_rate": 3e-3},
+        {"backprop_steps": 3, "learning_rate": 1e-3},
+        {"backprop_steps": 1, "learning_rate": 3e-3},
     ],
     "d3po": [
-        {"learning_rate": 3e-4, "beta": 10.0},
-        {"learning_rate": 1e-3, "beta": 10.0},
+        {"learning_rate": 3e-3, "beta": 100.0},
         {"learning_rate": 1e-3, "beta": 100.0},
+        {"learning_rate": 3e-3, "beta": 10.0},
     ],
 }
 """Tries by method; the variants of KTO and the controls take its settings (`dkto.systems.SHARES_SETTINGS`)."""
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How settings are searched on the small world."""
-
-    output_dir: Path = Path("papermill_runs/outputs/search")
-    """Pool, tries and pictures land here; called again, it goes on."""
-    user: str = "balanced"
-    """Simulated user, a name in dkto.embedded.pool.TASTES."""
-    pool_prompts: int = 400
-    """Training prompts whose pictures the user compares."""
-    train_steps: int = 120
-    """Optimiser steps of every offline try."""
-    online_steps: int = 35
-    """Optimiser steps of AlignProp and D3PO, which also draw."""
-    batch_size: int = 32
-    """Samples per step."""
-    validation_prompts: int = 40
-    """Prompts on which tries are judged."""
-    images_per_prompt: int = 1
-    """Pictures of each."""
-    guidance: float = 3.0
-    """Scale at which all but the guidance sweep draw, no unit."""
-    sampling_steps: int = 15
-    """DPM-Solver++ steps of judged pictures."""
-    processes: int = 2
-    """Processes that train and draw."""
-    seed: int = 100
-    """Of everything; not a seed of the paper's notebooks."""
 
 
 def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
@@ -91,15 +62,15 @@ def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
 
 
 def online_settings(online_steps: int, reward: str) -> dict[str, dict[str, object]]:
-    """What AlignProp and D3PO are always told on the small world: short chains, few steps, a batch of 16.
+    """What AlignProp and D3PO are always told on the small world: short chains, few steps.
 
     AlignProp needs a reward with a gradient: the user's measure if it has one, its aesthetic part otherwise.
     """
     differentiable = reward if reward in ("world_redness", "world_aesthetics") else "world_aesthetics"
-    shared = {"max_train_steps": online_steps, "batch_size": 16, "sampling_steps": 8, "warmup_steps": 0}
+    shared = {"max_train_steps": online_steps, "sampling_steps": 8, "warmup_steps": 0}
     return {
-        "alignprop": {**shared, "reward": differentiable},
-        "d3po": {**shared, "reward": reward, "guidance": 1.0, "chain_steps": 4},
+        "alignprop": {**shared, "batch_size": 16, "reward": differentiable},
+        "d3po": {**shared, "batch_size": 48, "reward": reward, "guidance": 1.0, "chain_steps": 4},
     }
 
 
@@ -119,7 +90,10 @@ def search_settings(
     Raises:
         ValueError: if the budgets are not equal, or the user is unknown.
     """
-    tries = equal_budgets(grids)
+    known = equal_budgets(grids)
+    if not 1 <= config.tries <= known:
+        raise ValueError(f"tries must be in [1, {known}], the length of the grids, got {config.tries}")
+    grids = {method: list(settings)[: config.tries] for method, settings in grids.items()}
     if config.user not in TASTES:
         raise ValueError(f"user must be one of {', '.join(TASTES)}, got {config.user!r}")
     scorer, folder = TASTES[config.user], Path(config.output_dir)
@@ -137,7 +111,7 @@ def search_settings(
     table = likes_of(compare_pool(pool, scorer, seed=config.seed))
     data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=config.seed)
     common = {"max_train_steps": config.train_steps, "batch_size": config.batch_size, "seed": config.seed}
-    common |= {"warmup_steps": min(10, config.train_steps)}
+    common |= {"warmup_steps": min(10, config.train_steps), "checkpoint_every": CHECKPOINT_EVERY}
     online = online_settings(config.online_steps, scorer)
     runs = {
         (method, number): make_config(
@@ -146,7 +120,7 @@ def search_settings(
         for method, settings_list in grids.items()
         for number, settings in enumerate(settings_list)
     }
-    run_trainings(list(runs.values()), processes=config.processes)
+    run_configs(list(runs.values()), config.processes)
     systems = {
         f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base, base.guidance)[method]
         for (method, number), run in runs.items()
@@ -166,7 +140,7 @@ def search_settings(
     table["chosen"] = [row.settings is best.loc[row.method, "settings"] for row in table.itertuples()]
     guidance = sweep_guidance(base, GUIDANCE_SCALES, validation, scorer, folder / "guidance", **drawing)
     chosen = {name: best.loc[name, "settings"] for name in grids}
-    about = {**asdict(config), "output_dir": str(config.output_dir), "tries_per_method": tries, "scorer": scorer}
-    about |= {"tries": table.to_dict("records"), "guidance_scores": {f"{k:g}": v for k, v in guidance.items()}}
+    about = {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer}
+    about |= {"tried": table.to_dict("records"), "guidance_scores": {f"{k:g}": v for k, v in guidance.items()}}
     write_settings(keep, chosen, max(guidance, key=guidance.get), about)
     return table

@@ -160,6 +160,15 @@ def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping
     return TrainConfig(data.folder(name), output_dir, **{**used, **OFFLINE[name]})
 
 
+def run_configs(configs: Sequence[AnyConfig], processes: int) -> None:
+    """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process."""
+    if processes:
+        run_trainings(configs, processes=processes)
+        return
+    for config in configs:
+        (run_online if isinstance(config, OnlineConfig) else run_training)(config)
+
+
 def train_systems(
     names: Sequence[str],
     data: SharedData,
@@ -177,7 +186,7 @@ def train_systems(
         output_dir: run `name` lands in `output_dir/name`.
         common: settings of all (steps, batch size, seed).
         own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
-        processes: trainings at a time, each on one thread; 0 trains one after the other in this process.
+        processes: see `run_configs`.
 
     Returns:
         The run's folder of each trained system.
@@ -188,11 +197,7 @@ def train_systems(
             mine = {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
             configs[name] = make_config(name, data, Path(output_dir) / name, {**common, **mine})
     costly_first = sorted(configs, key=lambda name: name not in ONLINE)
-    if processes:
-        run_trainings([configs[name] for name in costly_first], processes=processes)
-    else:
-        for name in costly_first:
-            (run_online if name in ONLINE else run_training)(configs[name])
+    run_configs([configs[name] for name in costly_first], processes)
     return {name: config.output_dir for name, config in configs.items()}
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from dkto.demo import run_demo
@@ -50,6 +51,56 @@ SMALL: dict[str, dict[str, object]] = {
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
     "70_reading_runs": {},
+    "50_win_rate_tables": {
+        "systems": ["base", "base_best_guidance", "sft", "kto", "kto_shuffled", "alignprop"],
+        "pool_prompts": 12,
+        "train_steps": 2,
+        "online_steps": 1,
+        "batch_size": 4,
+        "prompts": 8,
+        "images_per_prompt": 2,
+        "guidance_scales": [1.0, 3.0],
+        "validation_prompts": 4,
+        "sampling_steps": 3,
+        "processes": 0,
+    },
+    "51_ablations": {
+        "utilities": ["kahneman_tversky", "loss_averse"],
+        "gammas": [0.5, 0.8],
+        "beta_factors": [1.0],
+        "partitions": ["at_least_once", "always"],
+        "pool_prompts": 12,
+        "train_steps": 2,
+        "batch_size": 4,
+        "prompts": 4,
+        "images_per_prompt": 1,
+        "sampling_steps": 3,
+        "processes": 0,
+    },
+    "52_a_specific_user": {
+        "systems": ["sft", "kto", "kto_shuffled"],
+        "doses": [10, 1000],
+        "pool_prompts": 12,
+        "train_steps": 2,
+        "batch_size": 4,
+        "prompts": 4,
+        "images_per_prompt": 2,
+        "sampling_steps": 3,
+        "processes": 0,
+    },
+    "53_qualitative_grid": {"columns": 4},
+    "54_published_checkpoints": {
+        "methods": ["base", "kto"],
+        "model": "small-world",
+        "unets": ["", ""],
+        "loras": ["", ""],
+        "scorers": ["world_fidelity", "world_aesthetics"],
+        "prompt_set": "world_test",
+        "prompts": 4,
+        "images_per_prompt": 2,
+        "sampling_steps": 3,
+        "processes": 0,
+    },
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/20_how_a_model_learns_a_gaussian": {},
@@ -64,6 +115,11 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
     "solutions/70_reading_runs": {},
+    "solutions/50_win_rate_tables": {},
+    "solutions/51_ablations": {},
+    "solutions/52_a_specific_user": {},
+    "solutions/53_qualitative_grid": {},
+    "solutions/54_published_checkpoints": {"prompts": 100},
 }
 
 LONGEST_CELL = 25
@@ -266,12 +322,56 @@ def test_reading_runs_reads_the_example_sweep(tmp_path):
     assert (metrics["runs"], metrics["groups"], metrics["seeds/fewest"], metrics["unfinished"]) == (18, 6, 3, 0)
 
 
-def test_solutions_hold(outputs, tmp_path):
+@pytest.fixture(scope="module")
+def paper_outputs(tmp_path_factory):
+    """The lessons on the paper's tables with small parameters: what each handed over, and the folder of all."""
+    folder = tmp_path_factory.mktemp("paper")
+    found = {name: run_small(name, folder) for name in SMALL if re.match("5[0124]_", name)}
+    lesson_dir = str(folder / "50_win_rate_tables")
+    return found | {"53": run_small("53_qualitative_grid", folder, lesson_dir=lesson_dir)}, folder
+
+
+def test_the_tables_hold_every_comparison_and_control(paper_outputs):
+    metrics = paper_outputs[0]["50_win_rate_tables"]
+    for opponent in ("base", "base_best_guidance", "sft", "kto_shuffled", "alignprop"):
+        for scorer in ("world_utility", "world_fidelity", "world_aesthetics"):
+            key = f"win_rate/kto_vs_{opponent}/{scorer}"
+            assert 0 <= metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] <= 1
+            assert metrics[f"{key}/n"] == 8 and metrics[f"style_{key}/toy/n"] == 2
+    assert metrics["reward_gain/alignprop/low"] <= metrics["reward_gain/alignprop"]
+    assert metrics["drift/base"] == 0 < metrics["drift/kto"] and metrics["best_guidance"] in (1.0, 3.0)
+    table = pd.read_csv(paper_outputs[1] / "50_win_rate_tables" / "cards.csv")
+    assert set(table["verdict"]) <= {"yes", "no", "open"} and len(table) == 3
+
+
+def test_ablations_share_their_centre(paper_outputs):
+    metrics = paper_outputs[0]["51_ablations"]
+    same = {metrics[key] for key in ("centre", "utility/kahneman_tversky", "gamma/0.8", "partition/at_least_once")}
+    assert len(same) == 1 and metrics["gamma/0.8/gap"] == 0
+    assert metrics["gamma/0.5/gap/low"] <= metrics["gamma/0.5/gap"] <= metrics["gamma/0.5/gap/high"]
+
+
+def test_a_specific_user_is_learnt_with_and_without_contradiction(paper_outputs):
+    metrics = paper_outputs[0]["52_a_specific_user"]
+    assert {"lost/kto/0.3", "lost/sft/0.3", "dose/10", "dose/24"} <= metrics.keys()
+    assert metrics["win_rate/kto_flipped_30_vs_base/world_redness/n"] == 4
+
+
+def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
+    found = paper_outputs[0]
+    assert found["53"]["prompts"] == 8 and found["53"]["worst"] <= found["53"]["best"]
+    equal = found["54_published_checkpoints"]  # two names for one model: every prompt is a tie
+    assert equal["win_rate/kto_vs_base/world_fidelity"] == 0.5 and equal["disagreements"] == 0
+
+
+def test_solutions_hold(outputs, paper_outputs, tmp_path):
     """Every solution carries its own asserts; one that fails names its cell."""
     inputs = {
         "solutions/30_train_with_likes": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
         "solutions/40_win_rates": {"lesson_dir": str(outputs / "win_rates")},
     }
+    lessons = ("50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid")
+    inputs |= {f"solutions/{name}": {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}
     for path in SOLUTIONS:
         name = f"solutions/{path.stem}"
         assert run_small(name, tmp_path, **inputs.get(name, {})), name

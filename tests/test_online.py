@@ -181,11 +181,12 @@ def test_the_reward_of_the_drawn_pictures_rises(config, objective):
     """The same noise and prompts before and after: a brighter picture is the reward."""
     register_scorer("brightness", Brightness())
     try:
-        settings = {"alignprop": {"backprop_steps": 3}, "d3po": {"beta": 100.0, "ratio_clip": 0.9}}[objective]
-        learning = replace(
-            config, objective=objective, reward="brightness", max_train_steps=16, batch_size=8, lora_rank=0,
-            learning_rate=1e-3, guidance=1.0, checkpoint_every=100, **settings,
-        )  # fmt: skip
+        settings = {
+            "alignprop": {"backprop_steps": 3, "batch_size": 8, "learning_rate": 1e-3},
+            "d3po": {"beta": 100.0, "ratio_clip": 0.9, "batch_size": 64, "learning_rate": 3e-3},
+        }[objective]
+        shared = {"reward": "brightness", "max_train_steps": 12, "lora_rank": 0, "guidance": 1.0}
+        learning = replace(config, objective=objective, checkpoint_every=100, **shared, **settings)
         run_online(learning)
         model = load_model(config.model)
         online = OnlineModel(model, config.prompts(), torch.device("cpu"))

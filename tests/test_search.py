@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from dkto.search import GRIDS, equal_budgets, online_settings, search_settings
+from dkto.search_config import SearchConfig
+from dkto.systems import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings
+
+
+def test_every_method_gets_the_same_number_of_tries():
+    assert equal_budgets(GRIDS) == 3
+    assert {*GRIDS, *SHARES_SETTINGS} == {*OFFLINE, *ONLINE}
+    with pytest.raises(ValueError, match="the same number of tries"):
+        equal_budgets({"kto": [{}, {}], "sft": [{}]})
+
+
+def test_alignprop_is_given_a_reward_that_has_a_gradient():
+    assert online_settings(5, "world_utility")["alignprop"]["reward"] == "world_aesthetics"
+    assert online_settings(5, "world_redness")["alignprop"]["reward"] == "world_redness"
+    assert online_settings(5, "world_utility")["d3po"]["reward"] == "world_utility"
+
+
+def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
+    """One step a try of the small world's own model: the table and the kept file agree."""
+    config = SearchConfig(
+        tmp_path / "search",
+        pool_prompts=4,
+        tries=2,
+        train_steps=1,
+        batch_size=2,
+        validation_prompts=2,
+        sampling_steps=2,
+        processes=0,
+    )
+    grids = {"sft": [{"learning_rate": 1e-9}, {"learning_rate": 1e-3}, {"learning_rate": 1.0}]}
+    table = search_settings(config, tmp_path / "settings.json", grids)
+    assert len(table) == 2 and table["chosen"].sum() == 1
+    kept = read_settings(tmp_path / "settings.json")
+    best = table.loc[table["score"].idxmax(), "settings"]
+    assert kept["settings"] == {"sft": best}
+    assert kept["search"]["tries"] == 2 and len(kept["search"]["tried"]) == 2
+    assert json.dumps(kept) and kept["guidance"] in (1.5, 3.0, 5.0)
+    with pytest.raises(ValueError, match=r"tries must be in \[1, 3\]"):
+        search_settings(SearchConfig(tmp_path, tries=4), tmp_path / "x.json", grids)
+    with pytest.raises(ValueError, match="user must be one of balanced"):
+        search_settings(SearchConfig(tmp_path, user="nobody"), tmp_path / "x.json")
