@@ -1,7 +1,7 @@
 """What the engine of a sweep costs beyond papermill's own start-up, as a difference within one run.
 
-The same tiny notebook is executed by plain papermill, one process after another, and by `dkto sweep` on one core, for two numbers
-of runs: the slope over the number of runs is the cost of a run, the intercept that of the engine once.
+The same tiny notebook is executed by plain papermill, one process after another, and by `dkto sweep` on one core,
+for two numbers of runs: the slope over the number of runs is the cost of a run, the intercept that of the engine once.
 """
 
 import shutil
