@@ -12,15 +12,9 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-<<<<<<< HEAD
     ("expression", "utilities", "records", "progress", "quiet", "votes", "processes", "yaml12"),
     ("losses", "metrics", "sources", "run_record"),
-    ("feedback", "config", "online_config", "plotting"),
-=======
-    ("utilities", "records", "progress", "quiet", "votes"),
-    ("losses", "metrics", "sources"),
     ("feedback", "config", "online_config", "search_config", "plotting"),
->>>>>>> ed12634 (make paper: profiles, one metrics.json and one page; the notebooks on the paper's tables run in the tests)
     ("pairs",),
     ("models", "published", "chain"),
     ("prepared", "prepare", "notebooks"),
