@@ -305,7 +305,8 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
         label: of the colour bar, with its unit.
     """
     ax = plot_world(ax)
-    tiny = 1e-6 + 1e-3 * float(rewards.abs().max())  # a map that is never liked, or never disliked, keeps both colours
+    rewards, x, y = rewards.numpy(), x.numpy(), y.numpy()
+    tiny = 1e-6 + 1e-3 * float(np.abs(rewards).max())  # a map that is never liked, or never disliked, keeps both colours
     norm = TwoSlopeNorm(0, min(float(rewards.min()), -tiny), max(float(rewards.max()), tiny))
     mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
     ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")
