@@ -32,11 +32,24 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
+    "61_teach_by_likes": {
+        "pictures": 14,
+        "simulated_judge": "likes_red",
+        "press_button": True,
+        "max_train_steps": 12,
+        "held_out_prompts": 4,
+        "sample_steps": 4,
+    },
+    "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_fidelity"},
+    "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
+    "solutions/61_teach_by_likes": {},
+    "solutions/62_judge_blind": {},
+    "solutions/63_watch_training": {},
 }
 
 LONGEST_CELL = 25
@@ -220,6 +233,24 @@ def test_the_explorer_leaves_a_static_picture(tmp_path):
     metrics = run_small("60_explore_utilities", tmp_path)
     assert metrics["slope_at_0"] == 0.5, "tanh(x / 2) at the reference point"
     assert (tmp_path / "60_explore_utilities" / "explorer.png").stat().st_size > 10_000
+
+
+def test_likes_of_a_simulated_user_tune_a_model_at_the_press_of_a_button(tmp_path):
+    metrics = run_small("61_teach_by_likes", tmp_path)
+    assert metrics["judged"] == 14 and metrics["steps"] == 12 and metrics["win_rate/n"] == 4
+    assert (tmp_path / "61_teach_by_likes" / "run-01" / "lora").is_dir()
+
+
+def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
+    metrics = run_small("62_judge_blind", tmp_path)
+    key = "study/ours_vs_theirs"
+    assert metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] and metrics["answers"] >= 1
+    assert (tmp_path / "62_judge_blind" / "preferences.png").is_file()
+
+
+def test_a_watched_training_leaves_its_curves_and_rows_of_pictures(tmp_path):
+    metrics = run_small("63_watch_training", tmp_path)
+    assert metrics["steps"] == 12 and metrics["sample_rows"] >= 1
 
 
 def test_utility_weights_are_the_gradients(outputs):

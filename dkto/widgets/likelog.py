@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkto.feedback import IMAGE_SUFFIXES, FeedbackTable, make_feedback
+from dkto.feedback import FeedbackTable, make_feedback
 from dkto.generate import image_path, read_manifest
+from dkto.sources import IMAGE_SUFFIXES
 from dkto.widgets.eventlog import EventLog
 
 JUDGEMENTS = ("like", "dislike", "skip")
