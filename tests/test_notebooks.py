@@ -42,6 +42,7 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_fidelity"},
     "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
+    "64_toy_playground": {"max_train_steps": 200},
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
@@ -50,6 +51,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/61_teach_by_likes": {},
     "solutions/62_judge_blind": {},
     "solutions/63_watch_training": {},
+    "solutions/64_toy_playground": {},
 }
 
 LONGEST_CELL = 25
@@ -251,6 +253,11 @@ def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
 def test_a_watched_training_leaves_its_curves_and_rows_of_pictures(tmp_path):
     metrics = run_small("63_watch_training", tmp_path)
     assert metrics["steps"] == 12 and metrics["sample_rows"] >= 1
+
+
+def test_the_cloud_of_the_playground_goes_to_the_liked_gaussian(tmp_path):
+    metrics = run_small("64_toy_playground", tmp_path)
+    assert metrics["distance/after"] < metrics["distance/before"]
 
 
 def test_utility_weights_are_the_gradients(outputs):

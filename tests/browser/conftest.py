@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -43,8 +44,9 @@ def until(page, condition, argument=None, seconds=30):
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition, argument):
         if time.monotonic() > deadline:
-            page.screenshot(path="/tmp/dkto_browser_failure.png")
-            raise AssertionError(f"not true within {seconds} s: {condition}")
+            seen = Path(tempfile.mkdtemp()) / "page.png"
+            page.screenshot(path=seen)
+            raise AssertionError(f"not true within {seconds} s, see {seen}: {condition}")
         time.sleep(0.1)
 
 
