@@ -51,9 +51,7 @@ def test_the_page_trains_and_reads_why_not(playground):
     assert playground.trained["key"] == "dpo beta=1 flip=0" and playground.message == "" and not playground.busy
     playground._on_message(playground, message | {"means": {"desirable": [9, 0], "undesirable": [0, 0]}}, [])
     assert "the desirable Gaussian must lie in" in playground.message
-    playground._on_message(
-        playground, message | {"settings": {"method": "kt"} | dict(beta=1, gamma=1, clamp=1, flip=0)}, []
-    )
+    playground._on_message(playground, message | {"settings": message["settings"] | {"method": "kt"}}, [])
     assert "unknown utility 'kt'" in playground.message
 
 

@@ -104,7 +104,15 @@ class Lab:
         """A page that shows the notebook, its kernel ready."""
         page = self.browser.new_page(**({"viewport": {"width": 1400, "height": 1000}} | options))
         page.alerts = []
-        page.on("dialog", lambda dialog: (page.alerts.append(dialog.message), dialog.dismiss()))
+
+        def answer(dialog):
+            if dialog.type == "beforeunload":  # JupyterLab asks before an unsaved notebook is left
+                dialog.accept()
+            else:
+                page.alerts.append(dialog.message)
+                dialog.dismiss()
+
+        page.on("dialog", answer)
         page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?reset&token={self.token}")
         self.wait_for_kernel(page)
         return page

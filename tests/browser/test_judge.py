@@ -25,7 +25,7 @@ BRIGHTER = """() => {
 def study(tmp_path):
     prompts = [f"{ATTACK} {number}" for number in range(5)]
     folders = {}
-    for name, level in (("secret_ours", 220), ("secret_theirs", 60)):
+    for name, level in (("qwours", 220), ("qwtheirs", 60)):
         folders[name] = tmp_path / name
         folders[name].mkdir()
         about = {"system": {}, "prompts": prompts, "images_per_prompt": 1, "seed": 0}
@@ -46,7 +46,7 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
     lab.run_all(page)
     page.wait_for_selector(".dkto-judge img")
     page.locator(".dkto-judge [tabindex='0']").focus()
-    assert "secret" not in page.content()
+    assert "qwours" not in page.content()
     assert page.locator(".dkto-judge .dkto-prompt").text_content().startswith(ATTACK)
     counted = "n => document.querySelector('.dkto-judge [role=status]').textContent === `${n} of 5 answered`"
     for number in range(1, 6):
@@ -62,9 +62,9 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
             page.keyboard.press(brighter)
             until(page, counted, 3)
         if number < 5:
-            assert "secret" not in page.content()
+            assert "qwours" not in page.content()
     page.wait_for_selector(".dkto-judge table")
-    assert "secret_ours is preferred to secret_theirs" in page.locator(".dkto-judge .dkto-result").text_content()
+    assert "qwours is preferred to qwtheirs" in page.locator(".dkto-judge .dkto-result").text_content()
     picture(page.locator(".dkto-judge"), "judge_result")
     assert study_result(study).answered == 5 and page.alerts == []
     page.close()
