@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, object]] = {
     "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
+<<<<<<< HEAD
     "70_reading_runs": {},
     "50_win_rate_tables": {
         "systems": ["base", "base_best_guidance", "sft", "kto", "kto_shuffled", "alignprop"],
@@ -101,6 +102,19 @@ SMALL: dict[str, dict[str, object]] = {
         "sampling_steps": 3,
         "processes": 0,
     },
+=======
+    "61_teach_by_likes": {
+        "pictures": 14,
+        "simulated_judge": "likes_red",
+        "press_button": True,
+        "max_train_steps": 12,
+        "held_out_prompts": 4,
+        "sample_steps": 4,
+    },
+    "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_fidelity"},
+    "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
+    "64_toy_playground": {"max_train_steps": 200},
+>>>>>>> widgets
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/20_how_a_model_learns_a_gaussian": {},
@@ -114,12 +128,19 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/31_feedback_data": {"sessions": 40},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
+<<<<<<< HEAD
     "solutions/70_reading_runs": {},
     "solutions/50_win_rate_tables": {},
     "solutions/51_ablations": {},
     "solutions/52_a_specific_user": {},
     "solutions/53_qualitative_grid": {},
     "solutions/54_published_checkpoints": {"prompts": 100},
+=======
+    "solutions/61_teach_by_likes": {},
+    "solutions/62_judge_blind": {},
+    "solutions/63_watch_training": {},
+    "solutions/64_toy_playground": {},
+>>>>>>> widgets
 }
 
 LONGEST_CELL = 25
@@ -303,6 +324,29 @@ def test_the_explorer_leaves_a_static_picture(tmp_path):
     metrics = run_small("60_explore_utilities", tmp_path)
     assert metrics["slope_at_0"] == 0.5, "tanh(x / 2) at the reference point"
     assert (tmp_path / "60_explore_utilities" / "explorer.png").stat().st_size > 10_000
+
+
+def test_likes_of_a_simulated_user_tune_a_model_at_the_press_of_a_button(tmp_path):
+    metrics = run_small("61_teach_by_likes", tmp_path)
+    assert metrics["judged"] == 14 and metrics["steps"] == 12 and metrics["win_rate/n"] == 4
+    assert (tmp_path / "61_teach_by_likes" / "run-01" / "lora").is_dir()
+
+
+def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
+    metrics = run_small("62_judge_blind", tmp_path)
+    key = "study/ours_vs_theirs"
+    assert metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] and metrics["answers"] >= 1
+    assert (tmp_path / "62_judge_blind" / "preferences.png").is_file()
+
+
+def test_a_watched_training_leaves_its_curves_and_rows_of_pictures(tmp_path):
+    metrics = run_small("63_watch_training", tmp_path)
+    assert metrics["steps"] == 12 and metrics["sample_rows"] >= 1
+
+
+def test_the_cloud_of_the_playground_goes_to_the_liked_gaussian(tmp_path):
+    metrics = run_small("64_toy_playground", tmp_path)
+    assert metrics["distance/after"] < metrics["distance/before"]
 
 
 def test_utility_weights_are_the_gradients(outputs):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dkto.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
 from dkto.utilities import get_utility
-from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE
+from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
 OBJECTIVES = ("sft", "csft", "dpo", "kto")
 TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
@@ -131,15 +131,18 @@ def drawing_of(method: Method) -> tuple[bool, float, float]:
     return pairs, 1.0 if pairs else method.desirable_fraction, method.flip_rate
 
 
-def draw_samples(drawing: tuple[bool, float, float], draws: Draws) -> Samples:
+def draw_samples(
+    drawing: tuple[bool, float, float], draws: Draws, classes: tuple[Gaussian, Gaussian] = (DESIRABLE, UNDESIRABLE)
+) -> Samples:
     """Samples for a way of drawing (paper 4.3): classes by a coin, then labels flipped by another.
 
     Args:
         drawing: of `drawing_of`.
         draws: of one step.
+        classes: what is desirable and what is not, in paper units.
     """
     pairs, desirable_fraction, flip_rate = drawing
-    liked, disliked = DESIRABLE.model_units(), UNDESIRABLE.model_units()
+    liked, disliked = (gaussian.model_units() for gaussian in classes)
     if pairs:
         half = draws.points.shape[-2] // 2
         chosen, rejected = liked.place(draws.points[..., :half, :]), disliked.place(draws.partners[..., :half, :])

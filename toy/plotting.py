@@ -306,7 +306,8 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
     """
     ax = plot_world(ax)
     rewards, x, y = rewards.numpy(), x.numpy(), y.numpy()
-    tiny = 1e-6 + 1e-3 * float(np.abs(rewards).max())  # a map that is never liked, or never disliked, keeps both colours
+    # a map that is never liked, or never disliked, keeps both colours
+    tiny = 1e-6 + 1e-3 * float(np.abs(rewards).max())
     norm = TwoSlopeNorm(0, min(float(rewards.min()), -tiny), max(float(rewards.max()), tiny))
     mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
     ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")

@@ -18,7 +18,7 @@ from toy.network import Ensemble, one_thread, stream
 from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods, known_name
 from toy.objectives import independent_samples as independent_of
 from toy.schedule import Schedule
-from toy.world import PRETRAINING
+from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
 STEPS_AT_ONCE = 25  # how many steps' randomness is drawn in one call; part of what a seed means
 EMA_DECAY = 0.995
@@ -157,6 +157,8 @@ def tune(
     seeds: Sequence[int],
     recipe: Recipe = SMALL,
     record_every: int = 100,
+    *,
+    classes: tuple[Gaussian, Gaussian] = (DESIRABLE, UNDESIRABLE),
 ) -> Iterator[Record]:
     """Tune every method of every seed at once; fresh samples each step (paper 4.1-4.3).
 
@@ -168,6 +170,7 @@ def tune(
         seeds: S, of the data.
         recipe: sizes and rates.
         record_every: steps between records.
+        classes: the desirable and the undesirable distribution, in paper units.
 
     Yields:
         A record of every `record_every`-th step and of the last one.
@@ -191,7 +194,7 @@ def tune(
     shape = (len(methods), len(seeds), recipe.batch_size)
     for step in range(recipe.max_train_steps):
         batch = next(draws)
-        drawn = [draw_samples(drawing, batch) for drawing in drawings]
+        drawn = [draw_samples(drawing, batch, classes) for drawing in drawings]
         clean, is_desirable, noise, timesteps = (torch.stack(part) for part in zip(*drawn, strict=True))  # (U, S, B)
         read = reference.inputs(schedule.add_noise(clean, noise, timesteps), timesteps)  # (U, S, B, 19)
         reference_error = _errors(reference, read, noise)[drawing_of_row]

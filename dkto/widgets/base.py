@@ -14,14 +14,14 @@ SMALLEST_SIDE = 192  # pixels: smaller pictures are enlarged without smoothing
 ROLE_COLOURS = {role: COLOURS[role] for role in ("desirable", "undesirable", "model", "reference_point", "pretraining")}
 
 
-def script(*names: str) -> str:
-    """The JavaScript of a widget: common.js and the named files, as one module."""
-    return "\n".join((FOLDER / f"{name}.js").read_text() for name in ("common", *names))
+def script(name: str, folder: Path = FOLDER) -> str:
+    """The JavaScript of a widget: common.js and its own file, as one module."""
+    return f"{(FOLDER / 'common.js').read_text()}\n{(folder / f'{name}.js').read_text()}"
 
 
-def style(*names: str) -> str:
-    """The CSS of a widget: common.css and the named files."""
-    return "\n".join((FOLDER / f"{name}.css").read_text() for name in ("common", *names))
+def style(name: str, folder: Path = FOLDER) -> str:
+    """The CSS of a widget: common.css and its own file."""
+    return f"{(FOLDER / 'common.css').read_text()}\n{(folder / f'{name}.css').read_text()}"
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -78,7 +78,7 @@ function axes(label, height = 230) {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.fillStyle = "#ffffff";
     context.fillRect(0, 0, width, height);
-    const left = 52, right = 8, top = spec.title ? 22 : 8, bottom = 36;
+    const left = 52, right = 16, top = spec.title ? 22 : 8, bottom = 36;
     const [x0, x1] = spec.x, [y0, y1] = spec.y;
     const px = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
     const py = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);

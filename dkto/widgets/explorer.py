@@ -30,7 +30,11 @@ from dkto.plotting import (
     plot_utilities,
 )
 from dkto.records import read_records
+<<<<<<< HEAD
 from dkto.sources import DISLIKED, LIKED
+=======
+from dkto.sources import parse_label
+>>>>>>> widgets
 from dkto.utilities import UTILITIES, define_utility, get_utility
 from dkto.widgets.base import ROLE_COLOURS, script, style
 
@@ -284,14 +288,11 @@ def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{name} needs the columns reward and liked; missing: {', '.join(sorted(missing))}")
     rewards, labels = [], []
     for number, row in enumerate(reader, 1):
-        like = str(row["liked"]).strip().lower()
         try:
             rewards.append(float(row["reward"]))
         except (TypeError, ValueError):
             raise ValueError(f"{name}, row {number}: reward must be a number, got {row['reward']!r}") from None
-        if like not in LIKED | DISLIKED:
-            raise ValueError(f"{name}, row {number}: liked must be 0/1, true/false or like/dislike, got {like!r}")
-        labels.append(like in LIKED)
+        labels.append(parse_label(row["liked"], f"{name}, row {number}"))
     return np.array(rewards, dtype=np.float64), np.array(labels, dtype=bool)
 
 

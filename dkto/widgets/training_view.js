@@ -25,8 +25,8 @@ function render({ model, el }) {
   }
 
   function drawCurves() {
-    const curves = model.get("curves"), x = [0, Math.max(1, model.get("total"))];
-    const [steps, loss] = curves.loss ?? [[], []];
+    const curves = model.get("curves"), [steps, loss] = curves.loss ?? [[], []];
+    const x = [0, Math.max(10, steps.at(-1) ?? 0)];
     panels.loss.draw({ x, y: span([loss]), title: "Loss", xLabel: "optimiser step", yLabel: "loss (no unit)", lines: [{ x: steps, y: loss, colour: colours.model, width: 1.5 }] });
     const shown = [["desirable", "liked", []], ["undesirable", "disliked", [6, 3]], ["reference_point", "reference point", [2, 3]]];
     panels.rewards.draw({

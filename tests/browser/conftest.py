@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -43,8 +44,9 @@ def until(page, condition, argument=None, seconds=30):
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition, argument):
         if time.monotonic() > deadline:
-            page.screenshot(path="/tmp/dkto_browser_failure.png")
-            raise AssertionError(f"not true within {seconds} s: {condition}")
+            seen = Path(tempfile.mkdtemp()) / "page.png"
+            page.screenshot(path=seen)
+            raise AssertionError(f"not true within {seconds} s, see {seen}: {condition}")
         time.sleep(0.1)
 
 
@@ -102,7 +104,15 @@ class Lab:
         """A page that shows the notebook, its kernel ready."""
         page = self.browser.new_page(**({"viewport": {"width": 1400, "height": 1000}} | options))
         page.alerts = []
-        page.on("dialog", lambda dialog: (page.alerts.append(dialog.message), dialog.dismiss()))
+
+        def answer(dialog):
+            if dialog.type == "beforeunload":  # JupyterLab asks before an unsaved notebook is left
+                dialog.accept()
+            else:
+                page.alerts.append(dialog.message)
+                dialog.dismiss()
+
+        page.on("dialog", answer)
         page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?reset&token={self.token}")
         self.wait_for_kernel(page)
         return page

@@ -1,0 +1,70 @@
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from dkto.records import write_json
+from dkto.study import make_study, study_result
+
+ATTACK = "<img src=x onerror=alert(1)>"
+
+BRIGHTER = """() => {
+  const level = (image) => {
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = 1;
+    const context = canvas.getContext("2d");
+    context.drawImage(image, 0, 0, 1, 1);
+    return context.getImageData(0, 0, 1, 1).data[0];
+  };
+  const [left, right] = [...document.querySelectorAll(".dkto-judge .dkto-pair img")].map(level);
+  return left > right ? "ArrowLeft" : "ArrowRight";
+}"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    prompts = [f"{ATTACK} {number}" for number in range(5)]
+    folders = {}
+    for name, level in (("qwours", 220), ("qwtheirs", 60)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        about = {"system": {}, "prompts": prompts, "images_per_prompt": 1, "seed": 0}
+        write_json(folders[name] / "manifest.json", about)
+        for number in range(5):
+            Image.fromarray(np.full((64, 64, 3), level, np.uint8)).save(folders[name] / f"p{number:05d}-s0.png")
+    return make_study(folders, tmp_path / "study", ["ann"], ["plain"] * 5, per_style=5)
+
+
+@pytest.mark.browser
+def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, until, picture, study):
+    source = f"from dkto.widgets import Judge\nJudge({str(study)!r}, 'ann')"
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)"}},
+        cells=[nbformat.v4.new_code_cell(source)],
+    )
+    page = lab.open(lab.write("judging", notebook))
+    lab.run_all(page)
+    page.wait_for_selector(".dkto-judge img")
+    page.locator(".dkto-judge [tabindex='0']").focus()
+    assert "qwours" not in page.content()
+    assert page.locator(".dkto-judge .dkto-prompt").text_content().startswith(ATTACK)
+    counted = "n => document.querySelector('.dkto-judge [role=status]').textContent === `${n} of 5 answered`"
+    for number in range(1, 6):
+        brighter = page.evaluate(BRIGHTER)
+        page.keyboard.press(brighter)
+        until(page, counted, number)
+        if number < 5:
+            until(page, "() => [...document.querySelectorAll('.dkto-judge .dkto-pair img')].every(i => i.complete)")
+        if number == 3:
+            picture(page.locator(".dkto-judge"), "judge")
+            page.keyboard.press("z")
+            until(page, counted, 2)
+            page.keyboard.press(brighter)
+            until(page, counted, 3)
+        if number < 5:
+            assert "qwours" not in page.content()
+    page.wait_for_selector(".dkto-judge table")
+    assert "qwours is preferred to qwtheirs" in page.locator(".dkto-judge .dkto-result").text_content()
+    picture(page.locator(".dkto-judge"), "judge_result")
+    assert study_result(study).answered == 5 and page.alerts == []
+    page.close()
