@@ -23,7 +23,7 @@ from dkto.records import hardware, versions, write_json
 from dkto.report import Section, report_html, write_report
 from dkto.search import search_settings
 from dkto.search_config import SearchConfig
-from dkto.systems import CONTROLS
+from dkto.systems import CONTROLS, read_settings, settings_origin
 
 MAIN = "win_rate_tables"
 PREFERENCE = "world_utility"
@@ -143,8 +143,8 @@ def run_paper(
         results[step.name], seconds[step.name] = _run(step, folder, given)
     metrics = combine(results, seconds)
     write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
-    write_report(folder / "report.html", make_report(folder, profile, metrics))
-    lead = aims_sentence(metrics)
+    lead = f"{aims_sentence(metrics)} {settings_origin(read_settings(settings_file))}"
+    write_report(folder / "report.html", make_report(folder, profile, metrics, lead))
     print(
         f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {folder}/metrics.json\npage: {folder}/report.html"
     )
@@ -223,8 +223,8 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     return " ".join(filter(None, parts))
 
 
-def make_report(folder: Path, profile: str, metrics: Mapping[str, float]) -> str:
-    """The page of a finished replay."""
+def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: str) -> str:
+    """The page of a finished replay; `lead` is its first paragraph."""
     found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
     main = found[0] if found else folder
     sections = [
@@ -260,9 +260,7 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float]) -> str
     ]
     sections += _other_sections(folder)
     about = {"profile": profile, "seconds": metrics["seconds/total"], "seeds": round(metrics["seeds"])}
-    return report_html(
-        "Diffusion-KTO on the small world", aims_sentence(metrics), sections, about | hardware() | versions()
-    )
+    return report_html("Diffusion-KTO on the small world", lead, sections, about | hardware() | versions())
 
 
 def _other_sections(folder: Path) -> Sequence[Section]:

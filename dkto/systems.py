@@ -264,6 +264,20 @@ def read_settings(path: str | Path) -> dict:
     return found
 
 
+def settings_origin(found: Mapping) -> str:
+    """How settings were found, in a sentence for a table or a page.
+
+    >>> settings_origin({"search": {"tries": 2, "validation_prompts": 40, "seed": 100}})
+    'Settings: the best of 2 tries for every method on 40 validation prompts, seed 100.'
+    """
+    search = found["search"]
+    if "tries" in search:
+        tries, prompts, seed = (search[name] for name in ("tries", "validation_prompts", "seed"))
+        return f"Settings: the best of {tries} tries for every method on {prompts} validation prompts, seed {seed}."
+    how = search.get("by_hand", "how is not recorded")
+    return f"Settings: not from a search with equal budgets ({how}); `dkto paper-search` makes one."
+
+
 def write_settings(path: str | Path, settings: Mapping, guidance: float, search: Mapping) -> Path:
     """Keep a search result."""
     path = Path(path)

@@ -50,7 +50,6 @@ SMALL: dict[str, dict[str, object]] = {
     "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
-<<<<<<< HEAD
     "70_reading_runs": {},
     "50_win_rate_tables": {
         "systems": ["base", "base_best_guidance", "sft", "kto", "kto_shuffled", "alignprop"],
@@ -102,7 +101,6 @@ SMALL: dict[str, dict[str, object]] = {
         "sampling_steps": 3,
         "processes": 0,
     },
-=======
     "61_teach_by_likes": {
         "pictures": 14,
         "simulated_judge": "likes_red",
@@ -114,7 +112,6 @@ SMALL: dict[str, dict[str, object]] = {
     "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_fidelity"},
     "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
     "64_toy_playground": {"max_train_steps": 200},
->>>>>>> widgets
     "solutions/00_start_here": {"pictures": 2},
     "solutions/10_utility_functions": {},
     "solutions/20_how_a_model_learns_a_gaussian": {},
@@ -128,19 +125,16 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/31_feedback_data": {"sessions": 40},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
-<<<<<<< HEAD
     "solutions/70_reading_runs": {},
     "solutions/50_win_rate_tables": {},
     "solutions/51_ablations": {},
     "solutions/52_a_specific_user": {},
     "solutions/53_qualitative_grid": {},
     "solutions/54_published_checkpoints": {"prompts": 100},
-=======
     "solutions/61_teach_by_likes": {},
     "solutions/62_judge_blind": {},
     "solutions/63_watch_training": {},
     "solutions/64_toy_playground": {},
->>>>>>> widgets
 }
 
 LONGEST_CELL = 25

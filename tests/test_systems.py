@@ -20,6 +20,7 @@ from dkto.systems import (
     make_config,
     read_settings,
     sampled_as,
+    settings_origin,
     share_data,
     sweep_guidance,
     train_systems,
@@ -126,6 +127,7 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
 def test_a_search_result_is_kept_and_read(tmp_path):
     path = write_settings(tmp_path / "deep" / "settings.json", {"kto": {"beta": 10.0}}, 3.0, {"seed": 1})
     assert read_settings(path)["settings"]["kto"] == {"beta": 10.0}
+    assert settings_origin(read_settings(path)).startswith("Settings: not from a search with equal budgets")
     with pytest.raises(FileNotFoundError, match="`dkto paper-search` writes one"):
         read_settings(tmp_path / "none.json")
     path.write_text("{}")

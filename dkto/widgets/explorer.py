@@ -30,11 +30,7 @@ from dkto.plotting import (
     plot_utilities,
 )
 from dkto.records import read_records
-<<<<<<< HEAD
-from dkto.sources import DISLIKED, LIKED
-=======
 from dkto.sources import parse_label
->>>>>>> widgets
 from dkto.utilities import UTILITIES, define_utility, get_utility
 from dkto.widgets.base import ROLE_COLOURS, script, style
 
