@@ -24,6 +24,8 @@ from dkto.models import load_model
 from dkto.prepare import PreparedFeedback, prepare_feedback, to_pixel_values
 from dkto.prepared import shard_path
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="children and memory are read in /proc")
+
 
 def test_pixel_values_are_centred_and_scaled():
     picture = Image.new("RGB", (40, 20), (255, 0, 127))
@@ -257,6 +259,7 @@ def slow_call(likes, model, output_dir, seconds, processes):
     return [str(script), str(table), str(output_dir), str(model), str(seconds), str(processes)]
 
 
+@needs_proc
 def test_a_kill_loses_no_shard_and_leaves_no_worker(likes, tiny_pipeline, tmp_path, whole, small_shards):
     """SIGKILL to a run of two workers in the middle; they end with it; a second call encodes only what is missing."""
     cut = tmp_path / "cut"
@@ -287,6 +290,7 @@ def _alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_two_launched_processes_share_the_shards(likes, tiny_pipeline, tmp_path, whole, monkeypatch):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     call = [*launch, *slow_call(likes, tiny_pipeline, tmp_path / "launched", 0, 1)]
@@ -331,6 +335,7 @@ print(len(data), seconds, grown)
 """
 
 
+@needs_proc
 def test_a_million_rows_are_opened_at_once(prepared, tiny_pipeline, tmp_path, sparse_copy):
     """The whole of Pick-a-Pic: 928,068 rows, as many as the paper counts, in sparse shards."""
     folder = sparse_copy(prepared, tmp_path / "million", 928_068)
