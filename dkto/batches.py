@@ -17,7 +17,7 @@ from dkto.models import DiffusionModel
 from dkto.prepare import PreparedFeedback
 
 # streams of random numbers; the biased sampler draws from stream 0
-PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT = 1, 2, 3, 4, 5
+PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS = 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class GlobalBatches:
         model: noises latents and says what is to be predicted.
 
     Raises:
-        ValueError: if the objective needs a class, pairs or prefixed prompts that the data lack.
+        ValueError: if a class, pairs or mirrored images are needed that the data lack.
     """
 
     def __init__(self, config: TrainConfig, data: PreparedFeedback, model: DiffusionModel) -> None:
         self.config, self.data, self.model = config, data, model
+        if config.random_flip and not data.has_flips:
+            raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")
         if config.objective == "dpo":
             if not len(data.pairs):
                 raise ValueError(
@@ -108,12 +110,13 @@ class GlobalBatches:
     def _draw(self, rows: np.ndarray, step: int, index: np.ndarray, others: np.ndarray) -> Batch:
         """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
         config, model, size = self.config, self.model, len(rows)
-        # the two sides of a pair share timestep, noise and prompt (Diffusion-DPO)
+        # the two sides of a pair share timestep, noise, prompt and mirroring (Diffusion-DPO)
         shared = np.arange(size) // (2 if config.objective == "dpo" else 1)
         timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
         timesteps = timesteps[torch.from_numpy(shared[index])]
         dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]
-        mean, std = self.data.latents(rows[index])
+        flipped = (stream(config.seed, step, FLIPS).random(size) < 0.5)[shared[index]] if config.random_flip else None
+        mean, std = self.data.latents(rows[index], flipped)
         latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
         noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
         style = config.csft_style if config.objective == "csft" else None

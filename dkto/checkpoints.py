@@ -1,25 +1,45 @@
-"""The files of one run: records, checkpoints that are whole or absent, and the final weights."""
+"""The files of one run: records, checkpoints that are whole or absent, and the final weights.
+
+run/
+  run.json, metrics.jsonl       configuration and machine; one line per step
+  checkpoint-00000500/          whole or absent; the last `keep_checkpoints` of them
+    unet/ or pytorch_lora_weights.safetensors     as diffusers loads them
+    optimizer.safetensors, ema.safetensors, state.json
+  latest -> checkpoint-00000500, at the end -> model or lora
+  model/ or lora/               at the end: for plain diffusers, with a card
+"""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dkto.card import write_card
 from dkto.config import TrainConfig
-from dkto.models import DiffusionModel, PolicyAndReference, read_weights, write_weights
+from dkto.engine import Engine, make_ema
+from dkto.models import DiffusionModel, read_weights, write_weights
 from dkto.records import git_commit, hardware, versions, write_json
+
+ENGINE_STATE = "engine"  # what DeepSpeed writes for itself
 
 
 class CheckpointStore:
-    """The files of one run: records, checkpoints that are whole or absent, and the final weights."""
+    """Writes and reads the folder of one run.
+
+    Attributes:
+        state: what a checkpoint remembers beside weights: `global_step`, `skipped_steps`, `bad_steps` (in a
+            row) and `seconds` of training.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
         self.records_path = self.folder / "metrics.jsonl"
+        self.state: dict = {"global_step": 0, "skipped_steps": 0, "bad_steps": 0, "seconds": 0.0}
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -44,54 +64,143 @@ class CheckpointStore:
         with self.records_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, pair: PolicyAndReference, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Write `checkpoint-STEP/`: weights in diffusers' layout, optimiser moments, step number."""
-        target = self.folder / f"checkpoint-{step:08d}"
-        part = target.with_name(target.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write_weights(pair, part)
-        save_file(_moments(pair, optimizer), part / "optimizer.safetensors")
-        about = {"global_step": step, "fingerprint": self.config.fingerprint(), "config": self.config.to_dict()}
-        write_json(part / "state.json", about)
-        part.replace(target)
-        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+    def save(self, engine: Engine) -> None:
+        """Write `checkpoint-STEP/`; every rank makes the call.
 
-    def restore(self, pair: PolicyAndReference, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last complete checkpoint; returns its step, 0 if there is none."""
+        Raises:
+            RuntimeError: if it cannot be written, for instance on a full disk; the former checkpoint is whole.
+        """
+        target = self.folder / f"checkpoint-{self.state['global_step']:08d}"
+        part = target.with_name(target.name + ".part")
+        weights = engine.full_weights()
+        moments = _moments(engine) if engine.accelerator.is_main_process or engine.sharded else {}
+        if engine.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                part.mkdir(parents=True)
+                write_weights(engine.pair, part, weights)
+                self._write_state(engine, part, moments)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(part, ignore_errors=True)
+                kept = self.checkpoints()
+                rest = f"{kept[-1].name} before it is whole" if kept else "there was none before it"
+                raise RuntimeError(
+                    f"{target.name} could not be written ({error}); {rest}: make room and call again"
+                ) from error
+        if engine.deepspeed:
+            engine.accelerator.wait_for_everyone()
+            engine.accelerator.save_state(part / ENGINE_STATE)
+        engine.accelerator.wait_for_everyone()
+        if engine.accelerator.is_main_process:
+            part.replace(target)
+            self._point_latest(target)
+            for old in self.checkpoints()[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def restore(self, engine: Engine) -> None:
+        """Load the last complete checkpoint, if there is one, into an engine that has not started, and start it.
+
+        Raises:
+            ValueError: if it belongs to another configuration; the sentence names the fields that differ.
+        """
         found = self.checkpoints()
         if not found:
-            return 0
+            engine.start()
+            return
         state = json.loads((found[-1] / "state.json").read_text())
         if state["fingerprint"] != self.config.fingerprint():
             difference = self.config.difference(state["config"])
             raise ValueError(f"{found[-1]} belongs to another configuration ({difference}): choose another output_dir")
-        read_weights(pair, found[-1])
-        _restore_moments(pair, optimizer, load_file(found[-1] / "optimizer.safetensors"))
-        return state["global_step"]
-
-    def finish(self, pair: PolicyAndReference, model: DiffusionModel, seconds: float) -> None:
-        """Write the tuned weights for plain diffusers and remove the checkpoints."""
-        if pair.reference is not None:
-            model.write_pipeline(pair.policy, self.folder / "model")
+        self.state = {name: state[name] for name in self.state}
+        read_weights(engine.pair, found[-1])
+        if engine.scaler is not None:
+            engine.scaler.load_state_dict(state["scaler"])
+        engine.start()
+        if engine.deepspeed:
+            engine.accelerator.load_state(found[-1] / ENGINE_STATE)
         else:
-            write_weights(pair, self.folder / "lora")
-        self.describe(num_processes=1, seconds=round(seconds, 2), finished=True)
+            _restore_moments(engine, load_file(found[-1] / "optimizer.safetensors"))
+        if self.config.ema_decay:
+            stored = load_file(found[-1] / "ema.safetensors")
+            engine.ema = make_ema(self.config, engine.parameters)
+            engine.ema.shadow_params = [stored[n].to(p.device) for n, p in engine.pair.trainable().items()]
+            engine.ema.optimization_step = state["ema_step"]
+
+    def finish(self, engine: Engine, model: DiffusionModel) -> None:
+        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""
+        with engine.averaged():
+            weights = engine.full_weights()
+            if not engine.accelerator.is_main_process:
+                return
+            target = self.folder / ("lora" if self.config.lora_rank else "model")
+            part = target.with_name(target.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            if self.config.lora_rank:
+                write_weights(engine.pair, part, weights)
+            else:
+                model.write_pipeline(engine.pair.policy, part, weights)
+        write_card(part, self.folder, self.config, model, self.state)
+        shutil.rmtree(target, ignore_errors=True)
+        part.replace(target)
+        self._point_latest(target)
+        done = {"seconds": round(self.state["seconds"], 2), "hours": round(self.state["seconds"] / 3600, 4)}
+        skipped = self.state["skipped_steps"]
+        self.describe(engine.accelerator.num_processes, **done, skipped_steps=skipped, finished=True)
         for old in self.checkpoints():
             shutil.rmtree(old)
 
+    def _write_state(self, engine: Engine, part: Path, moments: dict[str, Tensor]) -> None:
+        save_file(moments, part / "optimizer.safetensors")
+        about = {**self.state, "fingerprint": self.config.fingerprint(), "config": self.config.to_dict()}
+        if engine.ema is not None:
+            names = engine.pair.trainable()
+            shadows = {n: s.contiguous() for n, s in zip(names, engine.ema.shadow_params, strict=True)}
+            save_file(shadows, part / "ema.safetensors")
+            about["ema_step"] = engine.ema.optimization_step
+        if engine.scaler is not None:
+            about["scaler"] = engine.scaler.state_dict()
+        write_json(part / "state.json", about)
 
-def _moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state
+    def _point_latest(self, target: Path) -> None:
+        part = self.folder / "latest.part"
+        part.unlink(missing_ok=True)
+        part.symlink_to(target.name)
+        part.replace(self.folder / "latest")
+
+
+def _moments(engine: Engine) -> dict[str, Tensor]:
+    """The optimiser's state by parameter, whole on every rank."""
+    if engine.deepspeed:
+        return {}
+    if engine.sharded:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(engine.policy, engine.optimizer, options=options)["state"]
+    else:
+        state = {name: engine.optimizer.state[parameter] for name, parameter in engine.pair.trainable().items()}
     return {
-        f"{name}/{key}": value.contiguous().clone()
-        for name, parameter in pair.trainable().items()
-        for key, value in state[parameter].items()
+        f"{name}/{key}": torch.as_tensor(value).contiguous().clone()
+        for name, values in state.items()
+        for key, value in values.items()
     }
 
 
-def _restore_moments(pair: PolicyAndReference, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
-    for name, parameter in pair.trainable().items():
-        moments = {key: stored[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": stored[f"{name}/step"], **moments}
+def _restore_moments(engine: Engine, stored: dict[str, Tensor]) -> None:
+    state: dict[str, dict[str, Tensor]] = {}
+    for path, value in stored.items():
+        name, _, key = path.rpartition("/")
+        state.setdefault(name, {})[key] = value
+    if engine.sharded:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        groups = engine.optimizer.state_dict()["param_groups"]
+        whole = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(engine.policy, engine.optimizer, whole, options=options)
+        return
+    for name, parameter in engine.pair.trainable().items():
+        # a step count stays where the optimiser made it, on the CPU
+        moments = {k: v if v.ndim == 0 else v.to(parameter.device) for k, v in state.get(name, {}).items()}
+        if moments:
+            engine.optimizer.state[parameter] = moments

@@ -8,8 +8,22 @@ from typing import Literal
 
 Objective = Literal["kto", "dpo", "sft", "sft_all", "csft"]
 TimestepSampling = Literal["default", "uniform", "logit_normal"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 CsftStyle = Literal["prefix", "negative"]
 Estimator = Literal["batch", "unrelated", "per_class", "zero"]
+
+
+CHOICES = {
+    "objective": Objective,
+    "csft_style": CsftStyle,
+    "estimator": Estimator,
+    "timestep_sampling": TimestepSampling,
+    "mixed_precision": MixedPrecision,
+    "optimizer": Optimizer,
+    "tracker": Tracker,
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +73,26 @@ class TrainConfig:
     """Optimiser steps. Paper 10,000; the released example 20,000."""
     batch_size: int = 32
     """Samples per step over all processes; dpo counts both sides of a pair. Paper 32 (16 GPUs x 2)."""
+    random_flip: bool = False
+    """Mirror every second image; needs `dkto prepare --flip`. Paper silent; released code: on."""
     gradient_accumulation: int = 1
     """Micro-batches that a step is split into; the reference point is the mean over one of them. Paper 1."""
     weight_decay: float = 0.01
     """AdamW weight decay, 1/step relative to the rate."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of forward and backward passes; the weights stay float32."""
+    mixed_precision: MixedPrecision = "no"
+    """Precision of the passes of policy and reference; what is trained stays float32. Released code: fp16."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time. Released code: on."""
+    optimizer: Optimizer = "adamw"
+    """adamw (paper: Adam), or adamw8bit, moments of 8 bits, for GPUs with bitsandbytes (the released example)."""
+    ema_decay: float = 0.0
+    """Decay of an average of the trained weights that is written in their place, 0 for none. Paper: none."""
+    compile: bool = False
+    """torch.compile the policy: slow first steps, faster ones after."""
+    tracker: Tracker = "none"
+    """Send the records to tensorboard, wandb or trackio as well; metrics.jsonl is written always."""
     seed: int = 0
     """Fixes sampling, noise, timesteps and adapter initialisation."""
     checkpoint_every: int = 500
@@ -74,7 +100,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     max_bad_steps: int = 3
-    """Steps with a non-finite loss in a row after which the run stops."""
+    """Steps in a row with a loss or gradient that is not finite after which the run stops; single ones are skipped."""
 
     def __post_init__(self) -> None:
         positive = ("beta", "learning_rate", "max_train_steps", "batch_size", "desirable_weight", "undesirable_weight")
@@ -88,8 +114,9 @@ class TrainConfig:
         for name in ("desirable_fraction", "prompt_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        choices = {"objective": Objective, "estimator": Estimator, "csft_style": CsftStyle}
-        for name, known in (choices | {"timestep_sampling": TimestepSampling}).items():
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known.__args__:
                 raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {getattr(self, name)!r}")
         self.samples_per_rank(1)
@@ -117,7 +144,7 @@ class TrainConfig:
 
     def fingerprint(self) -> str:
         """Hash of everything that changes the result; two runs with one fingerprint may resume each other."""
-        ignored = {"output_dir", "prepared_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
+        ignored = {"output_dir", "prepared_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "tracker"}
         values = {key: value for key, value in self.to_dict().items() if key not in ignored}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

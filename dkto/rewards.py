@@ -35,7 +35,13 @@ def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAnd
 
 @torch.no_grad()
 def error_gaps(
-    model: DiffusionModel, pair: PolicyAndReference, data: PreparedFeedback, config: TrainConfig, *, draws: int = 4
+    model: DiffusionModel,
+    pair: PolicyAndReference,
+    data: PreparedFeedback,
+    config: TrainConfig,
+    *,
+    draws: int = 4,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Gap of the denoising errors, g = e_ref - e_theta, of every row: the implicit reward is beta g (paper 3.4).
 
@@ -44,25 +50,28 @@ def error_gaps(
     Args:
         model: noises and predicts.
         pair: policy and reference.
-        data: N rows.
+        data: prepared feedback.
         config: seed, batch size and timestep sampling.
         draws: noises and timesteps for each row.
+        rows: (N,) which rows; all of them if left out.
 
     Returns:
         (N, draws) mean-squared-error gap; positive where the policy denoises better.
     """
-    rows = np.tile(np.arange(len(data)), draws)
-    batches = GlobalBatches(replace(config, objective="sft_all", estimator="batch", prompt_dropout=0.0), data, model)
+    rows = np.arange(len(data)) if rows is None else rows
+    tiled = np.tile(rows, draws)
+    plain = {"objective": "sft_all", "estimator": "batch", "prompt_dropout": 0.0, "random_flip": False}
+    batches = GlobalBatches(replace(config, **plain), data, model)
     device = next(pair.policy.parameters()).device
     gaps = []
-    for start in range(0, len(rows), config.batch_size):
-        part = rows[start : start + config.batch_size]
+    for start in range(0, len(tiled), config.batch_size):
+        part = tiled[start : start + config.batch_size]
         batch = batches.draw_rows(part, HELD_OUT_STEP + start).to(device)
         inputs = (batch.noisy_latents, batch.timesteps, batch.conditioning)
         with pair.as_reference() as reference:
             reference_error = denoising_error(model.predict(reference, *inputs), batch.target)
         gaps.append(reference_error - denoising_error(model.predict(pair.policy, *inputs), batch.target))
-    return torch.cat(gaps).cpu().numpy().reshape(draws, len(data)).T
+    return torch.cat(gaps).cpu().numpy().reshape(draws, len(rows)).T
 
 
 HELD_OUT_STEP = 2**40  # no training reaches this step, so its noise is never met again

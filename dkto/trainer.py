@@ -8,11 +8,12 @@ same noise and timestep, and let `dkto.losses` turn the two errors into a loss. 
 point are means over the global batch, so the number of processes changes neither.
 """
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from dkto.batches import Batch, GlobalBatches
 from dkto.checkpoints import CheckpointStore
 from dkto.config import TrainConfig
+from dkto.engine import Engine
 from dkto.losses import (
     denoising_error,
     dpo_loss,
@@ -32,7 +34,7 @@ from dkto.losses import (
     sft_loss,
 )
 from dkto.metrics import implicit_accuracy
-from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy
+from dkto.models import DiffusionModel, load_model
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
 from dkto.records import keep_records
@@ -74,7 +76,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
 
     A run whose output folder holds checkpoints of the same configuration goes on from the last one;
     one that is finished yields nothing. A step whose loss or gradient is not finite changes nothing,
-    leaves no record and is counted.
+    leaves no record and is counted in `skipped_steps`.
     At the end the folder holds `metrics.jsonl`, `run.json` and the weights for plain diffusers:
     `model/`, a whole pipeline, after full fine-tuning; `lora/` after training adapters.
 
@@ -88,6 +90,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
             are asked for, has no pairs for "dpo", the utility is unknown, or the folder belongs to
             another configuration.
         FloatingPointError: after `max_bad_steps` steps in a row with a non-finite loss or gradient.
+        RuntimeError: if a checkpoint cannot be written.
     """
     utility = get_utility(config.utility)
     store = CheckpointStore(config)
@@ -95,71 +98,84 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
         return
     model = load_model(config.model)
     batches = GlobalBatches(config, PreparedFeedback(config.prepared_dir, model), model)
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)  # cpu=True makes gloo ranks
-    config.samples_per_rank(accelerator.num_processes)
+    engine = Engine(config, model)
+    accelerator = engine.accelerator
     rank = (accelerator.process_index, accelerator.num_processes)
-    pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
-    pair.policy.to(accelerator.device)
-    if pair.reference is not None:
-        pair.reference.to(accelerator.device)
-    parameters = list(pair.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    first_step = store.restore(pair, optimizer)
-    policy, prepared_optimizer = accelerator.prepare(pair.policy, optimizer)
-    began, bad_steps = time.monotonic(), 0
+    store.restore(engine)
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        keep_records(store.records_path, first_step)
+        keep_records(store.records_path, store.state["global_step"])
         store.describe(accelerator.num_processes)
-    for step in range(first_step, config.max_train_steps):
-        step_began = time.monotonic()
-        for group in prepared_optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        tables = []
-        for micro in range(config.gradient_accumulation):
-            batch = batches.draw(step, micro, *rank).to(accelerator.device)
-            last = micro + 1 == config.gradient_accumulation
-            with nullcontext() if last else accelerator.no_sync(policy):
-                errors, unrelated = denoising_errors(model, policy, pair, batch, accelerator)
-                loss, table = objective(config, utility, errors, unrelated, batch, accelerator)
-                accelerator.backward(loss / config.gradient_accumulation)
-            tables.append(table)
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
-        table = accelerator.gather(torch.cat(tables, 1).T.contiguous()).T.cpu()
-        if bool(torch.isfinite(table).all()) and grad_norm < float("inf"):
-            bad_steps = 0
-            prepared_optimizer.step()
-            prepared_optimizer.zero_grad()
-            record = {
-                "global_step": step + 1,
-                **measures(config, table),
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate_at(step, config),
-                "samples_per_second": config.batch_size / (time.monotonic() - step_began),
-            }
-        else:
-            prepared_optimizer.zero_grad()
-            record, bad_steps = None, bad_steps + 1
-            if bad_steps >= config.max_bad_steps:
-                raise FloatingPointError(
-                    f"loss or gradient was not finite for {bad_steps} steps in a row, last at step {step + 1}; "
-                    f"the last checkpoint in {config.output_dir} is whole. Lower learning_rate or beta"
-                )
-        if accelerator.is_main_process and record is not None:
-            store.append(record)
-        stopping = _any_rank(should_stop(), accelerator) and step + 1 < config.max_train_steps
-        if accelerator.is_main_process:
-            due = (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps
-            if due or stopping:
-                store.save(pair, optimizer, step + 1)
+    if config.tracker != "none":
+        accelerator.init_trackers("dkto", config.to_dict())
+    try:
+        for step in range(store.state["global_step"], config.max_train_steps):
+            record = train_step(step, config, utility, model, batches, engine, store.state, rank)
+            if record is not None:
+                if accelerator.is_main_process:
+                    store.append(record)
+                if config.tracker != "none":
+                    accelerator.log(record, step=step + 1)
+            last = step + 1 == config.max_train_steps
+            stopping = _any_rank(should_stop(), accelerator) and not last
+            if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
+                store.save(engine)
+            if record is not None:
+                yield record
+            if stopping:
+                return
+        store.finish(engine, model)
         accelerator.wait_for_everyone()
-        if record is not None:
-            yield record
-        if stopping:
-            return
-    if accelerator.is_main_process:
-        store.finish(pair, model, time.monotonic() - began)
+    finally:
+        if config.tracker != "none":
+            accelerator.end_training()
+
+
+def train_step(
+    step: int,
+    config: TrainConfig,
+    utility: Utility,
+    model: DiffusionModel,
+    batches: GlobalBatches,
+    engine: Engine,
+    state: dict,
+    rank: tuple[int, int],
+) -> dict | None:
+    """One optimiser step; returns its record, or None if it was skipped for a loss or gradient that is not finite."""
+    began, tables = time.monotonic(), []
+    for micro in range(config.gradient_accumulation):
+        batch = batches.draw(step, micro, *rank).to(engine.device)
+        with engine.no_sync(last=micro + 1 == config.gradient_accumulation):
+            errors, unrelated = denoising_errors(model, engine, batch)
+            loss, table = objective(config, utility, errors, unrelated, batch, engine.sum)
+            engine.backward(loss / config.gradient_accumulation)
+        tables.append(table)
+    grad_norm = engine.clip()
+    table = engine.accelerator.gather(torch.cat(tables, 1).T.contiguous()).T.cpu()
+    finite = bool(torch.isfinite(table).all())
+    stepped = engine.step(finite and math.isfinite(grad_norm), learning_rate_at(step, config))
+    state["global_step"] = step + 1
+    state["seconds"] += time.monotonic() - began
+    if not stepped:
+        state["skipped_steps"] += 1
+        # a gradient that overflows in fp16 is the loss scaler's everyday business, a loss is not
+        state["bad_steps"] += engine.scaler is None or not finite
+        if state["bad_steps"] >= config.max_bad_steps:
+            raise FloatingPointError(
+                f"loss or gradient was not finite for {state['bad_steps']} steps in a row, last at step {step + 1}; "
+                f"the last checkpoint in {config.output_dir} is whole. Lower learning_rate or beta"
+            )
+        return None
+    state["bad_steps"] = 0
+    return {
+        "global_step": step + 1,
+        **measures(config, table),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate_at(step, config),
+        "samples_per_second": config.batch_size / (time.monotonic() - began),
+        "peak_memory_mb": round(engine.peak_memory_mb(), 1),
+        "skipped_steps": state["skipped_steps"],
+    }
 
 
 def run_training(config: TrainConfig) -> Path:
@@ -178,28 +194,24 @@ def run_training(config: TrainConfig) -> Path:
 Errors = tuple[Tensor, Tensor]  # policy's and reference's denoising error, each (B,)
 
 
-def denoising_errors(
-    model: DiffusionModel, policy: torch.nn.Module, pair: PolicyAndReference, batch: Batch, accelerator: Accelerator
-) -> tuple[Errors, Errors | None]:
+def denoising_errors(model: DiffusionModel, engine: Engine, batch: Batch) -> tuple[Errors, Errors | None]:
     """Errors of policy and reference on the same noise and timestep, and the same under another sample's
     prompt if the batch carries one (paper 4.1; without gradient)."""
 
-    def error(module: torch.nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
-        # a context of its own for each pass: within one, weights cast under no_grad would be met again with no gradient
-        with accelerator.autocast():
-            return denoising_error(
-                model.predict(module, batch.noisy_latents, batch.timesteps, conditioning), batch.target
-            )
+    def error(denoiser: torch.nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
+        with engine.autocast():
+            prediction = model.predict(denoiser, batch.noisy_latents, batch.timesteps, conditioning)
+        return denoising_error(prediction, batch.target)
 
     unrelated = None
-    with pair.as_reference() as reference:
+    with engine.pair.as_reference() as reference:
         reference_error = error(reference, batch.conditioning)
         if batch.unrelated is not None:
             unrelated_reference = error(reference, batch.unrelated)
     if batch.unrelated is not None:
         with torch.no_grad():
-            unrelated = error(policy, batch.unrelated), unrelated_reference
-    return (error(policy, batch.conditioning), reference_error), unrelated
+            unrelated = error(engine.policy, batch.unrelated), unrelated_reference
+    return (error(engine.policy, batch.conditioning), reference_error), unrelated
 
 
 ROWS = ("reward", "is_desirable", "policy_error", "loss", "reference_point", "utility_slope")
@@ -211,13 +223,14 @@ def objective(
     errors: Errors,
     unrelated: Errors | None,
     batch: Batch,
-    accelerator: Accelerator,
+    total: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The loss of one rank's share: its mean over the ranks is the loss of the global micro-batch.
 
     Args:
         errors: policy's and reference's denoising error, each (B,).
         unrelated: the same under mismatched prompts, for the estimator of that name.
+        total: sums a tensor over all ranks.
 
     Returns:
         The loss, and (len(ROWS), B) without gradient, from which `measures` are taken.
@@ -231,7 +244,7 @@ def objective(
             is_desirable=batch.is_desirable,
             unrelated_reward=None if unrelated is None else implicit_reward(*unrelated, config.beta),
             clamp=config.clamp,
-            reduce=lambda sums: accelerator.reduce(sums, "sum"),
+            reduce=total,
         )
         weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
         loss = kto_loss(reward, batch.is_desirable, point, utility, **weights)

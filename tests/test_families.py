@@ -27,14 +27,23 @@ def bright_and_dark(tmp_path_factory):
             pixels = np.clip(level + rng.normal(0, 30, 3) + rng.normal(0, 12, (16, 16, 3)), 0, 255).astype(np.uint8)
             paths.append(folder / f"{name}-{index}.png")
             Image.fromarray(pixels).save(paths[-1])
-        tables.append(make_feedback(paths, ["a picture"] * count, [i % 2 == 0 for i in range(count)]))
+        pairs = [i // 2 for i in range(count)]
+        tables.append(make_feedback(paths, ["a picture"] * count, [i % 2 == 0 for i in range(count)], pair_ids=pairs))
     return tables
 
 
-@pytest.mark.parametrize("kind", ["tiny_sdxl", "tiny_sd3"])
-@pytest.mark.parametrize("lora_rank", [0, 8])
+CASES = [
+    ("tiny_sdxl", 0, "kto"),
+    ("tiny_sdxl", 8, "kto"),
+    ("tiny_sd3", 0, "kto"),
+    ("tiny_sd3", 8, "kto"),
+    ("tiny_sd3", 0, "dpo"),
+]
+
+
+@pytest.mark.parametrize(("kind", "lora_rank", "objective"), CASES)
 def test_fifty_steps_teach_a_taste_that_holds_on_new_pictures(
-    kind, lora_rank, request, config, bright_and_dark, tmp_path
+    kind, lora_rank, objective, request, config, bright_and_dark, tmp_path
 ):
     pipeline = request.getfixturevalue(kind)
     prepared, held_out = (
@@ -45,6 +54,7 @@ def test_fifty_steps_teach_a_taste_that_holds_on_new_pictures(
         model=str(pipeline),
         prepared_dir=prepared,
         lora_rank=lora_rank,
+        objective=objective,
         max_train_steps=50,
         batch_size=8,
         beta=50.0,
@@ -56,7 +66,6 @@ def test_fifty_steps_teach_a_taste_that_holds_on_new_pictures(
     _, model, pair = load_run(config.output_dir)
     data = PreparedFeedback(held_out, model)
     margin = margin_interval(config.beta * error_gaps(model, pair, data, config, draws=16), data.is_desirable)
-    print(kind, lora_rank, margin)
     assert margin.low > 0, margin
 
     before = load_model(pipeline).load_denoiser().state_dict()

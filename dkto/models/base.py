@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
 SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "embedded" / "weights"
 PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
@@ -40,6 +42,15 @@ def pipeline_folder(source: str | Path) -> Path:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: model_index.json is missing")
     return folder
+
+
+def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Save configuration and weights in one file each, as diffusers does."""
+    if weights is None:
+        denoiser.save_pretrained(folder, max_shard_size="1TB")
+        return
+    denoiser.save_config(folder)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
 
 
 class PipelineText(nn.Module):
@@ -154,8 +165,14 @@ class DiffusionModel(ABC):
             quantiles = torch.sigmoid(torch.from_numpy(rng.standard_normal(size)))
         return self.timesteps_at(quantiles)
 
-    def write_pipeline(self, denoiser: ModelMixin, folder: Path) -> None:
-        """Save a whole pipeline with this denoiser, to be loaded by plain diffusers; its other parts are copied."""
+    def write_pipeline(self, denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Save a whole pipeline with this denoiser, to be loaded by plain diffusers; its other parts are copied.
+
+        Args:
+            denoiser: what was trained.
+            folder: where to.
+            weights: its weights, if they are not to be found in it as a whole.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         index = json.loads((self.folder / "model_index.json").read_text())
         index |= {name: [None, None] for name in LEFT_OUT if name in index}
@@ -170,5 +187,5 @@ class DiffusionModel(ABC):
                         target = folder / path.relative_to(self.folder)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(path, target)
-        denoiser.save_pretrained(folder / self.denoiser_part, max_shard_size="1TB")
+        save_denoiser(denoiser, folder / self.denoiser_part, weights)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -15,11 +15,12 @@ import torch
 from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+from dkto.models.base import WEIGHTS_FILE, save_denoiser
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
@@ -101,12 +102,18 @@ def _keep_frozen_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def write_weights(pair: PolicyAndReference, folder: Path) -> None:
-    """Save what was trained in diffusers' layout: `unet/` or `transformer/`, or `pytorch_lora_weights.safetensors`."""
+def write_weights(pair: PolicyAndReference, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Save what was trained in diffusers' layout: `unet/` or `transformer/`, or `pytorch_lora_weights.safetensors`.
+
+    Args:
+        pair: whose policy.
+        folder: where to.
+        weights: the policy's weights, if they are not to be found in it as a whole.
+    """
     if pair.reference is not None:
-        pair.policy.save_pretrained(folder / pair.part, max_shard_size="1TB")
+        save_denoiser(pair.policy, folder / pair.part, weights)
         return
-    layers = get_peft_model_state_dict(pair.policy)
+    layers = get_peft_model_state_dict(pair.policy, state_dict=weights)
     if pair.part == "unet":  # the file of every UNet pipeline is the same
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     else:
