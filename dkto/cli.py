@@ -148,6 +148,35 @@ class TrainOnline:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Measure the gap of errors that a short trial training makes, and propose beta for it."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    steps: int = 50
+    """Optimiser steps of the trial, which lands in OUTPUT_DIR/trial."""
+    samples: int = 512
+    """Rows of the feedback that are measured at most."""
+    wanted_slope: float = 0.7
+    """Mean slope of the utility, relative to its slope where nothing was learnt yet; in (0, 1)."""
+    threads: int = 0
+    """CPU threads, 0 leaves torch's default."""
+
+    def run(self) -> None:
+        import torch
+
+        from dkto.calibrate import CONVENTIONS, calibrate, convert_beta
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        found = calibrate(self.config, steps=self.steps, samples=self.samples, wanted_slope=self.wanted_slope)
+        print(found)
+        print("the same in the words of other codes:")
+        for name, (_, reduction, about) in CONVENTIONS.items():
+            if reduction == "mean" and name != "dkto":
+                print(f"{convert_beta(found.beta, 'dkto', name):>10.4g}  {name}: {about}")
+
+
+@dataclass(frozen=True)
 class Generate:
     """Draw images for a list of prompts with the same starting noise for every method."""
 
@@ -341,6 +370,7 @@ COMMANDS = {
     "feedback": Inspect,
     "unpack": Unpack,
     "prepare": Prepare,
+    "calibrate": Calibrate,
     "train": Train,
     "train-online": TrainOnline,
     "generate": Generate,

@@ -21,6 +21,7 @@ ROOMS = (
     ("batches", "engine", "card"),
     ("checkpoints", "rewards"),
     ("trainer", "generate", "launch", "sweeps", "runs"),
+    ("calibrate",),
     ("embedded", "scorers"),
     ("scoring", "prompts", "online"),
     ("evaluate", "monitors", "study", "page"),
