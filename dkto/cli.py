@@ -118,8 +118,10 @@ class Train:
         import torch
 
         from dkto.checkpoints import CheckpointStore
+        from dkto.launch import join_family
         from dkto.trainer import run_training
 
+        join_family()
         if self.threads:
             torch.set_num_threads(self.threads)
         folder = run_training(self.config)

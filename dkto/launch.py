@@ -1,5 +1,6 @@
 """Start trainings as sub-processes that cannot outlive the notebook or program that started them."""
 
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,19 @@ from dkto.utilities import get_utility
 
 AnyConfig = TrainConfig | OnlineConfig
 COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
+FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # set for what is started here, read by `dkto train`
+
+
+def join_family() -> None:
+    """In a process started below a launcher (accelerate, torchrun): end when the launcher does.
+
+    The kernel's request is not handed on to children, so each training process makes it anew. Does nothing in a
+    training that was not started by `start_training`.
+    """
+    if os.environ.get(FAMILY_VARIABLE):
+        die_with_parent()
+        if os.getppid() == 1:  # the launcher was gone before the request
+            sys.exit(f"{FAMILY_VARIABLE} is set, but what started this training has ended")
 
 
 def config_arguments(config: AnyConfig) -> list[str]:
@@ -33,25 +47,45 @@ def config_arguments(config: AnyConfig) -> list[str]:
     return arguments
 
 
-def start_training(config: AnyConfig, *, threads: int = 1) -> subprocess.Popen:
+def training_command(config: AnyConfig, *, threads: int, ranks: int, accelerate_config: str | Path) -> list[str]:
+    """The command that `start_training` runs."""
+    if ranks < 1:
+        raise ValueError(f"ranks must be 1 or more, got {ranks}")
+    if accelerate_config and ranks > 1:
+        raise ValueError(f"ranks must be 1 with accelerate_config, whose file names their number, got {ranks}")
+    if accelerate_config and not Path(accelerate_config).is_file():
+        raise FileNotFoundError(f"accelerate_config {str(accelerate_config)!r} does not exist")
+    launcher = []
+    if accelerate_config:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
+    elif ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, "-m", "dkto.cli", COMMANDS[type(config)], *config_arguments(config)]
+    return [*command, "--threads", str(threads)]
+
+
+def start_training(
+    config: AnyConfig, *, threads: int = 1, ranks: int = 1, accelerate_config: str | Path = ""
+) -> subprocess.Popen:
     """Start one training; its output goes to `train.log` in the run's folder.
+
+    It ends with the process that started it, however that ends, and with it all that it has started (Linux).
 
     Args:
         config: what to train.
-        threads: CPU threads of the process.
+        threads: CPU threads of each process.
+        ranks: processes that share the training on this machine, under torchrun if more than 1.
+        accelerate_config: a file for `accelerate launch` instead, see papermill_runs/profiles/accelerate.
+
+    Raises:
+        ValueError: for a number of ranks that is below 1, or above it with a file.
+        FileNotFoundError: if there is no such file.
     """
+    command = training_command(config, threads=threads, ranks=ranks, accelerate_config=accelerate_config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "dkto.cli",
-        COMMANDS[type(config)],
-        *config_arguments(config),
-        "--threads",
-        str(threads),
-    ]
+    options = {"preexec_fn": die_with_parent, "env": os.environ | {FAMILY_VARIABLE: "1"}}
     with (config.output_dir / "train.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
 
 def run_trainings(
@@ -59,6 +93,8 @@ def run_trainings(
     *,
     processes: int = 0,
     threads: int = 1,
+    ranks: int = 1,
+    accelerate_config: str | Path = "",
     on_progress: Callable[[], None] | None = None,
 ) -> None:
     """Run several trainings side by side and wait for all.
@@ -69,7 +105,7 @@ def run_trainings(
     Args:
         configs: one per training.
         processes: how many run at a time, in the order given; 0 runs all at once.
-        threads: CPU threads of each process.
+        threads, ranks, accelerate_config: of each training, as in `start_training`.
         on_progress: called about once a second, for a live view.
 
     Raises:
@@ -79,11 +115,12 @@ def run_trainings(
     if processes < 0:
         raise ValueError(f"processes must be 0 or above, got {processes}")
     waiting, running = list(configs), []
+    options = {"threads": threads, "ranks": ranks, "accelerate_config": accelerate_config}
     bar = progress(total=sum(config.max_train_steps for config in configs), desc="training", unit="step")
     try:
         while waiting or running:
             while waiting and (not processes or len(running) < processes):
-                running.append((waiting[0], start_training(waiting.pop(0), threads=threads)))
+                running.append((waiting[0], start_training(waiting.pop(0), **options)))
             time.sleep(0.5)
             bar.update(sum(map(_steps_done, configs)) - bar.n)
             if on_progress is not None:
@@ -102,7 +139,8 @@ def run_trainings(
 
 def _failure(config: AnyConfig, code: int) -> str:
     log = config.output_dir / "train.log"
-    last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+    lines = log.read_text().strip().splitlines() or ["no output"]
+    last = next((line for line in reversed(lines) if "dkto: " in line), lines[-1])  # launchers write pages after it
     return f"training in {config.output_dir} ended with code {code}: {last} (see {log})"
 
 

@@ -204,23 +204,6 @@ def test_a_caller_stops_a_run_at_a_checkpoint(config):
     assert [path.name for path in config.output_dir.glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
-def test_two_processes_train_as_one(config):
-    """torchrun with two gloo ranks gives the losses of one process on the same global batch."""
-    expected = list(train(config))
-    double = replace(config, output_dir=config.output_dir.with_name("double"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "dkto.cli", "train", *config_arguments(double), "--threads", "1"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[:4000]
-    records = read_records(double.output_dir / "metrics.jsonl")
-    assert [r["global_step"] for r in records] == [r["global_step"] for r in expected]
-    for one, two in zip(expected, records, strict=True):
-        for name in ("loss", "reference_point", "policy_error", "mean_abs_reward"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), (one["global_step"], name)
-
-
 def test_the_rate_warms_up_and_stays(config):
     rates = [learning_rate_at(step, config) for step in range(4)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
