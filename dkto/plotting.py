@@ -317,17 +317,20 @@ def plot_preferences(results: Sequence[tuple[str, str, WinRate]], ax: Axes | Non
     if not results:
         raise ValueError("results must hold at least one comparison, got none")
     ax = _axes(ax, 1.8 + 1.9 * len(results), 3.2)
+    ticks, labels = [], []
     for at, (ours, theirs, result) in enumerate(results):
         low, high = 100 * (result.rate - result.low), 100 * (result.high - result.rate)
-        for shift, name, share, role in ((-0.2, ours, result.rate, "desirable"), (0.2, theirs, 1 - result.rate, None)):
-            colour, hatch = (COLOURS[role], "") if role else (COLOURS["pretraining"], "//")
-            ax.bar(at + shift, 100 * share, 0.38, color=colour, hatch=hatch, edgecolor="white")
-            error = [[low], [high]] if role else [[high], [low]]
+        sides = ((-0.2, ours, result.rate, "desirable", [[low], [high]]),)
+        sides += ((0.2, theirs, 1 - result.rate, "pretraining", [[high], [low]]),)
+        for shift, name, share, role, error in sides:
+            hatch = "" if role == "desirable" else "//"
+            ax.bar(at + shift, 100 * share, 0.38, color=COLOURS[role], hatch=hatch, edgecolor="white")
             ax.errorbar(at + shift, 100 * share, error, color=COLOURS["model"], capsize=4, lw=1.4)
-            ax.annotate(f"{name}\n{100 * share:.0f} %", (at + shift, 2), ha="center", fontsize=8, color="white")
+            ticks.append(at + shift)
+            labels.append(f"{name}\n{100 * share:.0f} %")
     ax.axhline(50, color="0.4", ls="--", lw=1)
-    names = [f"against {theirs}\n(n = {result.n})" for _, theirs, result in results]
-    ax.set_xticks(range(len(results)), names, parse_math=False)
+    ax.set_xticks(ticks, labels, fontsize="small", parse_math=False)
+    ax.set_xlabel(f"n = {', '.join(str(result.n) for _, _, result in results)} prompts", fontsize="small")
     ax.set(ylim=(0, 100), xlim=(-0.6, len(results) - 0.4), ylabel="preferred (% of prompts)")
     return ax
 

@@ -82,6 +82,12 @@ def test_bars_carry_the_interval_of_each_comparison():
     )
     heights = [bar.get_height() for bar in ax.patches]
     assert heights == [75, 25, 100, 0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["against base\n(n = 4)", "against $dpo$\n(n = 1)"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        "ours\n75 %",
+        "base\n25 %",
+        "ours\n100 %",
+        "$dpo$\n0 %",
+    ]
+    assert ax.get_xlabel() == "n = 4, 1 prompts"
     with pytest.raises(ValueError, match="at least one comparison"):
         plot_preferences([])

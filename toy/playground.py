@@ -153,9 +153,8 @@ class Playground(anywidget.AnyWidget):
         figure, axes = plt.subplots(1, len(keys), figsize=(2.6 * len(keys), 3.0), layout="constrained", squeeze=False)
         for ax, key in zip(axes[0], keys, strict=True):
             if key not in self.points:
-                raise KeyError(
-                    f"no cloud {key!r}; there are {len(self.points)}, such as {', '.join([*self.points][:4])}"
-                )
+                some = ", ".join([*self.points][:4])
+                raise KeyError(f"no cloud {key!r} among {len(self.points)}, such as {some}")
             ax.scatter(*self.points[key].T, s=2, color=COLOURS["model"], alpha=0.3, lw=0)
             for role, mean in self.means.items():
                 ax.add_patch(Circle(mean, 2 * DESIRABLE.std, fill=False, ec=COLOURS[role], lw=1.6))

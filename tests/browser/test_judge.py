@@ -1,11 +1,14 @@
+import shutil
+from pathlib import Path
+
 import nbformat
-import numpy as np
+import pandas as pd
 import pytest
-from PIL import Image
 
 from dkto.records import write_json
 from dkto.study import make_study, study_result
 
+NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 ATTACK = "<img src=x onerror=alert(1)>"
 
 BRIGHTER = """() => {
@@ -23,15 +26,17 @@ BRIGHTER = """() => {
 
 @pytest.fixture
 def study(tmp_path):
-    prompts = [f"{ATTACK} {number}" for number in range(5)]
+    """The example likes: seen through a red filter they are ours, as drawn they are theirs; one prompt is markup."""
+    table = pd.read_csv(NOTEBOOKS / "likes" / "likes.csv")
+    prompts = [*table["prompt"].drop_duplicates()[:4], ATTACK]
     folders = {}
-    for name, level in (("qwours", 220), ("qwtheirs", 60)):
+    for name, suffix in (("qwours", "-red"), ("qwtheirs", "")):
         folders[name] = tmp_path / name
         folders[name].mkdir()
         about = {"system": {}, "prompts": prompts, "images_per_prompt": 1, "seed": 0}
         write_json(folders[name] / "manifest.json", about)
         for number in range(5):
-            Image.fromarray(np.full((64, 64, 3), level, np.uint8)).save(folders[name] / f"p{number:05d}-s0.png")
+            shutil.copy(NOTEBOOKS / "likes" / f"{number:02d}{suffix}.png", folders[name] / f"p{number:05d}-s0.png")
     return make_study(folders, tmp_path / "study", ["ann"], ["plain"] * 5, per_style=5)
 
 
@@ -47,9 +52,10 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
     page.wait_for_selector(".dkto-judge img")
     page.locator(".dkto-judge [tabindex='0']").focus()
     assert "qwours" not in page.content()
-    assert page.locator(".dkto-judge .dkto-prompt").text_content().startswith(ATTACK)
+    prompts = set()
     counted = "n => document.querySelector('.dkto-judge [role=status]').textContent === `${n} of 5 answered`"
     for number in range(1, 6):
+        prompts.add(page.locator(".dkto-judge .dkto-prompt").text_content())
         brighter = page.evaluate(BRIGHTER)
         page.keyboard.press(brighter)
         until(page, counted, number)
@@ -63,6 +69,7 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
             until(page, counted, 3)
         if number < 5:
             assert "qwours" not in page.content()
+    assert ATTACK in prompts and len(prompts) == 5
     page.wait_for_selector(".dkto-judge table")
     assert "qwours is preferred to qwtheirs" in page.locator(".dkto-judge .dkto-result").text_content()
     picture(page.locator(".dkto-judge"), "judge_result")

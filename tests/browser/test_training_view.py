@@ -10,12 +10,12 @@ def test_the_page_stays_alive_while_a_training_runs_and_stops_it_at_a_checkpoint
     view = page.locator(".dkto-training").first
     view.scroll_into_view_if_needed()
     page.locator(".dkto-training button:text-is('Start training')").click()
-    until(page, "() => Number(document.querySelector('.dkto-training').dataset.updates) >= 3", seconds=120)
-    until(page, "() => document.querySelectorAll('.dkto-training td img').length >= 3", seconds=120)
+    until(page, "() => Number(document.querySelector('.dkto-training').dataset.updates) >= 3", seconds=240)
+    until(page, "() => document.querySelectorAll('.dkto-training td img').length >= 3", seconds=240)
     page.locator(".jp-Notebook .jp-CodeCell").nth(0).click()
     picture(view, "training_view")
     page.locator(".dkto-training button:text-is('Stop at a checkpoint')").click()
-    until(page, "() => document.querySelector('.dkto-training').dataset.state === 'stopped'", seconds=60)
+    until(page, "() => document.querySelector('.dkto-training').dataset.state === 'stopped'", seconds=180)
     checkpoints = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     step = int(view.locator("[role=status]").text_content().split("step ")[1].split(" ")[0])
     assert checkpoints[-1] == f"checkpoint-{step:08d}" and step < 400
