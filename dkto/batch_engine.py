@@ -127,6 +127,8 @@ def run_sweep(
             _write_plan(plan, local)
             print(f"sweep {plan.name}: {len(todo)} of {len(plan.runs)} runs to do, in {plan.folder}", flush=True)
             with _engine(plan, [*limits, "--profile", str(settings), "--retries", str(retries)], hold) as engine:
+                import dkto.page  # noqa: F401 - pandas loads while the engine starts
+
                 _tell(plan, todo, engine)
         return _conclude(plan)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from dkto.records import read_records
 from dkto.run_record import RECORD_NAME
@@ -141,6 +140,8 @@ def over_seeds(table: pd.DataFrame, metric: str, by: str | Sequence[str], *, con
     >>> over_seeds(pd.DataFrame(rows), "kl", "beta").round(3).to_dict("records")
     [{'beta': 1, 'n': 2, 'mean': 0.3, 'low': -0.971, 'high': 1.571}]
     """
+    from scipy import stats
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     metric = column(table, metric)
