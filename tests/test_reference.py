@@ -45,7 +45,6 @@ NOT_KEPT = {
     "63_watch_training",
     "64_toy_playground",
     "70_reading_runs",
-    "sweep",
 }
 
 
