@@ -127,6 +127,8 @@ def run_sweep(
             _write_plan(plan, local)
             print(f"sweep {plan.name}: {len(todo)} of {len(plan.runs)} runs to do, in {plan.folder}", flush=True)
             with _engine(plan, [*limits, "--profile", str(settings), "--retries", str(retries)], hold) as engine:
+                import dkto.page  # noqa: F401 - pandas loads while the engine starts
+
                 _tell(plan, todo, engine)
         return _conclude(plan)
 
@@ -238,29 +240,24 @@ def _tell(plan: Plan, todo: list[PlannedRun], engine: subprocess.Popen) -> None:
 
 def _conclude(plan: Plan) -> dict[str, State]:
     """Write table and page; say what is not done."""
+    from dkto.page import write_page
+
     states = run_states(plan)
-    page = _write_page(plan, states)
     words = Counter(state.word for state in states.values())
+    texts = {run.name: _why(run, states) for run in plan.runs}
+    page = write_page(plan.folder, plan.name, texts)
     print(f"{words['done']} of {len(states)} runs are done; table: {plan.folder / 'table.csv'}, page: {page}")
-    undone = {name: state for name, state in states.items() if state.word != "done"}
+    undone = [f"{name} {texts[name]}" for name, state in states.items() if state.word != "done"]
     if not undone:
         return states
     if words["missing"] == len(undone):
         log = plan.folder / ENGINE_LOG
         last = "\n".join(log.read_text().strip().splitlines()[-8:])
         raise RuntimeError(f"the engine stopped before any run failed; the end of {log}:\n{last}")
-    parts = []
-    for run in plan.runs:
-        state = undone.get(run.name)
-        waits = [name for name in run.inputs.values() if name in undone]
-        if state is not None:
-            parts.append(f"{run.name} not started: it reads {waits[0]}" if waits else f"{run.name} {state}")
-    raise RuntimeError(
-        f"{len(undone)} of {len(states)} runs are not done; the same call does just these: {'; '.join(parts)}"
-    )
+    head = f"{len(undone)} of {len(states)} runs are not done; the same call does just these"
+    raise RuntimeError(f"{head}: {'; '.join(undone)}")
 
 
-def _write_page(plan: Plan, states: dict[str, State]) -> Path:
-    from dkto.page import write_page
-
-    return write_page(plan.folder, plan.name, {name: str(state) for name, state in states.items()})
+def _why(run: PlannedRun, states: dict[str, State]) -> str:
+    waits = [name for name in run.inputs.values() if states[name].word != "done"]
+    return f"not started: it reads {waits[0]}" if waits else str(states[run.name])

@@ -63,10 +63,12 @@ def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
     _write(folder / "table.csv", table.to_csv(index=False))
     varying = varying_parameters(table)
     metrics = [title for title in table.columns if title.startswith("metric.")]
-    shown = ["run", "state", *(f"parameter.{title}" for title in varying), "seconds", "peak_memory_mb", *metrics]
+    table["word"] = table["state"].str.partition(":")[0]
+    shown = ["run", "word", *(f"parameter.{title}" for title in varying), "seconds", "peak_memory_mb", *metrics]
     rows = [(_link(folder, row["run"]), [_shown(value) for value in row[shown]]) for _, row in table.iterrows()]
     errors = [(run, state, _link(folder, run)) for run, state in states.items() if not state.startswith("done")]
     titles = [title.removeprefix("parameter.").removeprefix("metric.") for title in shown]
+    titles[1] = "state"
     done = len(states) - len(errors)
     template = Environment(autoescape=True).from_string(PAGE)
     page = template.render(name=name, states=states, done=done, errors=errors, titles=titles, rows=rows)

@@ -19,12 +19,12 @@ import psutil
 from dkto.records import git_commit, versions, write_json
 
 RECORD_NAME = "run.json"
-SECONDS_BETWEEN_LOOKS = 0.5
+FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
 MEGABYTE = 1024 * 1024
 
 
 class PeakMemory:
-    """The most memory that this process's children held together, looked at twice a second.
+    """The most memory that this process's children held together, looked at often at first, every 5 seconds later.
 
     The sum of the resident sets of all processes below this one: pages that two of them share count twice.
     """
@@ -43,8 +43,9 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
+        me, pause = psutil.Process(), FIRST_LOOK
+        while not self._over.wait(pause):
+            pause = min(1.2 * pause, LONGEST_WAIT)
             total = 0
             for process in me.children(recursive=True):
                 try:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from dkto.records import read_records
 from dkto.run_record import RECORD_NAME
@@ -141,6 +140,8 @@ def over_seeds(table: pd.DataFrame, metric: str, by: str | Sequence[str], *, con
     >>> over_seeds(pd.DataFrame(rows), "kl", "beta").round(3).to_dict("records")
     [{'beta': 1, 'n': 2, 'mean': 0.3, 'low': -0.971, 'high': 1.571}]
     """
+    from scipy import stats
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     metric = column(table, metric)
@@ -194,13 +195,20 @@ def plot_over_seeds(
     colours = sns.color_palette("colorblind", len(groups))
     numbers = pd.api.types.is_numeric_dtype(summary[x])
     places = {value: value if numbers else place for place, value in enumerate(summary[x].unique())}
-    for (value, group), colour in zip(groups, colours, strict=True):
+    logarithmic = numbers and summary[x].min() > 0 and summary[x].max() / summary[x].min() >= 10
+    ends = np.log([*places.values()]) if logarithmic else np.array([*places.values()], float)
+    for number, ((value, group), colour) in enumerate(zip(groups, colours, strict=True)):
         group = group.sort_values(x) if numbers else group
+        aside = 0.015 * np.ptp(ends) * (number - (len(groups) - 1) / 2)  # so that no interval hides another
+        at = group[x].map(places).to_numpy(float)
+        at = at * np.exp(aside) if logarithmic else at + aside
         error = np.nan_to_num([group["mean"] - group["low"], group["high"] - group["mean"]])
         label = None if lines is None else f"{lines} = {value}"
-        ax.errorbar(group[x].map(places), group["mean"], error, fmt="o-", color=colour, capsize=3, ms=4, label=label)
-    if numbers and summary[x].min() > 0 and summary[x].max() / summary[x].min() >= 30:
+        ax.errorbar(at, group["mean"], error, fmt="o-", color=colour, capsize=3, ms=4, label=label)
+    if logarithmic:
         ax.set_xscale("log")
+        ax.set_xticks(sorted(places.values()), [f"{value:g}" for value in sorted(places.values())])
+        ax.minorticks_off()
     if not numbers:
         ax.set_xticks(range(len(places)), list(places))
     ax.set_xlabel(x)
@@ -234,7 +242,8 @@ def diff_runs(first: str | Path, second: str | Path) -> pd.DataFrame:
             kind, _, name = full.partition(".") if "." in full else ("run", "", full)
             change = other - one if kind == "metric" and not pd.isna([one, other]).any() else np.nan
             found.append({"what": kind, "name": name, "first": one, "second": other, "change": change})
-    return pd.DataFrame(found, columns=["what", "name", "first", "second", "change"])
+    table = pd.DataFrame(found, columns=["what", "name", "first", "second", "change"], dtype=object)
+    return table.astype({"change": float})
 
 
 def read_steps(folder: str | Path) -> pd.DataFrame:

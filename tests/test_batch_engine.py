@@ -234,7 +234,7 @@ def test_one_failure_hides_no_other_run_and_the_next_call_does_just_the_rest(swe
     assert "ValueError" in json.dumps(kept)
     page = (plan.folder / "index.html").read_text()
     assert "no &lt;likes&gt; for seed 1" in page and "<likes>" not in page
-    assert 'href="train/train.seed%3D1/notebook.ipynb"' in page
+    assert 'href="train/train.seed%3D1/notebook.ipynb"' in page and "not started: it reads train/train.seed=1" in page
     record = json.loads((plan.folder / "train/train.seed=0/run.json").read_text())
     assert record["hardware"]["visible_accelerators"] == "none", "a run that asks for no card sees none"
     assert record["peak_memory_mb"] > 20 and record["seconds"] > 0.5

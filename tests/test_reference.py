@@ -40,8 +40,11 @@ NOT_KEPT = {
     "52_a_specific_user",
     "53_qualitative_grid",
     "60_explore_utilities",
+    "61_teach_by_likes",
+    "62_judge_blind",
+    "63_watch_training",
+    "64_toy_playground",
     "70_reading_runs",
-    "sweep",
 }
 
 

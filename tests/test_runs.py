@@ -123,6 +123,8 @@ def test_the_plot_shows_one_line_a_value_with_its_intervals(table):
     summary = over_seeds(table, "kl", ["parameter.beta", "likes"])
     ax = plot_over_seeds(summary, "beta", lines="likes", ylabel="KL (nats)")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["likes = few", "likes = many"]
+    lines = [container.lines[0] for container in ax.containers]
+    assert (np.diff([line.get_xdata() for line in lines], axis=0) > 0).all(), "no interval hides another"
     assert len(ax.containers) == 2 and ax.get_ylabel() == "KL (nats)" and "n = 3" in ax.get_title()
     names = plot_over_seeds(over_seeds(table[table["parameter.beta"] == 1.0], "kl", "likes"), "likes")
     assert [label.get_text() for label in names.get_xticklabels()] == ["few", "many"]

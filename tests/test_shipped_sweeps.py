@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from dkto.batch_engine import show_plan
+from dkto.embedded.pool import TASTES
+from dkto.prompts import PROMPT_SETS
 from dkto.sweeps import read_sweep
+from dkto.systems import SYSTEMS
+from dkto.utilities import UTILITIES
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "papermill_runs" / "sweeps").glob("*.yaml"))
@@ -35,6 +39,15 @@ def test_the_comment_says_what_to_expect_and_counts_the_runs_rightly(path, monke
         int(count) for count in re.findall(r"(\d+) (?:runs|trainings|judgements)", comment.split("Expected cost:")[1])
     ]
     assert sum(counts) == len(read_sweep(path).runs)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_names_that_a_notebook_would_look_up_are_known(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = {"prompt_set": PROMPT_SETS, "user": TASTES, "utility": UTILITIES, "opponent": SYSTEMS}
+    for run in read_sweep(path).runs:
+        for name in known.keys() & run.parameters.keys():
+            assert run.parameters[name] in known[name], f"{run.name}: {name}"
 
 
 def test_there_are_sweeps():
