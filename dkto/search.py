@@ -20,7 +20,7 @@ from dkto.scoring import score_all
 from dkto.search_config import SearchConfig
 from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
-GUIDANCE_SCALES = (1.5, 3.0, 5.0)
+GUIDANCE_SCALES = (3.0, 5.0, 7.5, 10.0)
 CHECKPOINT_EVERY = 20
 GRIDS: dict[str, list[dict[str, object]]] = {
     "sft": [{"learning_rate": 1e-4}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}],
@@ -122,7 +122,7 @@ def search_settings(
     }
     run_configs(list(runs.values()), config.processes)
     systems = {
-        f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base, base.guidance)[method]
+        f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base)[method]
         for (method, number), run in runs.items()
     }
     folders = generate_all(systems, validation, folder / "images", **drawing)
@@ -138,9 +138,12 @@ def search_settings(
     table = pd.DataFrame(rows)
     best = table.loc[table.groupby("method")["score"].idxmax()].set_index("method")
     table["chosen"] = [row.settings is best.loc[row.method, "settings"] for row in table.itertuples()]
-    guidance = sweep_guidance(base, GUIDANCE_SCALES, validation, scorer, folder / "guidance", **drawing)
+    swept = sweep_guidance({"base": base}, GUIDANCE_SCALES, validation, scorer, folder / "guidance", **drawing)
     chosen = {name: best.loc[name, "settings"] for name in grids}
     about = {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer}
-    about |= {"tried": table.to_dict("records"), "guidance_scores": {f"{k:g}": v for k, v in guidance.items()}}
-    write_settings(keep, chosen, max(guidance, key=guidance.get), about)
+    about |= {
+        "tried": table.to_dict("records"),
+        "guidance_scores": {f"{k:g}": float(v) for k, v in swept.loc["base"].items()},
+    }
+    write_settings(keep, chosen, float(swept.loc["base"].idxmax()), about)
     return table

@@ -14,11 +14,12 @@ Settings (learning rate, beta ...) come per system from a search with the same n
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dkto.config import TrainConfig
 from dkto.feedback import FeedbackTable, make_feedback
@@ -202,34 +203,44 @@ def train_systems(
 
 
 def sampled_as(
-    runs: Mapping[str, Path], names: Sequence[str], base: System, best_guidance: float, csft_style: str = "prefix"
+    runs: Mapping[str, Path],
+    names: Sequence[str],
+    base: System,
+    guidances: Mapping[str, float] | None = None,
+    csft_style: str = "prefix",
 ) -> dict[str, System]:
-    """How each system draws: CSFT asks for a good picture in the form it was trained with, all else is the base's.
+    """How each system draws: CSFT asks for a good picture in the form it was trained with.
 
     Args:
         runs: folder of each trained system.
         names: of `SYSTEMS`.
         base: model, guidance and steps.
-        best_guidance: scale of `base_best_guidance`.
+        guidances: guidance scale by system where it is not the base's; `base_best_guidance` needs one.
         csft_style: a style of `dkto.prepare.CSFT_PREFIXES`.
+
+    Raises:
+        ValueError: if `base_best_guidance` is asked for without its scale.
     """
     liked, disliked = CSFT_PREFIXES[csft_style]
+    guidances = guidances or {}
     drawn = {}
     for name in check_systems(names):
-        sampling = {"guidance": base.guidance, "steps": base.steps}
+        sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps}
         if name == "csft":
             sampling |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         if name == "base":
             drawn[name] = base
         elif name == "base_best_guidance":
-            drawn[name] = System(model=base.model, guidance=best_guidance, steps=base.steps)
+            if name not in guidances:
+                raise ValueError("system 'base_best_guidance' needs a scale: sweep_guidance finds it")
+            drawn[name] = System(model=base.model, **sampling)
         else:
             drawn[name] = System.of_run(runs[name], **sampling)
     return drawn
 
 
 def sweep_guidance(
-    base: System,
+    systems: Mapping[str, System],
     scales: Sequence[float],
     prompts: Sequence[str],
     scorer: str,
@@ -238,13 +249,23 @@ def sweep_guidance(
     images_per_prompt: int = 1,
     seed: int = 0,
     num_processes: int = 1,
-) -> dict[float, float]:
-    """Mean score of the base at every guidance scale, on validation prompts."""
-    systems = {f"guidance-{scale:g}": System(base.model, guidance=scale, steps=base.steps) for scale in scales}
+) -> pd.DataFrame:
+    """Mean score of every system (rows) at every guidance scale (columns), on validation prompts.
+
+    Args:
+        systems: how each draws; its own guidance is replaced.
+        scales: guidance scales to try, the same for all.
+        prompts: validation prompts.
+        scorer: name of the user's measure.
+        output_dir: pictures land here.
+        images_per_prompt, seed, num_processes: as in `dkto.generate.generate_images`.
+    """
+    tried = {(n, scale): replace(system, guidance=scale) for n, system in systems.items() for scale in scales}
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "num_processes": num_processes}
-    folders = generate_all(systems, list(prompts), output_dir, **options)
-    scores = score_all(folders, [scorer])
-    return {scale: float(scores[f"guidance-{scale:g}", scorer].mean()) for scale in scales}
+    named = {f"{name}-{scale:g}": system for (name, scale), system in tried.items()}
+    scores = score_all(generate_all(named, list(prompts), output_dir, **options), [scorer])
+    rows = {name: {scale: float(scores[f"{name}-{scale:g}", scorer].mean()) for scale in scales} for name in systems}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def read_settings(path: str | Path) -> dict:

@@ -57,12 +57,13 @@ def test_every_system_trains_in_one_loop_and_draws(runs, tiny_pipeline):
     assert set(runs) == {*OFFLINE, *ONLINE}
     assert all(len(read_records(run / "metrics.jsonl")) == 2 for run in runs.values())
     base = System(model=str(tiny_pipeline), guidance=2.0, steps=3)
-    drawn = sampled_as(runs, SYSTEMS, base, best_guidance=5.0)
+    drawn = sampled_as(runs, SYSTEMS, base, {"base_best_guidance": 5.0, "kto": 4.0})
     assert list(drawn) == list(SYSTEMS)
     assert drawn["base"] == base and drawn["base_best_guidance"].guidance == 5.0
     assert drawn["csft"].prefix == "good image, " and drawn["sft"].prefix == ""
-    assert {system.guidance for name, system in drawn.items() if name != "base_best_guidance"} == {2.0}
-    negative = sampled_as(runs, ["csft"], base, 5.0, csft_style="negative")["csft"]
+    assert drawn["kto"].guidance == 4.0
+    assert {drawn[name].guidance for name in SYSTEMS if name not in ("base_best_guidance", "kto")} == {2.0}
+    negative = sampled_as(runs, ["csft"], base, csft_style="negative")["csft"]
     assert negative.prefix == "" and negative.negative_prompt == "Weird image."
     assert all(system.load().unet is not None for system in (drawn["kto"], drawn["alignprop"]))
 
@@ -110,8 +111,9 @@ def test_settings_reach_the_kind_of_training_that_knows_them(data, tmp_path):
 
 
 def test_the_guidance_sweep_scores_every_scale(tmp_path, tiny_pipeline):
-    found = sweep_guidance(System(model=str(tiny_pipeline), steps=2), [1.0, 3.0], ["a star"], "world_redness", tmp_path)
-    assert list(found) == [1.0, 3.0] and all(np.isfinite(list(found.values())))
+    systems = {"base": System(model=str(tiny_pipeline), steps=2), "kto": System(model=str(tiny_pipeline), steps=3)}
+    found = sweep_guidance(systems, [1.0, 3.0], ["a star"], "world_redness", tmp_path)
+    assert list(found) == [1.0, 3.0] and list(found.index) == ["base", "kto"] and np.isfinite(found.to_numpy()).all()
 
 
 def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline, likes):
@@ -119,6 +121,8 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
         check_systems(["kto_shufled"])
     with pytest.raises(ValueError, match="systems must be named once each"):
         check_systems(["kto", "kto"])
+    with pytest.raises(ValueError, match="'base_best_guidance' needs a scale"):
+        sampled_as({}, ["base_best_guidance"], System())
     lonely = make_feedback(likes.images[:2], ["a", "b"], [True, False])
     with pytest.raises(ValueError, match="system 'dpo' needs comparisons"):
         share_data(lonely, tmp_path, str(tiny_pipeline), ["dpo"])
