@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile
 COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
@@ -49,7 +50,7 @@ demo: $(READY)
 	$(BIN)/dkto demo
 
 test: $(READY)
-	$(PYTEST) -m "not slow and not gpu and not browser" $(COVERAGE)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not browser" $(COVERAGE)
 
 test-all: $(READY)
 	$(PYTEST) $(COVERAGE)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_models import make_tiny_sd3, make_tiny_sdxl
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share two cores, see the Makefile
 
 
 def pytest_collection_modifyitems(items):
