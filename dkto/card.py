@@ -62,12 +62,21 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
             "negative": 'Use "Weird image. " as negative prompt.',
         }
         usage += f"\n\n# {hint[config.csft_style]}"
-    prepared = Path(config.prepared_dir) / "prepared.json"
-    rows = json.loads(prepared.read_text())["rows"] if prepared.exists() else 0
+    sampled = hasattr(config, "reward")  # AlignProp and D3PO draw their own pictures and have a scorer judge them
+    if sampled:
+        data, likes = (
+            f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}",
+            LIKES_OF_A_SCORER,
+        )
+    else:
+        prepared = Path(config.prepared_dir) / "prepared.json"
+        rows = json.loads(prepared.read_text())["rows"] if prepared.exists() else 0
+        data = f"{rows} rated images"
+        likes = LIKES_OF_PEOPLE
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
-    settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in FIELDS)
+    settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in FIELDS if hasattr(config, name))
     what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
     text = CARD.format(
         front=front.to_yaml(),
@@ -76,7 +85,8 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
         what=what,
         kind=model.pipeline_class.__name__,
         usage=usage,
-        rows=rows,
+        data=data,
+        likes=likes,
         settings=settings,
         steps=state["global_step"],
         skipped=state["skipped_steps"],
@@ -88,14 +98,18 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     (folder / "README.md").write_text(text)
 
 
+LIKES_OF_PEOPLE = """on likes and dislikes (Li et al., *Aligning Diffusion Models
+by Optimizing Human Utility*, arXiv 2404.04465)"""
+LIKES_OF_A_SCORER = "on what a scorer says of its own pictures"
+
+
 CARD = """---
 {front}
 ---
 
 # {base}, tuned with {method}
 
-A {kind} of which {what} of the denoiser were trained on likes and dislikes (Li et al., *Aligning Diffusion Models
-by Optimizing Human Utility*, arXiv 2404.04465).
+A {kind} of which {what} of the denoiser were trained {likes}.
 
 ```python
 {usage}
@@ -103,7 +117,7 @@ by Optimizing Human Utility*, arXiv 2404.04465).
 
 ## Training
 
-{rows} rated images; {steps} steps, of which {skipped} were skipped for a loss that was not finite; {hours:.2f} hours.
+{data}; {steps} steps, of which {skipped} were skipped for a loss that was not finite; {hours:.2f} hours.
 
 | setting | value |
 |---|---|

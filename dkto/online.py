@@ -20,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dkto.batches import stream
 from dkto.chain import Chain, chain_steps, log_ratio
-from dkto.models import PolicyAndReference, StableDiffusion, load_model, make_policy
+from dkto.checkpoints import CheckpointStore
+from dkto.engine import Engine
+from dkto.models import PolicyAndReference, StableDiffusion, load_model
 from dkto.online_config import OnlineConfig
 from dkto.progress import progress
 from dkto.records import keep_records
 from dkto.scorers import get_pixel_scorer, score
-from dkto.trainer import CheckpointStore, learning_rate_at
+from dkto.trainer import learning_rate_at
 
 PROMPTS, NOISE, CHAIN_STEPS = 21, 22, 23  # streams of random numbers
 
@@ -92,46 +94,37 @@ def train_online(config: OnlineConfig) -> Iterator[dict]:
     store = CheckpointStore(config)
     if store.is_finished():
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    online = OnlineModel(load_model(config.model), config.prompts(), device)
-    pair = make_policy(online.model.load_denoiser(), config.lora_rank, config.seed)
-    pair.policy.to(device)
-    if config.objective == "alignprop":
-        pair.policy.enable_gradient_checkpointing()  # its gradient passes the network backprop_steps times
-    if pair.reference is not None:
-        pair.reference.to(device)
-    parameters = list(pair.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    first_step = store.restore(pair, optimizer)
-    began = time.monotonic()
+    model = load_model(config.model)
+    engine = Engine(config, model)
+    online = OnlineModel(model, config.prompts(), engine.device)
+    store.restore(engine)
+    state, pair = store.state, engine.pair
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    keep_records(store.records_path, first_step)
+    keep_records(store.records_path, state["global_step"])
     store.describe(num_processes=1)
-    for step in range(first_step, config.max_train_steps):
-        step_began = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+    for step in range(state["global_step"], config.max_train_steps):
+        began = time.monotonic()
         if pixel_scorer is not None:
             measured = alignprop_step(config, online, pair, pixel_scorer, step)
         else:
             measured = d3po_step(config, online, pair, step)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        grad_norm = engine.clip()
         if not np.isfinite([grad_norm, *measured.values()]).all():
             raise FloatingPointError(
                 f"loss or gradient was not finite at step {step + 1}; the last checkpoint in {config.output_dir} "
                 "is whole. Lower learning_rate"
             )
-        optimizer.step()
-        optimizer.zero_grad()
+        engine.step(True, learning_rate_at(step, config))
+        state["global_step"], state["seconds"] = step + 1, state["seconds"] + time.monotonic() - began
         record = {"global_step": step + 1, **measured, "grad_norm": grad_norm}
         record["learning_rate"] = learning_rate_at(step, config)
-        record["samples_per_second"] = config.batch_size / (time.monotonic() - step_began)
+        record["samples_per_second"] = config.batch_size / (time.monotonic() - began)
         store.append(record)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps:
-            store.save(pair, optimizer, step + 1)
+            store.save(engine)
         yield record
     pair.policy.disable_gradient_checkpointing()
-    store.finish(pair, online.model, time.monotonic() - began)
+    store.finish(engine, model)
 
 
 def run_online(config: OnlineConfig):

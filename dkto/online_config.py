@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dkto.config import TrainConfig
 
@@ -62,6 +62,28 @@ class OnlineConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
+
+    # what `dkto.engine.Engine` asks of every configuration, and an online run always does in one way
+    mixed_precision: ClassVar[str] = "no"
+    optimizer: ClassVar[str] = "adamw"
+    tracker: ClassVar[str] = "none"
+    ema_decay: ClassVar[float] = 0.0
+    compile: ClassVar[bool] = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """AlignProp's gradient passes the network `backprop_steps` times."""
+        return self.objective == "alignprop"
+
+    def samples_per_rank(self, ranks: int) -> int:
+        """All of `batch_size`.
+
+        Raises:
+            ValueError: on more than one process.
+        """
+        if ranks != 1:
+            raise ValueError(f"{self.objective} trains on one process, got {ranks}")
+        return self.batch_size
 
     def __post_init__(self) -> None:
         positive = (

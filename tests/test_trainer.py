@@ -167,7 +167,7 @@ def test_killed_in_training_and_called_again_ends_the_same(config):
     long = replace(config, max_train_steps=40, checkpoint_every=4)
     whole = replace(long, output_dir=config.output_dir.with_name("whole"))
     run_training(whole)
-    command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "2"]
+    command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not CheckpointStore(long).checkpoints() and process.poll() is None and time.monotonic() < deadline:
@@ -175,7 +175,7 @@ def test_killed_in_training_and_called_again_ends_the_same(config):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert CheckpointStore(long).checkpoints()
-    run_trainings([long], threads=2)
+    run_trainings([long], threads=1)
     records = read_records(long.output_dir / "metrics.jsonl")
     assert without_time(records) == without_time(read_records(whole.output_dir / "metrics.jsonl"))
     assert same(weights(long.output_dir), weights(whole.output_dir))
