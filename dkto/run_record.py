@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,13 @@ MEGABYTE = 1024 * 1024
 class PeakMemory:
     """The most memory that this process's children held together, looked at often at first, every 5 seconds later.
 
-    The sum of the resident sets of all processes below this one: pages that two of them share count twice.
+    The sum of the resident sets of all processes below this one: pages that two of them share count twice. Between
+    two looks the system still notes the most that one process held, once it has ended.
     """
 
     def __init__(self) -> None:
         self.megabytes = 0.0
+        self._before = _largest_ended()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -41,6 +44,8 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        if _largest_ended() > self._before:  # otherwise it is that of an earlier run
+            self.megabytes = max(self.megabytes, _largest_ended())
 
     def _watch(self) -> None:
         me, pause = psutil.Process(), FIRST_LOOK
@@ -53,6 +58,12 @@ class PeakMemory:
                 except psutil.Error:  # it has just ended
                     continue
             self.megabytes = max(self.megabytes, total / MEGABYTE)
+
+
+def _largest_ended() -> float:
+    """The largest resident set of one process below this that has ended, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / MEGABYTE
 
 
 def source_hash(notebook: str | Path) -> str:

@@ -59,6 +59,22 @@ def test_peak_memory_is_that_of_all_processes_below_together():
     assert 195 < memory.megabytes < 400
 
 
+def test_a_process_that_ends_between_two_looks_is_not_missed():
+    code = """
+import subprocess, sys
+from dkto.run_record import PeakMemory
+block = "b = bytearray({}); b[::4096] = b'1' * len(b[::4096])"
+with PeakMemory() as first:
+    subprocess.run([sys.executable, "-c", block.format(200_000_000)])
+with PeakMemory() as second:
+    subprocess.run([sys.executable, "-c", block.format(1_000_000)])
+print(first.megabytes, second.megabytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = map(float, done.stdout.split())
+    assert 190 < first < 300 and second < 100, "the second run is not charged with the first one's"
+
+
 def test_the_source_of_a_notebook_is_its_cells_without_outputs(tmp_path):
     notebook = json.loads((DATA / "tiny_train.ipynb").read_text())
     before = source_hash(DATA / "tiny_train.ipynb")
