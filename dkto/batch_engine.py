@@ -137,7 +137,7 @@ def _profile_folder(profile: str) -> Path:
     for folder in (BATCH / "profiles" / profile, Path(profile)):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
-    known = ", ".join(sorted(folder.name for folder in (BATCH / "profiles").iterdir()))
+    known = ", ".join(sorted(path.parent.name for path in (BATCH / "profiles").glob("*/config.yaml")))
     raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {profile!r}")
 
 
