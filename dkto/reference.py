@@ -71,7 +71,8 @@ def _lessons(root: Path) -> dict[str, Path]:
 
 
 def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str, str]:
-    return {key: home[p.default] for key, p in parameters.items() if key != "output_dir" and p.default in home}
+    found = {key: p.default for key, p in parameters.items() if key != "output_dir" and p.type_name == "str"}
+    return {key: home[default] for key, default in found.items() if default in home}
 
 
 def _in_order(names: list[str], declared: dict, home: dict[str, str]) -> list[str]:

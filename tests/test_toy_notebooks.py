@@ -67,4 +67,4 @@ def test_make_toy_runs_the_headline_with_20_seeds():
     default = Headline()
     assert (default.profile, default.seeds, str(default.output_dir)) == ("small", 20, "papermill_runs/outputs/toy")
     makefile = (FOLDER.parent / "Makefile").read_text()
-    assert "python -m toy --profile $(PROFILE)" in makefile
+    assert "python -m toy --profile $(or $(PROFILE),small)" in makefile
