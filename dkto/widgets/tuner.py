@@ -1,7 +1,6 @@
 """One button that tunes an adapter on likes: encode, train, and show the pictures before and after (paper 4, 6)."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +55,7 @@ class Tuner(TrainingView):
         guidance: float = 3.0,
         sample_steps: int = 15,
         seed: int = 0,
-        threads: int = 2,
+        threads: int = 1,
         **settings,
     ) -> None:
         if not prompts:
@@ -105,12 +104,11 @@ class Tuner(TrainingView):
 
     def _work(self) -> None:
         self.state = "preparing"
-        with ThreadPoolExecutor(1, thread_name_prefix="before") as pool:
-            drawing = pool.submit(self._draw_all, System(model=self.config.model)) if not self.before else None
-            prepare_feedback(self._table, self.config.prepared_dir, self.config.model)
-            if drawing is not None:
-                self.before = drawing.result()
-                self._show("before", self.before)
+        # one after the other: two threads that load models at once get each other's empty tensors
+        prepare_feedback(self._table, self.config.prepared_dir, self.config.model)
+        if not self.before:
+            self.before = self._draw_all(System(model=self.config.model))
+            self._show("before", self.before)
         super()._work()
 
     def _draw_all(self, system: System) -> list[Image.Image]:

@@ -130,7 +130,8 @@ class Lab:
             if any(s["path"] == name and s["kernel"]["execution_state"] == "idle" for s in sessions):
                 break
             time.sleep(0.2)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
+        front = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+        page.wait_for_selector(f'{front} .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
 
     def run_all(self, page):
         """Run > Run All Cells, then wait until the last cell has run."""

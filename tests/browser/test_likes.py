@@ -73,7 +73,7 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, tmp_path):
         assert state[0] != "failed", state[2]
         return state[0] == "finished"
 
-    for _ in range(2400):
+    for _ in range(6000):
         if finished():
             break
         page.wait_for_timeout(100)
