@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from dkto.notebooks import run_notebook
 from dkto.records import git_commit, write_json
 from dkto.run_record import PeakMemory, accelerators, hardware, recorded, source_hash
 
@@ -16,8 +15,10 @@ DATA = Path(__file__).parent / "data"
 
 
 def test_a_run_of_a_notebook_leaves_a_record_from_which_it_can_be_made_again(tmp_path):
-    told = {"beta": 2.0, "seed": 3, "output_dir": str(tmp_path / "run")}
-    run_notebook(DATA / "tiny_train.ipynb", tmp_path / "run" / "notebook.ipynb", told, progress=False)
+    told = ["beta=2", "seed=3", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "dkto.cli", "run", str(DATA / "tiny_train.ipynb")]
+    command += [str(tmp_path / "run" / "notebook.ipynb"), "--parameters", *told]
+    subprocess.run(command, check=True, capture_output=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["error"], record["seed"]) == ("finished", None, 3)
     assert record["parameters"]["beta"] == 2.0 and record["parameters"]["slow_seed"] == -1, "defaults too"
