@@ -1,5 +1,6 @@
 """The README's Python runs as it stands."""
 
+import json
 import re
 import shlex
 import shutil
@@ -59,3 +60,19 @@ def test_the_example_table_reads():
 
     table = read_feedback(ROOT / "notebooks" / "likes" / "likes.csv")
     assert table.is_desirable.any() and not table.is_desirable.all()
+
+
+def test_the_results_are_those_of_the_kept_runs():
+    """Each row's figure is read again from the metrics that it links to."""
+    rows = re.findall(r"^\| .*? \| (.*?) \| \[`(.*?)`\]\((.*?)\) \|", README.split("## Results")[1], flags=re.M)
+    assert len(rows) >= 10
+    for shown, key, link in rows:
+        metrics = json.loads((ROOT / link).read_text())["metrics"]
+        value, ends = metrics[key], [metrics.get(f"{key}/{end}") for end in ("low", "high")]
+        if shown.split()[0].endswith("%") or " % " in shown:
+            expected = f"{100 * value:.0f} %" + (
+                f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]" if ends[0] is not None else ""
+            )
+        else:
+            expected = f"{value:.3g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends[0] is not None else "")
+        assert shown == expected, key

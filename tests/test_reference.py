@@ -23,28 +23,15 @@ MEGABYTES = 10
 # Lessons without a kept run, and "sweep", the example whose lesson may still change: make reference makes them, and
 # then they leave this list.
 NOT_KEPT = {
-    "00_start_here",
-    "10_utility_functions",
-    "20_how_a_model_learns_a_gaussian",
-    "21_error_as_reward",
-    "22_reference_point",
-    "23_which_objective",
     "24_ablations",
-    "25_noisy_labels",
-    "26_watch_it_move",
-    "30_train_with_likes",
-    "31_feedback_data",
-    "40_win_rates",
     "50_win_rate_tables",
     "51_ablations",
     "52_a_specific_user",
     "53_qualitative_grid",
-    "60_explore_utilities",
     "61_teach_by_likes",
     "62_judge_blind",
     "63_watch_training",
     "64_toy_playground",
-    "70_reading_runs",
 }
 
 
