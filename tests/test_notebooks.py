@@ -48,6 +48,8 @@ SMALL: dict[str, dict[str, object]] = {
         "learning_rate": 1e-4,
     },
     "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
+    "32_one_training_step": {"batch_size": 8, "trial_steps": 4},
+    "33_train": {"max_train_steps": 8, "batch_size": 8, "checkpoint_every": 4},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3},
     "60_explore_utilities": {},
     "70_reading_runs": {},
@@ -123,6 +125,8 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/26_watch_it_move": {},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/31_feedback_data": {"sessions": 40},
+    "solutions/32_one_training_step": {"batch_size": 8, "trial_steps": 4},
+    "solutions/33_train": {"max_train_steps": 4},
     "solutions/40_win_rates": {},
     "solutions/60_explore_utilities": {},
     "solutions/70_reading_runs": {},
@@ -404,11 +408,26 @@ def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
     assert equal["win_rate/kto_vs_base/world_fidelity"] == 0.5 and equal["disagreements"] == 0
 
 
+def test_one_training_step_agrees_with_the_trainer(tmp_path):
+    metrics = run_small("32_one_training_step", tmp_path)
+    assert metrics["loss"] == pytest.approx(0.5) and metrics["gradient_gap"] < 1e-6
+    assert metrics["proposed_beta"] > 0 and metrics["margin_after_one_step"] > 0
+    assert (tmp_path / "32_one_training_step" / "calibration.png").stat().st_size > 5_000
+
+
+def test_train_runs_any_prepared_folder(tmp_path):
+    metrics = run_small("33_train", tmp_path, ranks=2)
+    assert metrics["steps"] == SMALL["33_train"]["max_train_steps"] and metrics["skipped_steps"] == 0
+    assert (tmp_path / "33_train" / "run" / "lora" / "README.md").is_file()
+
+
 def test_solutions_hold(outputs, paper_outputs, tmp_path):
     """Every solution carries its own asserts; one that fails names its cell."""
     inputs = {
         "solutions/30_train_with_likes": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
         "solutions/40_win_rates": {"lesson_dir": str(outputs / "win_rates")},
+        "solutions/32_one_training_step": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
+        "solutions/33_train": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
     }
     lessons = ("50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid")
     inputs |= {f"solutions/{name}": {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}

@@ -6,6 +6,7 @@ flow.py              Stable Diffusion 3 and its like: rectified flows
 policy.py            policy and reference, their weights on disk
 """
 
+from dkto import quiet  # noqa: F401  (before diffusers and transformers, which speak while they are imported)
 from dkto.models.base import (
     SMALL_WORLD,
     SMALL_WORLD_FOLDER,
