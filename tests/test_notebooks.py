@@ -111,7 +111,7 @@ SMALL: dict[str, dict[str, object]] = {
         "held_out_prompts": 4,
         "sample_steps": 4,
     },
-    "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_fidelity"},
+    "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_aesthetics"},
     "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
     "64_toy_playground": {"max_train_steps": 200},
     "solutions/00_start_here": {"pictures": 2},

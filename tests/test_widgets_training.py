@@ -66,6 +66,7 @@ def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pi
     assert "In the eyes of likes_bright" in tuner.result and tuner.step == 60
     weights = load_file(folder / "run-01" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
+    assert tuner.can_start, "more likes make a new run"
     assert len(tuner.figure().axes) == 1 and (folder / "likes-01.csv").is_file()
 
 

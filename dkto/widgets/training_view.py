@@ -51,6 +51,8 @@ class TrainingView(anywidget.AnyWidget):
     _esm = script("training_view")
     _css = style("training_view")
 
+    _again = False  # whether a finished training can be followed by another
+
     state = traitlets.Unicode("ready").tag(sync=True)  # ready, preparing, running, stopping, stopped, finished, failed
     can_start = traitlets.Bool(True).tag(sync=True)
     start_label = traitlets.Unicode("Start training").tag(sync=True)
@@ -130,7 +132,7 @@ class TrainingView(anywidget.AnyWidget):
             self._work()
         except Exception as error:  # a thread's exception is seen by nobody: say it on the page
             self.message, self.state = f"{type(error).__name__}: {error}", "failed"
-        self.can_start = self.state in ("stopped", "failed")
+        self.can_start = self.state in ("stopped", "failed") or self._again
 
     def _work(self) -> None:
         # started by this thread and waited for in it: the kernel asks Linux to end the training with the thread

@@ -44,6 +44,8 @@ class Tuner(TrainingView):
         settings: fields of `TrainConfig` other than those of `QUICK`.
     """
 
+    _again = True
+
     def __init__(
         self,
         likes: Callable[[], FeedbackTable],
