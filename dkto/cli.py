@@ -8,10 +8,9 @@ from typing import Literal
 
 import tyro
 
-from dkto.config import TrainConfig
-from dkto.online_config import OnlineConfig
 from dkto.progress import QUIET_VARIABLE
 from dkto.search_config import SearchConfig
+from dkto.training_commands import Calibrate, Memory, Train, TrainOnline
 
 
 @dataclass(frozen=True)
@@ -104,78 +103,6 @@ class Prepare(Feedback):
             if len(part) or part is train:
                 prepare_feedback(part, folder, self.model, **options)
                 print(f"encoded in {folder}: {(folder / 'summary.json').read_text()}".strip())
-
-
-@dataclass(frozen=True)
-class Train:
-    """Tune a model on prepared likes and dislikes; called again, it goes on where it stopped."""
-
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
-    threads: int = 0
-    """CPU threads, 0 leaves torch's default."""
-
-    def run(self) -> None:
-        import torch
-
-        from dkto.checkpoints import CheckpointStore
-        from dkto.launch import join_family
-        from dkto.trainer import run_training
-
-        join_family()
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        folder = run_training(self.config)
-        if CheckpointStore(self.config).is_finished():
-            print(f"finished; records and weights are in {folder}")
-        else:
-            print(f"stopped at a checkpoint; the same command goes on from it: {folder}")
-
-
-@dataclass(frozen=True)
-class TrainOnline:
-    """Tune a model on pictures that it draws while it learns: AlignProp or D3PO; resumes as `train` does."""
-
-    config: tyro.conf.OmitArgPrefixes[OnlineConfig]
-    threads: int = 0
-    """CPU threads, 0 leaves torch's default."""
-
-    def run(self) -> None:
-        import torch
-
-        from dkto.online import run_online
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        print(f"finished; records and weights are in {run_online(self.config)}")
-
-
-@dataclass(frozen=True)
-class Calibrate:
-    """Measure the gap of errors that a short trial training makes, and propose beta for it."""
-
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
-    steps: int = 50
-    """Optimiser steps of the trial, which lands in OUTPUT_DIR/trial."""
-    samples: int = 512
-    """Rows of the feedback that are measured at most."""
-    wanted_slope: float = 0.7
-    """Mean slope of the utility, relative to its slope where nothing was learnt yet; in (0, 1)."""
-    threads: int = 0
-    """CPU threads, 0 leaves torch's default."""
-
-    def run(self) -> None:
-        import torch
-
-        from dkto.calibrate import CONVENTIONS, calibrate, convert_beta
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        found = calibrate(self.config, steps=self.steps, samples=self.samples, wanted_slope=self.wanted_slope)
-        print(found)
-        print("the same in the words of other codes:")
-        for name, (_, reduction, about) in CONVENTIONS.items():
-            if reduction == "mean" and name != "dkto":
-                print(f"{convert_beta(found.beta, 'dkto', name):>10.4g}  {name}: {about}")
 
 
 @dataclass(frozen=True)
@@ -373,6 +300,7 @@ COMMANDS = {
     "unpack": Unpack,
     "prepare": Prepare,
     "calibrate": Calibrate,
+    "memory": Memory,
     "train": Train,
     "train-online": TrainOnline,
     "generate": Generate,

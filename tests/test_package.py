@@ -19,7 +19,7 @@ ROOMS = (
     ("models", "published", "chain"),
     ("prepared", "prepare", "notebooks"),
     ("batches", "engine", "card"),
-    ("checkpoints", "rewards"),
+    ("checkpoints", "rewards", "memory"),
     ("trainer", "generate", "launch", "sweeps", "runs"),
     ("calibrate",),
     ("embedded", "scorers"),
@@ -30,6 +30,7 @@ ROOMS = (
     ("reference",),
     ("site",),
     ("demo", "paper", "widgets"),
+    ("training_commands",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -1,0 +1,216 @@
+"""Training loops to be timed, each in a process of its own: ours, and one that works as the published scripts do.
+
+    python loops.py ours|published|pure '{"size": "small", ...}'      prints one line of JSON
+
+The published loop, operation by operation (Diffusion-KTO's and Diffusion-DPO's scripts for Stable Diffusion 1.5):
+read and resize the images, encode them with the VAE, tokenise and encode the prompts, noise; copy the policy's weights
+aside, load the reference's into the same UNet, predict without gradient, load the policy's back; predict with gradient
+checkpointing, KTO loss, backward, clip, AdamW. Nothing is slowed: it runs under the same threads, precision, batch
+and optimiser, in the same order of memory, and moves nothing to where it already is.
+"""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dkto.batches import GlobalBatches
+from dkto.checkpoints import CheckpointStore
+from dkto.config import TrainConfig
+from dkto.engine import PRECISIONS, Engine
+from dkto.feedback import load_image
+from dkto.losses import denoising_error, implicit_reward, kto_loss, reference_point
+from dkto.memory import SIZES, build_denoiser
+from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion
+from dkto.prepare import PreparedFeedback, to_pixel_values
+from dkto.trainer import denoising_errors, train_step
+from dkto.utilities import get_utility
+
+# a UNet of the real class that a shared machine can bear, to try the script with
+REDUCED = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+REDUCED |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 768, "sample_size": 64}
+
+
+def denoiser_of(size):
+    """Random weights, the same ones in every process."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    if size == "reduced":
+        return UNet2DConditionModel(**REDUCED)
+    return build_denoiser("small-world" if size == "small" else size, "cpu")
+
+
+def make_pipeline(folder, size):
+    """VAE, text encoder and scheduler on disk; the UNet's configuration only, its weights are made on the spot."""
+    if size == "small":
+        return SMALL_WORLD_FOLDER
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(
+        **blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512
+    ).save_pretrained(folder / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(SMALL_WORLD_FOLDER, subfolder="tokenizer", model_max_length=77)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    CLIPTextModel(CLIPTextConfig(vocab_size=49_408, **sizes, **ids)).save_pretrained(folder / "text_encoder")
+    config = REDUCED if size == "reduced" else SIZES[size].config
+    with torch.device("meta"):
+        UNet2DConditionModel(**config).save_config(folder / "unet")
+    shutil.copytree(SMALL_WORLD_FOLDER / "scheduler", folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return folder
+
+
+class Model(StableDiffusion):
+    """The face of a folder from `make_pipeline`."""
+
+    def __init__(self, folder, size):
+        super().__init__(folder)
+        self.size = size
+
+    def load_denoiser(self):
+        return denoiser_of(self.size)
+
+
+class Ours:
+    """The trainer's own parts, step by step; what it reads was prepared before."""
+
+    def __init__(self, options):
+        self.config = TrainConfig(
+            Path(options["prepared"]),
+            Path(options["output"]),
+            model=options["folder"],
+            batch_size=options["batch"],
+            beta=100.0,
+            learning_rate=1e-6,
+            warmup_steps=1,
+            lora_rank=options["lora_rank"],
+            mixed_precision=options["precision"],
+            max_train_steps=10**6,
+        )
+        self.model = Model(Path(options["folder"]), options["size"])
+        data = PreparedFeedback(self.config.prepared_dir, self.model)
+        self.batches = GlobalBatches(self.config, data, self.model)
+        self.engine, self.store = Engine(self.config, self.model), CheckpointStore(self.config)
+        self.store.restore(self.engine)
+        self.config.output_dir.mkdir(parents=True, exist_ok=True)
+        self.utility, self.count = get_utility("kahneman_tversky"), 0
+
+    def step(self):
+        parts = (self.config, self.utility, self.model, self.batches, self.engine, self.store.state, (0, 1))
+        record = train_step(self.count, *parts)
+        assert record is not None
+        self.store.append(record)
+        self.count += 1
+
+    def tensors(self):
+        return self.batches.draw(self.count).to(self.engine.device)
+
+    def pure(self, batch):
+        """Reference forward, policy forward and backward, optimizer step, on tensors that are there already."""
+        errors, _ = denoising_errors(self.model, self.engine, batch)
+        (errors[0] - errors[1]).mean().backward()
+        self.engine.prepared_optimizer.step()
+        self.engine.prepared_optimizer.zero_grad()
+
+
+class Published:
+    """The loop of the published scripts, its operations timed by name."""
+
+    def __init__(self, options):
+        self.options, self.seconds = options, {}
+        self.model = Model(Path(options["folder"]), options["size"])
+        self.vae = self.model.load_vae()
+        self.text = self.model.load_text()
+        self.unet = denoiser_of(options["size"]).train()
+        self.unet.enable_gradient_checkpointing()
+        self.reference = {name: value.clone() for name, value in self.unet.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, weight_decay=0.01)
+        self.rng, self.dtype = np.random.default_rng(0), PRECISIONS[options["precision"]]
+        self.rows = [json.loads(line) for line in Path(options["table"]).read_text().splitlines()]
+
+    def timed(self, name, function):
+        began = time.perf_counter()
+        result = function()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return result
+
+    def predict(self, *inputs):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.predict(self.unet, *inputs)
+
+    @torch.no_grad()
+    def reference_pass(self, inputs):
+        policy = self.timed("swap weights", lambda: {k: v.clone() for k, v in self.unet.state_dict().items()})
+        self.timed("swap weights", lambda: self.unet.load_state_dict(self.reference))
+        prediction = self.timed("reference forward", lambda: self.predict(*inputs))
+        self.timed("swap weights", lambda: self.unet.load_state_dict(policy))
+        return prediction
+
+    def step(self):
+        rows = [self.rows[i] for i in self.rng.integers(len(self.rows), size=self.options["batch"])]
+        size = self.model.image_size
+        pixels = self.timed("read images", lambda: [to_pixel_values(load_image(Path(r["image"])), size) for r in rows])
+        pixels = torch.stack(pixels)
+        mean, std = self.timed("encode images", lambda: self.model.encode_images(self.vae, pixels))
+        prompts = [row["prompt"] for row in rows]
+        conditioning = self.timed("encode prompts", lambda: self.model.encode_prompts(*self.text, prompts))
+        latents = mean + std * torch.randn_like(mean)
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(rows),))
+        inputs = (self.model.add_noise(latents, noise, timesteps), timesteps, conditioning)
+        reference_error = denoising_error(self.reference_pass(inputs), noise)
+        prediction = self.timed("policy forward", lambda: self.predict(*inputs))
+        reward = implicit_reward(denoising_error(prediction, noise), reference_error, 100.0)
+        loss = kto_loss(reward, torch.tensor([bool(row["liked"]) for row in rows]), reference_point(reward))
+        self.timed("policy backward", loss.backward)
+        self.timed("clip", lambda: torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0))
+        self.timed("optimizer", self.optimizer.step)
+        self.optimizer.zero_grad()
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(kind, options):
+    torch.set_num_threads(options["threads"])
+    loop = Published(options) if kind == "published" else Ours(options)
+    for _ in range(options["warmup"]):
+        loop.step()
+    if kind == "pure":
+        ratios = []
+        for number in range(options["steps"]):
+            batch, seconds = loop.tensors(), {}
+            for name in ("ours", "pure") if number % 2 else ("pure", "ours"):
+                began = time.perf_counter()
+                loop.step() if name == "ours" else loop.pure(batch)
+                seconds[name] = time.perf_counter() - began
+            ratios.append(seconds["ours"] / seconds["pure"])
+        print(json.dumps({"ratios": ratios}))
+        return
+    if kind == "published":
+        loop.seconds.clear()
+    times = []
+    for _ in range(options["steps"]):
+        began = time.perf_counter()
+        loop.step()
+        times.append(time.perf_counter() - began)
+    result = {"samples_per_second": options["batch"] / float(np.median(times)), "peak_mb": peak_mb()}
+    if kind == "published":
+        result["seconds"] = {name: value / options["steps"] for name, value in loop.seconds.items()}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,148 @@
+"""What the training side costs: a step over its bare computation, and over a loop as the published scripts have it.
+
+Each loop runs in a process of its own (`loops.py`, where the published one is described). The rows named sd15 take the
+real UNet of Stable Diffusion 1.5, 860 million random weights: 17 to 20 GB and some minutes, on a machine that does
+nothing else. DKTO_BENCH_SIZE=reduced puts a small UNet of the same class in its place, to try the scripts; its
+figures are kept under "reduced" and held to no bound.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from dkto.feedback import make_feedback, write_feedback
+from dkto.prepare import prepare_feedback
+
+LOOPS = Path(__file__).parent / "loops.py"
+SIZE = os.environ.get("DKTO_BENCH_SIZE", "sd15")
+NEEDED_GB = {"small": 2, "reduced": 4, "sd15": 21}
+BATCH = {"small": 32, "reduced": 1, "sd15": 1}
+STEPS = {"small": 12, "reduced": 2, "sd15": 2}
+PAIRS = {"small": 40, "reduced": 5, "sd15": 5}
+THREADS = os.cpu_count() or 1
+KEYS = {"small": "small", SIZE: SIZE}
+
+
+def interval(values):
+    """Median with the 95 % interval of a bootstrap over the repetitions."""
+    values = np.asarray(values)
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(drawn, 1), [0.025, 0.975])
+    return {"value": float(np.median(values)), "low": float(low), "high": float(high), "n": len(values)}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """`material(size)`: options of a loop, with images, prompts and what was prepared of them."""
+    made = {}
+
+    def make(size):
+        if size in made:
+            return made[size]
+        if psutil.virtual_memory().available < NEEDED_GB[size] * 2**30:
+            pytest.skip(f"{size} needs {NEEDED_GB[size]} GB of free memory; DKTO_BENCH_SIZE=reduced tries the scripts")
+        sys.path.insert(0, str(LOOPS.parent))
+        from loops import make_pipeline
+
+        folder = tmp_path_factory.mktemp(size)
+        pipeline, rng = make_pipeline(folder / "pipeline", size), np.random.default_rng(0)
+        count, side = (64, 64) if size == "small" else (4, 512)
+        paths = [folder / f"{i:03d}.jpg" for i in range(count)]
+        for path in paths:
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=92)
+        likes = make_feedback(paths, ["a red circle"] * count, [i % 2 for i in range(count)])
+        write_feedback(likes, folder / "likes.csv")
+        lines = [{"image": str(p), "prompt": "a red circle", "liked": i % 2} for i, p in enumerate(paths)]
+        (folder / "likes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        prepared = prepare_feedback(likes, folder / "prepared", str(pipeline), batch_size=1)
+        made[size] = {
+            "size": size,
+            "folder": str(pipeline),
+            "prepared": str(prepared),
+            "table": str(folder / "likes.jsonl"),
+            "output": str(folder / "run"),
+            "batch": BATCH[size],
+            "threads": THREADS,
+            "lora_rank": 0,
+            "precision": "no",
+            "warmup": 3 if size == "small" else 1,
+            "steps": STEPS[size],
+        }
+        return made[size]
+
+    return make
+
+
+def run(kind, options):
+    done = subprocess.run([sys.executable, str(LOOPS), kind, json.dumps(options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def measured(material):
+    """`measured(kind, size, **options)`: what a loop took, each measured once in a session."""
+    known = {}
+
+    def measure(kind, size, **options):
+        key = (kind, size, *sorted(options.items()))
+        if key not in known:
+            known[key] = run(kind, material(size) | options)
+        return known[key]
+
+    return measure
+
+
+def bound(size, **bounds):
+    return {} if size == "reduced" else bounds
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("size", list(KEYS))
+def test_a_step_over_its_bare_computation(size, material, record_ratio):
+    """The trainer's step, with its draws, its measures and its record, over policy, reference and optimiser alone."""
+    found = run("pure", material(size) | {"steps": PAIRS[size]})
+    record_ratio(f"step_over_pure_compute/{size}", **interval(found["ratios"]), **bound(size, at_most=1.05))
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("size", list(KEYS))
+def test_samples_per_second_over_the_published_loop(size, measured, record_ratio):
+    """Equal precision, batch, threads and optimiser; the seconds of the published loop's operations are kept beside."""
+    rounds = 3 if size == "small" else 1
+    ratios = []
+    for number in range(rounds):
+        ours, theirs = (measured(kind, size, seed=number) for kind in ("ours", "published"))
+        ratios.append(ours["samples_per_second"] / theirs["samples_per_second"])
+    more = {f"published_seconds_{name.replace(' ', '_')}": value for name, value in theirs["seconds"].items()}
+    record_ratio(
+        f"samples_per_second_over_published_loop/{size}", **interval(ratios), **bound(size, at_least=1.4), **more
+    )
+
+
+@pytest.mark.timeout(1500)
+def test_samples_per_second_with_mixed_precision(measured, record_ratio):
+    """Our mixed precision against the published loop as it stands above."""
+    ours, theirs = measured("ours", SIZE, precision="bf16"), measured("published", SIZE, seed=0)
+    ratio = ours["samples_per_second"] / theirs["samples_per_second"]
+    key = f"samples_per_second_over_published_loop_defaults/{SIZE}"
+    record_ratio(key, ratio, n=1, **bound(SIZE, at_least=2.0))
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("lora_rank", "most"), [(0, 1.0), (32, 0.4)])
+def test_peak_memory_over_the_published_loop(lora_rank, most, measured, record_ratio):
+    """Resident memory of each process at its most; the LoRA run is held against the published full one."""
+    options = {"seed": 0} if not lora_rank else {"lora_rank": lora_rank}
+    ours, theirs = measured("ours", SIZE, **options), measured("published", SIZE, seed=0)
+    key = f"peak_memory_over_published_loop/{SIZE}{'_lora' if lora_rank else ''}"
+    megabytes = {"ours_mb": ours["peak_mb"], "published_mb": theirs["peak_mb"]}
+    record_ratio(key, ours["peak_mb"] / theirs["peak_mb"], n=1, **bound(SIZE, at_most=most), **megabytes)
