@@ -7,6 +7,8 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# several workers share the cores: what a test starts gets one thread, or all wait for each other
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_models import make_tiny_sd3, make_tiny_sdxl
 
-torch.set_num_threads(1)  # two workers share two cores, see the Makefile
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
