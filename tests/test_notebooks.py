@@ -415,10 +415,15 @@ def test_one_training_step_agrees_with_the_trainer(tmp_path):
     assert (tmp_path / "32_one_training_step" / "calibration.png").stat().st_size > 5_000
 
 
-def test_train_runs_any_prepared_folder(tmp_path):
+def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published_ones(tmp_path):
+    """The chain of the shipped grids for Stable Diffusion: training, then its judgement."""
     metrics = run_small("33_train", tmp_path, ranks=2)
     assert metrics["steps"] == SMALL["33_train"]["max_train_steps"] and metrics["skipped_steps"] == 0
     assert (tmp_path / "33_train" / "run" / "lora" / "README.md").is_file()
+    trained = {"runs_dir": str(tmp_path / "33_train"), "methods": ["base"], "unets": [], "loras": []}
+    metrics = run_small("54_published_checkpoints", tmp_path, **trained)
+    assert 0 <= metrics["win_rate/ours_vs_base/world_fidelity"] <= 1
+    assert {"mean/world_fidelity/ours", "mean/world_fidelity/base"} <= metrics.keys()
 
 
 def test_solutions_hold(outputs, paper_outputs, tmp_path):
