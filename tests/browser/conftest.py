@@ -169,6 +169,29 @@ def until_fixture():
     return until
 
 
+UNNAMED = """root => [...document.querySelectorAll(`${root} :is(input, select, button, [tabindex='0'])`)]
+  .filter(e => e.type !== "hidden" && !(e.labels && e.labels.length) && !e.textContent.trim()
+    && !e.getAttribute("aria-label") && !e.getAttribute("aria-labelledby")).map(e => e.outerHTML.slice(0, 200))"""
+UNDESCRIBED = "root => [...document.querySelectorAll(`${root} img`)].filter(e => !e.alt).length"
+
+
+@pytest.fixture(scope="session")
+def accessible():
+    """Every control of a widget has a name and every picture a description; at 200 % zoom nothing runs out of sight."""
+
+    def check(page, root):
+        assert page.evaluate(UNNAMED, root) == []
+        assert page.evaluate(UNDESCRIBED, root) == 0
+        page.set_viewport_size({"width": 700, "height": 500})  # what a window of 1400 x 1000 shows at 200 % zoom
+        page.wait_for_timeout(300)
+        overflow = page.locator(root).first.evaluate("e => e.scrollWidth - e.clientWidth")
+        page.set_viewport_size({"width": 1400, "height": 1000})
+        page.wait_for_timeout(300)
+        assert overflow <= 1
+
+    return check
+
+
 @pytest.fixture
 def picture():
     """Keep a screenshot of a widget in notebooks/images/ when DKTO_SCREENSHOTS is set."""

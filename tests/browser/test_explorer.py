@@ -118,14 +118,5 @@ def test_uploaded_rewards_are_shown_and_bad_ones_refused(page, until, tmp_path):
 
 
 @pytest.mark.chromium
-def test_every_control_has_a_name_and_nothing_runs_out_of_the_window_at_200_percent(page):
-    unnamed = page.evaluate(
-        "() => [...document.querySelectorAll('.dkto-explorer :is(input, select, button)')].filter(e =>"
-        " !(e.labels && e.labels.length) && !e.textContent.trim() && !e.getAttribute('aria-label')).length"
-    )
-    assert unnamed == 0
-    page.set_viewport_size({"width": 700, "height": 500})  # what a window of 1400 x 1000 shows at 200 % zoom
-    page.wait_for_timeout(300)
-    overflow = page.locator(".dkto-explorer").first.evaluate("e => e.scrollWidth - e.clientWidth")
-    page.set_viewport_size({"width": 1400, "height": 1000})
-    assert overflow <= 1
+def test_every_control_has_a_name_and_nothing_runs_out_of_the_window_at_200_percent(page, accessible):
+    accessible(page, ".dkto-explorer")

@@ -41,7 +41,7 @@ def study(tmp_path):
 
 
 @pytest.mark.browser
-def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, until, picture, study):
+def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, until, picture, accessible, study):
     source = f"from dkto.widgets import Judge\nJudge({str(study)!r}, 'ann')"
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)"}},
@@ -63,6 +63,8 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
             until(page, "() => [...document.querySelectorAll('.dkto-judge .dkto-pair img')].every(i => i.complete)")
         if number == 3:
             picture(page.locator(".dkto-judge"), "judge")
+            accessible(page, ".dkto-judge")
+            page.locator(".dkto-judge [tabindex='0']").focus()
             page.keyboard.press("z")
             until(page, counted, 2)
             page.keyboard.press(brighter)
@@ -73,5 +75,6 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
     page.wait_for_selector(".dkto-judge table")
     assert "qwours is preferred to qwtheirs" in page.locator(".dkto-judge .dkto-result").text_content()
     picture(page.locator(".dkto-judge"), "judge_result")
+    accessible(page, ".dkto-judge")
     assert study_result(study).answered == 5 and page.alerts == []
     page.close()

@@ -38,7 +38,7 @@ def press(page, until, key, expected):
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, tmp_path):
+def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, accessible, tmp_path):
     settings = {"pictures": 14, "held_out_prompts": 8, "sample_steps": 6, "output_dir": str(tmp_path)}
     name = lab.write("61_teach_by_likes", **settings)
     page = lab.open(name)
@@ -51,6 +51,7 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, tmp_path):
     assert "liked 5, disliked 5" in status(page)
     press(page, until, "z", "seen 9 of 14, liked 5, disliked 4")
     picture(page.locator(".dkto-likes").first, "likes")
+    accessible(page, ".dkto-likes")
     page.reload()
     lab.wait_for_kernel(page)
     lab.run_all(page)
@@ -85,6 +86,7 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, tmp_path):
     before, after = page.evaluate(ROWS)
     assert before != after and len(before) > 1000
     picture(training, "tuning")
+    accessible(page, ".dkto-training")
     assert page.alerts == []
     page.close()
 

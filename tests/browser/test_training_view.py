@@ -3,7 +3,9 @@ import pytest
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_the_page_stays_alive_while_a_training_runs_and_stops_it_at_a_checkpoint(lab, until, picture, tmp_path):
+def test_the_page_stays_alive_while_a_training_runs_and_stops_it_at_a_checkpoint(
+    lab, until, picture, accessible, tmp_path
+):
     settings = {"max_train_steps": 400, "checkpoint_every": 10, "sample_prompts": 3, "output_dir": str(tmp_path)}
     page = lab.open(lab.write("63_watch_training", **settings))
     lab.run_all(page)
@@ -14,6 +16,7 @@ def test_the_page_stays_alive_while_a_training_runs_and_stops_it_at_a_checkpoint
     until(page, "() => document.querySelectorAll('.dkto-training td img').length >= 3", seconds=240)
     page.locator(".jp-Notebook .jp-CodeCell").nth(0).click()
     picture(view, "training_view")
+    accessible(page, ".dkto-training")
     page.locator(".dkto-training button:text-is('Stop at a checkpoint')").click()
     until(page, "() => document.querySelector('.dkto-training').dataset.state === 'stopped'", seconds=180)
     checkpoints = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
