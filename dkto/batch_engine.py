@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from dkto.processes import die_with_parent, has_writer, sole_writer
+from dkto.processes import following, has_writer, sole_writer
 from dkto.progress import QUIET_VARIABLE
 from dkto.records import write_json
 from dkto.run_record import RECORD_NAME, accelerators, source_hash
@@ -197,13 +197,12 @@ def _engine(plan: Plan, arguments: list[str], hold: int) -> Iterator[subprocess.
     command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "plan.json"), "--nocolor"]
     with (plan.folder / ENGINE_LOG).open("w") as log:
         process = subprocess.Popen(
-            command,
+            following(command, signal.SIGKILL),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[hold],
             start_new_session=True,  # an interrupt from the keyboard comes here, and is passed on once
-            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
             env=os.environ | {QUIET_VARIABLE: "1"},
         )
         try:

@@ -1,7 +1,5 @@
 """What a run trains with: processes, precision, policy and reference, optimiser, weight average."""
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from dkto.config import TrainConfig
 from dkto.models import DiffusionModel, make_policy
+from dkto.records import peak_memory_mb
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -147,8 +146,7 @@ class Engine:
         """Most memory that was ever held at once: of the GPU, or on a CPU of the process; MB of 2^20 bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        return peak_memory_mb()
 
 
 def check_packages(config: TrainConfig) -> None:

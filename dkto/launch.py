@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dkto.config import TrainConfig
 from dkto.online_config import OnlineConfig
-from dkto.processes import die_with_parent
+from dkto.processes import die_with_parent, following
 from dkto.progress import progress
 from dkto.records import read_records
 from dkto.utilities import get_utility
@@ -83,9 +83,9 @@ def start_training(
     """
     command = training_command(config, threads=threads, ranks=ranks, accelerate_config=accelerate_config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    options = {"preexec_fn": die_with_parent, "env": os.environ | {FAMILY_VARIABLE: "1"}}
+    environment = os.environ | {FAMILY_VARIABLE: "1"}
     with (config.output_dir / "train.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+        return subprocess.Popen(following(command), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def run_trainings(

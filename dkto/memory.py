@@ -319,28 +319,29 @@ def memory_row(
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import torch
 from dkto.memory import SIZES, build_denoiser, run_step
 from dkto.models import make_policy
 from dkto.engine import PRECISIONS
+from dkto.records import peak_memory_mb
 
 name, batch, rank, precision, threads = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
 torch.set_num_threads(threads)
 torch.nn.functional.scaled_dot_product_attention(*[torch.zeros(1, 1, 2, 8)] * 3)  # libraries are loaded by now
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_mb()
 pair = make_policy(build_denoiser(name, "cpu"), rank, seed=0, frozen_dtype=PRECISIONS[precision])
 optimizer = torch.optim.AdamW(pair.trainable().values(), foreach=False)
 for _ in range(2):
     run_step(SIZES[name], pair, optimizer, batch, PRECISIONS[precision])
-print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20))
+print(json.dumps((peak_memory_mb() - before) / 2**10))
 """
 
 
 def measured_step_memory(
     name: str, *, batch: int = 1, lora_rank: int = 0, mixed_precision: str = "no", threads: int = 1
 ) -> float:
-    """The same measured on this CPU: growth of the resident memory of a process of its own, GB of 2^30 bytes.
+    """The same measured on this CPU: growth of the resident memory of a process of its own, GB of 2^30 bytes (Linux).
 
     Args:
         name, batch, lora_rank, mixed_precision: as in `step_memory`.

@@ -17,9 +17,25 @@ LOCK_NAME = ".lock"
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Linux: ask the kernel for a signal to this process when the thread that made it ends. For `preexec_fn` too."""
+    """Linux: ask the kernel for a signal to this process when the thread that made it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
+    """The command for `subprocess` with which a child gets a signal when this process ends (Linux; others: unchanged).
+
+    Args:
+        command: program, by its whole path, and arguments.
+        number: of the signal.
+
+    >>> following(["/bin/true"])[-1]
+    '/bin/true'
+    """
+    if sys.platform != "linux":
+        return list(command)
+    script = Path(__file__).with_name("follow.py")
+    return [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(int(number)), *command]
 
 
 def die_with_engine() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,20 @@ def hardware() -> dict[str, str | int]:
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"machine": platform.machine(), "cores": os.cpu_count() or 0, "accelerators": ", ".join(devices) or "none"}
+
+
+def peak_memory_mb() -> float:
+    """Most resident memory that this program ever held, MB of 2^20 bytes.
+
+    On Linux by /proc: getrusage there begins with what the program held that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

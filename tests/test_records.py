@@ -1,8 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
-from dkto.records import claim, hardware, keep_records, read_records, versions, write_json
+from dkto.records import claim, hardware, keep_records, peak_memory_mb, read_records, versions, write_json
 
 
 def test_json_is_whole_or_absent(tmp_path):
@@ -32,3 +34,11 @@ def test_a_folder_is_claimed_once(tmp_path):
 def test_versions_and_hardware_are_named():
     assert {"python", "dkto", "torch", "diffusers"} <= set(versions())
     assert hardware()["cores"] >= 1
+
+
+def test_peak_memory_is_of_this_program_alone(tmp_path):
+    """The parent holds 300 MB when it starts a program that holds little."""
+    code = "from dkto.records import peak_memory_mb; print(peak_memory_mb())"
+    held = b"x" * (300 * 2**20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 < float(done.stdout) < 250 < peak_memory_mb() and held

@@ -10,7 +10,6 @@ and optimiser, in the same order of memory, and moves nothing to where it alread
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from dkto.losses import denoising_error, implicit_reward, kto_loss, reference_po
 from dkto.memory import SIZES, build_denoiser
 from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion
 from dkto.prepare import PreparedFeedback, to_pixel_values
+from dkto.records import peak_memory_mb
 from dkto.trainer import denoising_errors, train_step
 from dkto.utilities import get_utility
 
@@ -179,10 +179,6 @@ class Published:
         self.optimizer.zero_grad()
 
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(kind, options):
     torch.set_num_threads(options["threads"])
     loop = Published(options) if kind == "published" else Ours(options)
@@ -206,7 +202,7 @@ def main(kind, options):
         began = time.perf_counter()
         loop.step()
         times.append(time.perf_counter() - began)
-    result = {"samples_per_second": options["batch"] / float(np.median(times)), "peak_mb": peak_mb()}
+    result = {"samples_per_second": options["batch"] / float(np.median(times)), "peak_mb": peak_memory_mb()}
     if kind == "published":
         result["seconds"] = {name: value / options["steps"] for name, value in loop.seconds.items()}
     print(json.dumps(result))
