@@ -83,7 +83,7 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Memory:
-    """Say how much memory a training takes, and the largest batch for some cards, without taking it."""
+    """Say how much memory a training takes, and the largest batch for some cards, without taking it; minutes a row."""
 
     models: tuple[Literal["small-world", "sd15", "sdxl", "sd3"], ...] = ("sd15", "sdxl", "sd3")
     """Which denoisers."""
@@ -102,6 +102,7 @@ class Memory:
 
     def run(self) -> None:
         from dkto.memory import SIZES, measured_step_memory, memory_row, memory_table, step_memory
+        from dkto.progress import progress
 
         wanted = [(name, rank) for name in self.models for rank in self.lora_ranks]
         if self.measure:
@@ -112,6 +113,7 @@ class Memory:
             return
         options = {"mixed_precision": self.mixed_precision, "gradient_checkpointing": self.gradient_checkpointing}
         rows = [
-            memory_row(name, rank, cards=self.cards, overhead_gb=self.overhead_gb, **options) for name, rank in wanted
+            memory_row(name, rank, cards=self.cards, overhead_gb=self.overhead_gb, **options)
+            for name, rank in progress(wanted, desc="computing", unit="row")
         ]
         print(memory_table(rows))
