@@ -1,5 +1,7 @@
 """Memory computed without taking it, against the same taken on this CPU; published sizes are the published ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -100,3 +102,10 @@ def test_stable_diffusion_fits_where_it_is_said_to_fit():
     """Full fine-tuning of SD 1.5 in float32 at batch 1 is what the benchmark takes on a machine of 24 GB."""
     assert 15.5 < step_memory("sd15") < 18
     assert SIZES["sd15"].latents == (4, 64, 64) and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_the_command_computes():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for rank in (0, 32):
+        assert memory_table([memory_row("sd15", rank)]).splitlines()[2] in readme
