@@ -316,7 +316,11 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one sub-command; a mistake of the user ends in one sentence and exit code 2."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="dkto")
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:  # one parser instead of all: a sweep starts many runs
+        command = tyro.cli(COMMANDS[given[0]], args=given[1:], prog=f"dkto {given[0]}")
+    else:
+        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=given, prog="dkto")
     try:
         command.run()
     except (ValueError, TypeError, KeyError, OSError, FloatingPointError, RuntimeError) as error:
