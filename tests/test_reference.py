@@ -26,7 +26,6 @@ NOT_KEPT = {
     "24_ablations",
     "32_one_training_step",
     "33_train",
-    "50_win_rate_tables",
     "51_ablations",
     "52_a_specific_user",
     "53_qualitative_grid",

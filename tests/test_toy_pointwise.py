@@ -88,20 +88,28 @@ def test_exact_and_fitted_kl_agree_where_clouds_are_round(study):
 
 @pytest.mark.slow
 def test_the_large_recipe_is_predicted_to_two_digits():
-    """Width 64, 2000 steps: loss-averse within 0.006 of the pointwise optimum in mean and spread and 5 % in KL; DPO at
-    beta 100 within 0.008 in mean y after 2000 steps (it reaches 0.005 after 3000) and 3 % in spread. KT, which has
-    no finite optimum, within 0.012 at the reference point seen in training."""
-    methods = {name: METHODS[name] for name in ("loss_averse@0.5", "kahneman_tversky")} | {"dpo@100": LARGE_BETA}
+    """Width 64, 2000 steps: DPO at beta 100 within 0.008 in mean y (it reaches 0.005 after 3000) and 3 % in spread. KT,
+    which has no finite optimum, within 0.012 in mean and spread at the reference point seen in training."""
+    methods = {"kahneman_tversky": METHODS["kahneman_tversky"], "dpo@100": LARGE_BETA}
     study = run_study(methods, SEEDS, replace(FULL, max_train_steps=2000), processes=1)
-    means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5", count=2000)
-    assert means < 0.006 and spreads < 0.006
-    assert trained == pytest.approx(exact, rel=0.05)
-    point = float(torch.stack([record.reference_point[1] for record in study.records[-5:]]).mean())
+    point = float(torch.stack([record.reference_point[0] for record in study.records[-5:]]).mean())
     means, spreads, _, _ = gaps_to_optimum(study, "kahneman_tversky", point, count=2000)
     assert means < 0.012 and spreads < 0.012
     mean, std = output_law(dpo_optimum(study.schedule, 100.0), study.schedule)
     assert study.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.008)
     assert study.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.03)
+
+
+@pytest.mark.slow
+def test_loss_averse_goes_on_towards_its_optimum():
+    """Width 64: after 2000 steps within 0.006 in mean and 0.007 in spread, which is 8 % in KL, since KL feels a spread
+    18 times; after 4000 steps within 0.006, 0.004 and 2 %."""
+    for steps, spread, relative in ((2000, 0.007, 0.08), (4000, 0.004, 0.02)):
+        recipe = replace(FULL, max_train_steps=steps)
+        study = run_study({"loss_averse@0.5": METHODS["loss_averse@0.5"]}, SEEDS, recipe, processes=1)
+        means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5", count=2000)
+        assert means < 0.006 and spreads < spread
+        assert trained == pytest.approx(exact, rel=relative)
 
 
 @pytest.mark.parametrize("timestep", [2, 20, 45])
