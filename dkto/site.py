@@ -45,7 +45,7 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
     for folder in (source, pages):
         shutil.rmtree(folder, ignore_errors=True)
     write_source(source, reference or root / "papermill_runs" / "reference", root)
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    command = [sys.executable, "-P", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     command += ["-c", str(SETTINGS.parent), "-d", str(output / "doctrees"), str(source), str(pages)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:

@@ -26,7 +26,6 @@ NOT_KEPT = {
     "24_ablations",
     "32_one_training_step",
     "33_train",
-    "51_ablations",
     "52_a_specific_user",
     "53_qualitative_grid",
     "61_teach_by_likes",
