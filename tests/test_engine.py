@@ -91,10 +91,13 @@ def test_accelerates_own_mixed_precision_is_refused(config, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_policy_trains_the_same(config):
+    """Rounding apart: Adam's first steps have the size of the rate whatever the gradient's, so that it grows."""
     plain = list(train(replace(config, max_train_steps=3)))
     compiled = list(train(replace(config, max_train_steps=3, compile=True, output_dir=config.output_dir / "compiled")))
+    assert compiled[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-3)
+    assert compiled[0]["mean_abs_reward"] < 0.01
     for one, two in zip(plain, compiled, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-2)
+        assert two["loss"] == pytest.approx(one["loss"], abs=0.05)
 
 
 @pytest.mark.gpu
