@@ -24,14 +24,7 @@ MEGABYTES = 10
 # then they leave this list.
 NOT_KEPT = {
     "24_ablations",
-    "32_one_training_step",
-    "33_train",
     "52_a_specific_user",
-    "53_qualitative_grid",
-    "61_teach_by_likes",
-    "62_judge_blind",
-    "63_watch_training",
-    "64_toy_playground",
 }
 
 
