@@ -23,6 +23,12 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" reads
 EXAMPLE_FOLDER = "sweep"
 NOT_RUN_HERE = {"54_published_checkpoints": "needs released weights and a GPU"}  # lessons without a reference run
+HANDS: dict[str, dict[str, object]] = {
+    "61_teach_by_likes": {"simulated_judge": "likes_red", "press_button": True},
+    "62_judge_blind": {"simulated_scorer": "world_aesthetics"},
+    "63_watch_training": {"wait": True},
+}
+"""Lessons that wait for a person: in their reference runs a simulated one takes the place."""
 CARDS = ("*card*.csv", "verdicts.csv")
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
@@ -51,13 +57,14 @@ def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
     runs = []
     for name in _in_order(needed, declared, home):
         inputs = {key: _run_name(other) for key, other in _inputs(declared[name], home).items()}
-        defaults = {key: parameter.default for key, parameter in declared[name].items()}
+        given = HANDS.get(name, {})
+        values = {key: parameter.default for key, parameter in declared[name].items()} | given
         runs.append(
             PlannedRun(
                 name=_run_name(name),
                 notebook=str(Path("notebooks") / f"{name}.ipynb"),
-                given={},
-                parameters={key: value for key, value in defaults.items() if key not in {"output_dir", *inputs}},
+                given=given,
+                parameters={key: value for key, value in values.items() if key not in {"output_dir", *inputs}},
                 inputs=inputs,
                 varying={},
                 resources=Resources(cpus=os.cpu_count() or 1),  # one at a time, so that its seconds mean something

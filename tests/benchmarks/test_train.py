@@ -146,7 +146,7 @@ def test_samples_per_second_with_mixed_precision(measured, record_ratio):
 def test_peak_memory_over_the_published_loop(suffix, changes, most, measured, record_ratio):
     """Resident memory of each process at its most, over the published full one in float32.
 
-    Ours is, as for the speed, measured with our default of mixed precision; at equal precision it keeps the
+    Ours is, as for the speed, measured in bf16, the setting of the shipped sweeps; at equal precision it keeps the
     activations that the published loop computes twice, and has no bound. The adapters are trained in float32.
     """
     ours, theirs = measured("ours", SIZE, **changes), measured("published", SIZE, seed=0)
