@@ -90,7 +90,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of an average of the trained weights that is written in their place, 0 for none. Paper: none."""
     compile: bool = False
-    """torch.compile the policy: slow first steps, faster ones after."""
+    """torch.compile the policy on a GPU: slow first steps, faster ones after. Refused on a CPU; untried on a GPU."""
     tracker: Tracker = "none"
     """Send the records to tensorboard, wandb or trackio as well; metrics.jsonl is written always."""
     seed: int = 0

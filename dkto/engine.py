@@ -157,6 +157,11 @@ def check_packages(config: TrainConfig) -> None:
     for what, package in wanted.items():
         if find_spec(package) is None:
             raise ValueError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+    if config.compile and not torch.cuda.is_available():
+        raise ValueError(
+            "compile needs a GPU and there is none here: on a CPU the compiled policy's gradients were measured to "
+            "differ from the plain ones; train with compile off"
+        )
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
