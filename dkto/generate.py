@@ -27,6 +27,7 @@ from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from dkto.models import SMALL_WORLD, pipeline_folder
+from dkto.processes import start_worker
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.records import claim
@@ -215,7 +216,7 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
         yield from map(_draw_chunk, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         yield from pool.map(_draw_chunk, tasks)
 
 

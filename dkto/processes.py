@@ -22,6 +22,14 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
+def start_worker() -> None:
+    """For the processes of a pool: one thread each, and an end with the pool's own process, else they wait for ever."""
+    import torch
+
+    torch.set_num_threads(1)
+    die_with_parent()
+
+
 def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
     """The command for `subprocess` with which a child gets a signal when this process ends (Linux; others: unchanged).
 

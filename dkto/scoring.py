@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dkto.feedback import load_image
 from dkto.generate import image_path, read_manifest
+from dkto.processes import start_worker
 from dkto.progress import progress
 from dkto.records import write_json
 from dkto.scorers import Scorer, describe, get_scorer, score, scorer_name
@@ -188,7 +188,7 @@ def _perform(tasks: list[_Task], workers: int):
     for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
         _check_it_travels(scorer)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         waiting = {pool.submit(_score_chunk, task): task for task in tasks}
         failure = None
         for done in as_completed(waiting):

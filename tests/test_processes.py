@@ -114,3 +114,25 @@ def test_a_run_whose_engine_has_ended_already_does_not_start():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert "which started this run, has ended" in done.stderr
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dkto.processes import start_worker
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the request is Linux's")
+def test_the_worker_of_a_pool_ends_with_a_killed_process(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(process.stdout.readline()))
+    assert worker.is_running()
+    end(process)
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running()
