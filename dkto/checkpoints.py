@@ -1,11 +1,13 @@
 """The files of one run: records, checkpoints that are whole or absent, and the final weights.
 
-run.json, metrics.jsonl                       configuration and machine; one line per step
-checkpoint-00000500/                          whole or absent; the last `keep_checkpoints` of them
-checkpoint-*/unet/ or pytorch_lora_weights.safetensors            as diffusers loads them
-checkpoint-*/optimizer.safetensors, ema.safetensors, state.json   to go on from
-latest -> checkpoint-00000500                 at the end -> model or lora
-model/ or lora/                               at the end: for plain diffusers, with a card
+The folder of a run:
+
+    run.json, metrics.jsonl                       configuration and machine; one line per step
+    checkpoint-00000500/                          whole or absent; the last `keep_checkpoints` of them
+    checkpoint-*/unet/ or pytorch_lora_weights.safetensors            as diffusers loads them
+    checkpoint-*/optimizer.safetensors, ema.safetensors, state.json   to go on from
+    latest -> checkpoint-00000500                 at the end -> model or lora
+    model/ or lora/                               at the end: for plain diffusers, with a card
 """
 
 import json

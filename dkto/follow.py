@@ -1,4 +1,4 @@
-"""Run by path, never imported: become a command that ends when the process that started it ends (Linux).
+"""A process that ends with the one that started it (Linux); run by path, one that becomes a command then.
 
     python -I -S follow.py PARENT SIGNAL COMMAND ...
 
@@ -8,13 +8,20 @@ a program with threads, as every notebook kernel is one.
 
 import ctypes
 import os
+import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Linux: ask the kernel for a signal to this process when the thread that made it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
 def main(parent: str, number: str, *command: str) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+    die_with_parent(int(number))
     if os.getppid() != int(parent):  # gone before the request
         sys.exit(f"process {parent}, which started this, has ended")
     os.execv(command[0], command)

@@ -9,9 +9,7 @@ noise, and batch size or number of processes change nothing.
 """
 
 import json
-import multiprocessing
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from dkto.models import SMALL_WORLD, pipeline_folder
-from dkto.processes import start_worker
+from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.records import claim
@@ -215,8 +213,7 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
     if workers < 2:
         yield from map(_draw_chunk, tasks)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+    with worker_pool(workers) as pool:
         yield from pool.map(_draw_chunk, tasks)
 
 

@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from dkto.config import TrainConfig
+from dkto.follow import die_with_parent
 from dkto.online_config import OnlineConfig
-from dkto.processes import die_with_parent, following
+from dkto.processes import following
 from dkto.progress import progress
 from dkto.records import read_records
 from dkto.utilities import get_utility

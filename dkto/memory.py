@@ -10,10 +10,9 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -178,12 +177,6 @@ class CountBytes(TorchDispatchMode):
         self.now -= size
 
 
-@contextmanager
-def _fakes() -> Iterator[CountBytes]:
-    with FakeTensorMode(), CountBytes() as count:
-        yield count
-
-
 def _give_shapes(module: nn.Module) -> None:
     """Parameters and buffers of a module on "meta" as fake tensors on the CPU."""
     for part in module.modules():
@@ -198,8 +191,8 @@ def _give_shapes(module: nn.Module) -> None:
 
 def step_memory(
     name: str,
-    *,
     batch: int = 1,
+    *,
     lora_rank: int = 0,
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
@@ -222,7 +215,7 @@ def step_memory(
     pair = make_policy(build_denoiser(name), lora_rank, seed=0, frozen_dtype=dtype)
     if gradient_checkpointing:
         pair.policy.enable_gradient_checkpointing()
-    with _fakes() as count:
+    with FakeTensorMode(), CountBytes() as count:
         for module in (pair.policy, pair.reference):
             if module is not None:
                 _give_shapes(module)
@@ -301,17 +294,8 @@ def memory_row(
         overhead_gb: kept free for CUDA's context, its workspaces and the allocator's leftovers.
         mixed_precision, gradient_checkpointing: as in `TrainConfig`.
     """
-
-    @cache
-    def memory(batch: int) -> float:
-        return step_memory(
-            name,
-            batch=batch,
-            lora_rank=lora_rank,
-            mixed_precision=mixed_precision,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-
+    options = {"mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing}
+    memory = cache(partial(step_memory, name, lora_rank=lora_rank, **options))
     largest = {card: largest_batch(memory, card - overhead_gb) for card in cards}
     pair = make_policy(build_denoiser(name), lora_rank, seed=0)
     counts = [sum(p.numel() for p in group) / 1e6 for group in (pair.policy.parameters(), pair.trainable().values())]

@@ -19,9 +19,7 @@ started here (`num_processes`) or by `accelerate launch`.
 import hashlib
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,6 +40,7 @@ from torch import Tensor, nn
 from dkto.feedback import FeedbackTable, load_image
 from dkto.models import DiffusionModel, load_model
 from dkto.prepared import CSFT_PREFIXES, PreparedFeedback, csft_set, model_fingerprint, shard_path
+from dkto.processes import start_worker
 from dkto.progress import progress
 from dkto.records import claim, write_atomically, write_json
 
@@ -277,14 +276,8 @@ def _start_worker(job: _Job, counter, processes: int) -> None:
         place, counter.value = counter.value, counter.value + 1
     if torch.cuda.is_available():
         job.device = f"cuda:{place % torch.cuda.device_count()}"
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     _worker_job = job
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    start_worker(max(1, (os.cpu_count() or 1) // processes))
 
 
 def _work(task: tuple[str, int]) -> None:

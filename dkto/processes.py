@@ -1,33 +1,41 @@
 """Processes that cannot outlive who started them, folders with one writer, graphics cards with one user."""
 
-import ctypes
 import fcntl
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from dkto import follow
+
 PARENT_VARIABLE = "DKTO_PARENT"  # process that a run of a sweep dies with; set by papermill_runs/Snakefile
 LOCK_NAME = ".lock"
 
 
-def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Linux: ask the kernel for a signal to this process when the thread that made it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
-
-
-def start_worker() -> None:
-    """For the processes of a pool: one thread each, and an end with the pool's own process, else they wait for ever."""
+def start_worker(threads: int = 1) -> None:
+    """In each process of a pool: its threads, and an end with the pool's own process, else it would wait for ever."""
     import torch
 
-    torch.set_num_threads(1)
-    die_with_parent()
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def worker_pool(count: int) -> ProcessPoolExecutor:
+    """`count` fresh processes of one thread each, which end with this one."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
 
 
 def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
@@ -42,15 +50,14 @@ def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]
     """
     if sys.platform != "linux":
         return list(command)
-    script = Path(__file__).with_name("follow.py")
-    return [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(int(number)), *command]
+    return [sys.executable, "-I", "-S", follow.__file__, str(os.getpid()), str(int(number)), *command]
 
 
 def die_with_engine() -> None:
     """In a run of a sweep: end when the engine ends, also if it ended before this line."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
-        die_with_parent(signal.SIGKILL)
+        follow.die_with_parent(signal.SIGKILL)
         if str(os.getppid()) != parent:
             sys.exit(f"process {parent}, which started this run, has ended")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,10 +48,17 @@ def peak_memory_mb() -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    import resource
+    return largest_resident_mb(resource.RUSAGE_SELF)
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+def largest_resident_mb(who: int) -> float:
+    """The largest resident set that `getrusage` knows of, MB of 2^20 bytes.
+
+    Args:
+        who: resource.RUSAGE_SELF, or resource.RUSAGE_CHILDREN for the largest of the children that have ended.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(who).ru_maxrss * unit / 2**20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from dkto.records import git_commit, versions, write_json
+from dkto.records import git_commit, largest_resident_mb, versions, write_json
 
 RECORD_NAME = "run.json"
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
@@ -62,8 +62,7 @@ class PeakMemory:
 
 def _largest_ended() -> float:
     """The largest resident set of one process below this that has ended, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / MEGABYTE
+    return largest_resident_mb(resource.RUSAGE_CHILDREN)
 
 
 def source_hash(notebook: str | Path) -> str:

@@ -6,11 +6,10 @@ stays on disk.
 """
 
 import json
-import multiprocessing
 import pickle
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pandas as pd
 
 from dkto.feedback import load_image
 from dkto.generate import image_path, read_manifest
-from dkto.processes import start_worker
+from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.records import write_json
 from dkto.scorers import Scorer, describe, get_scorer, score, scorer_name
@@ -187,8 +186,7 @@ def _perform(tasks: list[_Task], workers: int):
         return
     for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
         _check_it_travels(scorer)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+    with worker_pool(workers) as pool:
         waiting = {pool.submit(_score_chunk, task): task for task in tasks}
         failure = None
         for done in as_completed(waiting):

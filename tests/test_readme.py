@@ -69,10 +69,6 @@ def test_the_results_are_those_of_the_kept_runs():
     for shown, key, link in rows:
         metrics = json.loads((ROOT / link).read_text())["metrics"]
         value, ends = metrics[key], [metrics.get(f"{key}/{end}") for end in ("low", "high")]
-        if shown.split()[0].endswith("%") or " % " in shown:
-            expected = f"{100 * value:.0f} %" + (
-                f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]" if ends[0] is not None else ""
-            )
-        else:
-            expected = f"{value:.3g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends[0] is not None else "")
-        assert shown == expected, key
+        scale, unit, form = (100, " %", ".0f") if "%" in shown else (1, "", ".3g")
+        low_high = "" if ends[0] is None else " [{}, {}]".format(*(format(scale * end, form) for end in ends))
+        assert shown == f"{scale * value:{form}}{unit}{low_high}", key

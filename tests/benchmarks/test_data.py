@@ -20,6 +20,8 @@ from dkto.models import SMALL_WORLD_FOLDER, load_model
 from dkto.prepare import prepare_feedback, to_pixel_values
 from dkto.trainer import train
 
+from .measures import interval
+
 LIKES = Path(__file__).parents[2] / "notebooks" / "likes"
 PICK_A_PIC_ROWS = 928_068  # images that the paper counts
 PAIRS_OF_STEPS = 40
@@ -44,14 +46,6 @@ def small_world_data(tmp_path_factory):
     from dkto import read_feedback
 
     return prepare_feedback(read_feedback(LIKES / "likes.csv"), tmp_path_factory.mktemp("small") / "prepared")
-
-
-def interval(values):
-    """Median with the 95 % interval of a bootstrap over the repetitions."""
-    values = np.asarray(values)
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(drawn, 1), [0.025, 0.975])
-    return {"value": float(np.median(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def test_start_up_at_the_size_of_pick_a_pic(small_world_data, sparse_copy, tmp_path, record_ratio):

@@ -20,6 +20,9 @@ from PIL import Image
 from dkto.feedback import make_feedback, write_feedback
 from dkto.prepare import prepare_feedback
 
+from .loops import make_pipeline
+from .measures import interval
+
 LOOPS = Path(__file__).parent / "loops.py"
 SIZE = os.environ.get("DKTO_BENCH_SIZE", "sd15")
 NEEDED_GB = {"small": 2, "reduced": 4, "sd15": 21}
@@ -27,15 +30,6 @@ BATCH = {"small": 32, "reduced": 1, "sd15": 1}
 STEPS = {"small": 12, "reduced": 2, "sd15": 2}
 PAIRS = {"small": 40, "reduced": 5, "sd15": 5}
 THREADS = os.cpu_count() or 1
-KEYS = {"small": "small", SIZE: SIZE}
-
-
-def interval(values):
-    """Median with the 95 % interval of a bootstrap over the repetitions."""
-    values = np.asarray(values)
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(drawn, 1), [0.025, 0.975])
-    return {"value": float(np.median(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +42,6 @@ def material(tmp_path_factory):
             return made[size]
         if psutil.virtual_memory().available < NEEDED_GB[size] * 2**30:
             pytest.skip(f"{size} needs {NEEDED_GB[size]} GB of free memory; DKTO_BENCH_SIZE=reduced tries the scripts")
-        sys.path.insert(0, str(LOOPS.parent))
-        from loops import make_pipeline
-
         folder = tmp_path_factory.mktemp(size)
         pipeline, rng = make_pipeline(folder / "pipeline", size), np.random.default_rng(0)
         count, side = (64, 64) if size == "small" else (4, 512)
@@ -106,7 +97,7 @@ def bound(size, **bounds):
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("size", list(KEYS))
+@pytest.mark.parametrize("size", ["small", SIZE])
 def test_a_step_over_its_bare_computation(size, material, record_ratio):
     """The trainer's step, with its draws, its measures and its record, over policy, reference and optimiser alone."""
     found = run("pure", material(size) | {"steps": PAIRS[size]})
@@ -114,7 +105,7 @@ def test_a_step_over_its_bare_computation(size, material, record_ratio):
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("size", list(KEYS))
+@pytest.mark.parametrize("size", ["small", SIZE])
 def test_samples_per_second_over_the_published_loop(size, measured, record_ratio):
     """Equal precision, batch, threads and optimiser; the seconds of the published loop's operations are kept beside."""
     rounds = 3 if size == "small" else 1
