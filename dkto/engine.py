@@ -165,13 +165,13 @@ def check_packages(config: TrainConfig) -> None:
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW in float32, or with moments of 8 bits."""
+    """AdamW in float32, in one pass over memory where the device has a kernel for it, or with moments of 8 bits."""
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
 def make_ema(config: TrainConfig, parameters: list[nn.Parameter]) -> EMAModel:

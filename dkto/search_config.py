@@ -26,8 +26,6 @@ class SearchConfig:
     """Prompts on which tries are judged."""
     images_per_prompt: int = 1
     """Pictures of each."""
-    guidance: float = 3.0
-    """Scale at which all but the guidance sweep draw, no unit."""
     sampling_steps: int = 15
     """DPM-Solver++ steps of judged pictures."""
     processes: int = 2

@@ -263,7 +263,8 @@ def sweep_guidance(
     tried = {(n, scale): replace(system, guidance=scale) for n, system in systems.items() for scale in scales}
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "num_processes": num_processes}
     named = {f"{name}-{scale:g}": system for (name, scale), system in tried.items()}
-    scores = score_all(generate_all(named, list(prompts), output_dir, **options), [scorer])
+    folders = generate_all(named, list(prompts), output_dir, **options)
+    scores = score_all(folders, [scorer], num_processes=num_processes)
     rows = {name: {scale: float(scores[f"{name}-{scale:g}", scorer].mean()) for scale in scales} for name in systems}
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -30,7 +30,7 @@ def pool(tmp_path_factory):
 
 def test_a_pool_holds_k_pictures_of_each_prompt_of_every_kind(pool):
     assert len(pool) == 160 and (pool.frame.groupby("prompt").size() == 4).all()
-    assert set(pool.frame["finish"]) == {"good", "middling", "bad"}
+    assert set(pool.frame["finish"]) == {"brilliant", "middling", "bad"}
     assert 0.55 < pool.frame["faithful"].mean() < 0.85
     again = make_pool(PROMPTS, pool.folder, seed=1)
     pd.testing.assert_frame_equal(again.frame, pool.frame)
@@ -41,9 +41,9 @@ def test_kinds_differ_where_they_should(pool):
               for name in ("world_aesthetics", "world_fidelity")}  # fmt: skip
     frame = pool.frame.assign(**values)
     finish = frame.groupby("finish")["world_aesthetics"].mean()
-    assert finish["good"] > finish["middling"] > finish["bad"]
-    good = frame[frame["finish"] == "good"].groupby("faithful")["world_fidelity"].mean()
-    assert good[True] > 0.95 > 0.85 > good[False]
+    assert finish["brilliant"] > finish["middling"] > finish["bad"]
+    brilliant = frame[frame["finish"] == "brilliant"].groupby("faithful")["world_fidelity"].mean()
+    assert brilliant[True] > 0.95 > 0.85 > brilliant[False]
 
 
 def test_one_thing_is_wrong_in_an_unfaithful_scene():
@@ -79,7 +79,7 @@ def test_votes_become_likes_and_pairs_of_the_same_pictures(pool):
     chosen = votes["image_0"].where(votes["label_0"] == 1, votes["image_1"])
     assert [str(path) for path in pairs.images[::2]] == chosen.tolist()
     found = shares(pool, likes)
-    assert found["finish/good"] > found["finish/bad"] and found["faithful"] > found["unfaithful"]
+    assert found["finish/brilliant"] > found["finish/bad"] and found["faithful"] > found["unfaithful"]
     assert sum(likes_of(votes, "always").is_desirable) < sum(likes.is_desirable)
 
 

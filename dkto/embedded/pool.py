@@ -1,9 +1,11 @@
 """A pool of pictures as Pick-a-Pic's and a simulated user who compares them.
 
-The pictures of a prompt come mostly from elsewhere than the model that is tuned: painted in a good, a middling or a
-bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
-guided pictures even training without any preference wins: it bakes the guidance in.) The user compares two pictures
-of a prompt with Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
+The pictures of a prompt come mostly from elsewhere than the model that is tuned: painted in a brilliant, a middling or
+a bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
+guided pictures even training without any preference wins: it bakes the guidance in.) The brilliant ones are finer than
+what guidance alone makes of the base, as Pick-a-Pic's pictures of larger models are; where the best pictures are not,
+likes hold nothing that a higher guidance scale does not give. The user compares two pictures of a prompt with
+Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from scipy.special import expit
 
-from dkto.embedded.painter import BAD_FINISH, GOOD_FINISH, paint, random_finish
+from dkto.embedded.painter import BAD_FINISH, BRILLIANT_FINISH, paint, random_finish
 from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
 from dkto.embedded.users import RED_TINT, USERS, noisy, tint_red
 from dkto.feedback import FeedbackTable, load_image, make_feedback
@@ -26,7 +28,7 @@ from dkto.records import claim
 from dkto.scorers import score
 from dkto.votes import likes_from_votes
 
-FINISHES = ("good", "middling", "bad")
+FINISHES = ("brilliant", "middling", "bad")
 TASTES = {
     "balanced": "world_utility",
     "likes_red": "world_redness",
@@ -43,7 +45,7 @@ class Pool:
 
     Attributes:
         folder: holds the pictures and `pool.parquet`.
-        frame: columns image (path), prompt, finish ("good", "middling", "bad", or "base" for a drawn one), faithful.
+        frame: columns image (path), prompt, finish ("brilliant", "middling", "bad"; "base" if it was drawn), faithful.
     """
 
     folder: Path
@@ -107,7 +109,7 @@ def make_pool(
         drawn = generate_images(base, list(prompts), folder / "base", **options)
         rows += [(image_path(drawn, p, 0), prompt, "base", True) for p, prompt in enumerate(prompts)]
     (folder / "painted").mkdir(exist_ok=True)
-    finishes = {"good": GOOD_FINISH, "bad": BAD_FINISH}
+    finishes = {"brilliant": BRILLIANT_FINISH, "bad": BAD_FINISH}
     for p, prompt in enumerate(prompts):
         for k in range(pictures_per_prompt - (base is not None)):
             rng = np.random.default_rng([seed, p, k])

@@ -136,7 +136,8 @@ class Published:
         self.unet = denoiser_of(options["size"]).train()
         self.unet.enable_gradient_checkpointing()
         self.reference = {name: value.clone() for name, value in self.unet.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, weight_decay=0.01)
+        fused = options.get("fused", False)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, weight_decay=0.01, fused=fused)
         self.rng, self.dtype = np.random.default_rng(0), PRECISIONS[options["precision"]]
         self.rows = [json.loads(line) for line in Path(options["table"]).read_text().splitlines()]
 
