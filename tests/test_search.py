@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dkto.search import GRIDS, equal_budgets, online_settings, search_settings
+from dkto.search import GRIDS, GUIDANCE_SCALES, equal_budgets, online_settings, search_settings
 from dkto.search_config import SearchConfig
 from dkto.systems import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings
 
@@ -39,7 +39,8 @@ def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
     best = table.loc[table["score"].idxmax(), "settings"]
     assert kept["settings"] == {"sft": best}
     assert kept["search"]["tries"] == 2 and len(kept["search"]["tried"]) == 2
-    assert json.dumps(kept) and kept["guidance"] in (3.0, 5.0, 7.5, 10.0)
+    assert json.dumps(kept) and kept["guidance"] in GUIDANCE_SCALES
+    assert table["guidance"].isin(GUIDANCE_SCALES).all()
     with pytest.raises(ValueError, match=r"tries must be in \[1, 3\]"):
         search_settings(SearchConfig(tmp_path, tries=4), tmp_path / "x.json", grids)
     with pytest.raises(ValueError, match="user must be one of balanced"):
