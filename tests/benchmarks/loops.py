@@ -197,21 +197,20 @@ def main(kind, options):
             ratios.append(seconds["ours"] / seconds["pure"])
         print(json.dumps({"ratios": ratios}))
         return
-    kernels = {"": {}}
+    turns = [{}] * options["steps"]
     if kind == "published":
-        kernels["_fused"] = {"fused": True}
+        turns = [{"fused": fused} for _ in turns for fused in (False, True)][: len(turns) + options["fused_steps"]]
         loop.seconds.clear()
-    times = {name: [] for name in kernels}
-    for _ in range(options["steps"]):
-        for name, how in kernels.items():
-            began = time.perf_counter()
-            loop.step(**how)
-            times[name].append(time.perf_counter() - began)
+    times = {}
+    for how in turns:
+        began = time.perf_counter()
+        loop.step(**how)
+        times.setdefault("_fused" if how.get("fused") else "", []).append(time.perf_counter() - began)
     result = {f"samples_per_second{name}": options["batch"] / float(np.median(took)) for name, took in times.items()}
     result["peak_mb"] = peak_memory_mb()
     if kind == "published":
-        turns = {name: 1 if name.startswith("optimizer") else 2 for name in loop.seconds}
-        result["seconds"] = {name: value / options["steps"] / turns[name] for name, value in loop.seconds.items()}
+        counts = {"optimizer": len(times[""]), "optimizer fused": len(times["_fused"])}
+        result["seconds"] = {name: value / counts.get(name, len(turns)) for name, value in loop.seconds.items()}
     print(json.dumps(result))
 
 

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from .measures import interval
+
 TINY = Path(__file__).parent.parent / "data" / "tiny_train.ipynb"
 FEW, MANY = 2, 8
 ROUNDS = int(os.environ.get("BATCH_ROUNDS", "5"))
@@ -58,6 +60,6 @@ def test_the_engine_adds_little_to_papermill(tmp_path, record_ratio):
         each.append(per_run - plain[-1])
         once.append(few - FEW * per_run)
     most_once, most_each = (3.0, 0.2) if ROUNDS >= 5 else (None, None)
-    record_ratio("sweep_seconds_once", statistics.median(once), at_most=most_once, n=ROUNDS)
+    record_ratio("sweep_seconds_once", **interval(once), at_most=most_once)
     papermill = statistics.median(plain)
-    record_ratio("sweep_seconds_per_run", statistics.median(each), at_most=most_each, n=ROUNDS, papermill=papermill)
+    record_ratio("sweep_seconds_per_run", **interval(each), at_most=most_each, papermill=papermill)

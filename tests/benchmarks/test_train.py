@@ -28,6 +28,7 @@ SIZE = os.environ.get("DKTO_BENCH_SIZE", "sd15")
 NEEDED_GB = {"small": 2, "reduced": 4, "sd15": 21}
 BATCH = {"small": 32, "reduced": 1, "sd15": 1}
 STEPS = {"small": 12, "reduced": 2, "sd15": 2}
+FUSED_STEPS = {"small": 12, "reduced": 1, "sd15": 1}
 ROUNDS = {"small": 3, "reduced": 2, "sd15": 1}
 PAIRS = {"small": 40, "reduced": 5, "sd15": 5}
 THREADS = os.cpu_count() or 1
@@ -67,6 +68,7 @@ def material(tmp_path_factory):
             "precision": "no",
             "warmup": 3 if size == "small" else 1,
             "steps": STEPS[size],
+            "fused_steps": FUSED_STEPS[size],
         }
         return made[size]
 
@@ -106,10 +108,14 @@ def test_a_step_over_its_bare_computation(size, material, record_ratio):
 
 
 def speed_over_published(measured, size, rounds, kernel, **ours):
-    """Ratios of samples per second, a pair of processes each, and the seconds of the last published loop's parts."""
+    """Ratios of samples per second, a process of ours each, and the seconds of the last published loop's parts.
+
+    On the small world each has a published process of its own; elsewhere, where one takes minutes, all share the first.
+    """
     ratios = []
     for number in range(rounds):
-        mine, theirs = measured("ours", size, seed=number, **ours), measured("published", size, seed=number)
+        mine = measured("ours", size, seed=number, **ours)
+        theirs = measured("published", size, seed=number if size == "small" else 0)
         ratios.append(mine["samples_per_second"] / theirs[f"samples_per_second{kernel}"])
     return ratios, {f"published_seconds_{name.replace(' ', '_')}": value for name, value in theirs["seconds"].items()}
 
@@ -137,7 +143,7 @@ def test_samples_per_second_with_mixed_precision(measured, record_ratio):
     [
         ("", {"precision": "bf16", "seed": 0}, 1.0),
         ("_equal_precision", {"seed": 0}, None),
-        ("_lora", {"lora_rank": 32}, 0.4),
+        ("_lora", {"lora_rank": 32, "steps": 1}, 0.4),
     ],
     ids=["defaults", "equal_precision", "lora"],
 )
