@@ -205,6 +205,8 @@ class Run:
     """The machine's graphics cards that runs share, as in CUDA_VISIBLE_DEVICES; left out, the notebook sees all."""
 
     def run(self) -> None:
+        # a second of every run: jsonschema compiles a grammar of IRIs if it can, and no notebook's schema holds one
+        sys.modules.setdefault("rfc3987_syntax", None)
         from dkto.notebooks import run_notebook
         from dkto.processes import die_with_engine, graphics_cards
 
