@@ -23,27 +23,17 @@ from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep
 
 GUIDANCE_SCALES = (5.0, 7.5, 10.0, 15.0)
 CHECKPOINT_EVERY = 20
+_DROPPED = {"prompt_dropout": 0.2}
+_PREFERENCE = [
+    {"learning_rate": 3e-5, "beta": 100.0, **_DROPPED},
+    {"learning_rate": 3e-5, "beta": 20.0, **_DROPPED},
+    {"learning_rate": 1e-4, "beta": 100.0, **_DROPPED},
+]
 GRIDS: dict[str, list[dict[str, object]]] = {
-    "sft": [
-        {"learning_rate": 1e-4, "prompt_dropout": 0.2},
-        {"learning_rate": 3e-5, "prompt_dropout": 0.2},
-        {"learning_rate": 3e-4, "prompt_dropout": 0.2},
-    ],
-    "csft": [
-        {"learning_rate": 1e-4, "prompt_dropout": 0.2},
-        {"learning_rate": 3e-4, "prompt_dropout": 0.2},
-        {"learning_rate": 3e-5, "prompt_dropout": 0.2},
-    ],
-    "dpo": [
-        {"learning_rate": 3e-5, "beta": 100.0, "prompt_dropout": 0.2},
-        {"learning_rate": 3e-5, "beta": 20.0, "prompt_dropout": 0.2},
-        {"learning_rate": 1e-4, "beta": 100.0, "prompt_dropout": 0.2},
-    ],
-    "kto": [
-        {"learning_rate": 3e-5, "beta": 100.0, "prompt_dropout": 0.2, "desirable_fraction": 0.5},
-        {"learning_rate": 3e-5, "beta": 20.0, "prompt_dropout": 0.2, "desirable_fraction": 0.5},
-        {"learning_rate": 1e-4, "beta": 100.0, "prompt_dropout": 0.2, "desirable_fraction": 0.5},
-    ],
+    "sft": [{"learning_rate": rate, **_DROPPED} for rate in (1e-4, 3e-5, 3e-4)],
+    "csft": [{"learning_rate": rate, **_DROPPED} for rate in (1e-4, 3e-4, 3e-5)],
+    "dpo": _PREFERENCE,
+    "kto": [{**tried, "desirable_fraction": 0.5} for tried in _PREFERENCE],
     "alignprop": [
         {"backprop_steps": 3, "learning_rate": 3e-3},
         {"backprop_steps": 3, "learning_rate": 1e-3},

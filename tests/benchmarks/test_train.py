@@ -28,7 +28,6 @@ SIZE = os.environ.get("DKTO_BENCH_SIZE", "sd15")
 NEEDED_GB = {"small": 2, "reduced": 4, "sd15": 21}
 BATCH = {"small": 32, "reduced": 1, "sd15": 1}
 STEPS = {"small": 12, "reduced": 2, "sd15": 2}
-FUSED_STEPS = {"small": 12, "reduced": 1, "sd15": 1}
 ROUNDS = {"small": 3, "reduced": 2, "sd15": 1}
 PAIRS = {"small": 40, "reduced": 5, "sd15": 5}
 THREADS = os.cpu_count() or 1
@@ -68,7 +67,6 @@ def material(tmp_path_factory):
             "precision": "no",
             "warmup": 3 if size == "small" else 1,
             "steps": STEPS[size],
-            "fused_steps": FUSED_STEPS[size],
         }
         return made[size]
 
