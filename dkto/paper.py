@@ -56,8 +56,8 @@ def _small(**parameters: object) -> dict[str, object]:
     return {"pool_prompts": 16, "train_steps": 2, "batch_size": 4, "prompts": 4, "images_per_prompt": 1, **parameters}
 
 
-_QUICK = {"pool_prompts": 240, "train_steps": 80, "prompts": 40, "images_per_prompt": 3}
-_FULL = {"pool_prompts": 2000, "train_steps": 600, "prompts": 500, "images_per_prompt": 5}
+_QUICK = {"train_steps": 80, "prompts": 40, "images_per_prompt": 3}
+_FULL = {"prompts": 500, "images_per_prompt": 5, "validation_prompts": 40, "precision": "bfloat16"}
 PROFILES: dict[str, list[Step]] = {
     "tiny": [
         Step(
@@ -74,11 +74,11 @@ PROFILES: dict[str, list[Step]] = {
         ),
     ],
     "quick": [
-        Step(MAIN, "50_win_rate_tables", {**_QUICK, "online_steps": 25}),
+        Step(MAIN, "50_win_rate_tables", {**_QUICK, "pool_prompts": 120, "online_steps": 25}),
         Step(
             "user_likes_red",
             "52_a_specific_user",
-            {**_QUICK, "user": "likes_red", "train_steps": 60, "flip_rates": [0.0], "doses": []},
+            {**_QUICK, "pool_prompts": 240, "user": "likes_red", "train_steps": 60, "flip_rates": [0.0], "doses": []},
         ),
     ],
     "default": [
@@ -88,13 +88,11 @@ PROFILES: dict[str, list[Step]] = {
         Step("qualitative_grid", "53_qualitative_grid"),
     ],
     "full": [
-        *(
-            Step(f"{MAIN}-{seed}", "50_win_rate_tables", {**_FULL, "online_steps": 100, "seed": seed})
-            for seed in range(3)
-        ),
-        Step("ablations", "51_ablations", {**_FULL, "prompts": 200}),
-        *_users(**{**_FULL, "prompts": 200, "doses": [10, 30, 100, 300, 1000]}),
+        Step(f"{MAIN}-0", "50_win_rate_tables", {**_FULL, "seed": 0}),
+        Step("ablations", "51_ablations", {"prompts": 200}),
+        *_users(prompts=100, pool_prompts=500, doses=[10, 30, 100, 300, 1000]),
         Step("qualitative_grid", "53_qualitative_grid"),
+        *(Step(f"{MAIN}-{seed}", "50_win_rate_tables", {**_FULL, "seed": seed}) for seed in (1, 2)),
     ],
 }
 UNSHOWN = ("likes", "gaps")  # tables of a notebook that are too long for a page
@@ -128,7 +126,7 @@ def run_paper(
     if profile == "full":
         settings_file = str(folder / "paper_settings.json")
         if not Path(settings_file).exists():
-            search_settings(search or SearchConfig(folder / "search", train_steps=600), settings_file)
+            search_settings(search or SearchConfig(folder / "search"), settings_file)
     results: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     steps = PROFILES[profile]

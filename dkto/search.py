@@ -19,21 +19,25 @@ from dkto.embedded.scenes import prompts_for
 from dkto.generate import System
 from dkto.models import SMALL_WORLD
 from dkto.search_config import SearchConfig
-from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
+from dkto.systems import csft_style, make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
 GUIDANCE_SCALES = (5.0, 7.5, 10.0, 15.0)
 CHECKPOINT_EVERY = 20
 _DROPPED = {"prompt_dropout": 0.2}
 _PREFERENCE = [
-    {"learning_rate": 3e-5, "beta": 100.0, **_DROPPED},
+    {"learning_rate": 2e-4, "beta": 5.0, **_DROPPED},
+    {"learning_rate": 1e-4, "beta": 20.0, **_DROPPED},
     {"learning_rate": 3e-5, "beta": 20.0, **_DROPPED},
-    {"learning_rate": 1e-4, "beta": 100.0, **_DROPPED},
 ]
 GRIDS: dict[str, list[dict[str, object]]] = {
     "sft": [{"learning_rate": rate, **_DROPPED} for rate in (1e-4, 3e-5, 3e-4)],
-    "csft": [{"learning_rate": rate, **_DROPPED} for rate in (1e-4, 3e-4, 3e-5)],
+    "csft": [
+        {"learning_rate": 1e-4, "csft_style": "negative", **_DROPPED},
+        {"learning_rate": 1e-4, "csft_style": "prefix", **_DROPPED},
+        {"learning_rate": 3e-5, "csft_style": "negative", **_DROPPED},
+    ],
     "dpo": _PREFERENCE,
-    "kto": [{**tried, "desirable_fraction": 0.5} for tried in _PREFERENCE],
+    "kto": [{**tried, "desirable_fraction": 0.9} for tried in _PREFERENCE],
     "alignprop": [
         {"backprop_steps": 3, "learning_rate": 3e-3},
         {"backprop_steps": 3, "learning_rate": 1e-3},
@@ -47,9 +51,10 @@ GRIDS: dict[str, list[dict[str, object]]] = {
 }
 """Tries by method; the variants of KTO and the controls take its settings (`dkto.systems.SHARES_SETTINGS`).
 
-DPO and KTO try the same learning rates and betas. What is trained on a fixed set drops a fifth of the prompts, as the
-authors' code does: the tables judge every system at its own best guidance scale, and guidance needs a model that still
-knows the empty prompt.
+DPO and KTO try the same learning rates and betas, KTO with a gamma of 0.9 (paper 0.8). CSFT tries both of its forms:
+the text encoder stays as it is, and the small world's has never met "good image". What is trained on a fixed set drops
+a fifth of the prompts, as the authors' code does: the tables judge every system at its own best guidance scale, and
+guidance needs a model that still knows the empty prompt.
 """
 
 
@@ -109,12 +114,15 @@ def search_settings(
     pool = make_pool(
         prompts_for("train", config.pool_prompts, config.seed),
         folder / "pool",
+        pictures_per_prompt=config.pictures_per_prompt,
         base=unguided,
         seed=config.seed,
         num_processes=config.processes,
     )
     table = likes_of(compare_pool(pool, scorer, seed=config.seed))
-    data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=config.seed)
+    styles = {csft_style(settings) for settings in grids.get("csft", [])} or {"prefix"}
+    for style in sorted(styles):
+        data = share_data(table, folder / "data", SMALL_WORLD, list(grids), csft_style=style, seed=config.seed)
     common = {"max_train_steps": config.train_steps, "batch_size": config.batch_size, "seed": config.seed}
     common |= {"warmup_steps": min(10, config.train_steps), "checkpoint_every": CHECKPOINT_EVERY}
     online = online_settings(config.online_steps, scorer)
@@ -127,7 +135,9 @@ def search_settings(
     }
     run_configs(list(runs.values()), config.processes)
     systems = {
-        f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base)[method]
+        f"{method}-{number}": sampled_as(
+            {method: run.output_dir}, [method], base, csft_style=csft_style(grids[method][number])
+        )[method]
         for (method, number), run in runs.items()
     }
     swept = sweep_guidance(

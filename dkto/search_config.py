@@ -12,8 +12,10 @@ class SearchConfig:
     """Pool, tries and pictures land here; called again, it goes on."""
     user: str = "balanced"
     """Simulated user, a name in dkto.embedded.pool.TASTES."""
-    pool_prompts: int = 400
+    pool_prompts: int = 200
     """Training prompts whose pictures the user compares."""
+    pictures_per_prompt: int = 8
+    """Pictures of each that he is shown."""
     tries: int = 3
     """Settings tried of each method, from the start of its grid; the same number for all."""
     train_steps: int = 120

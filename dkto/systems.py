@@ -135,6 +135,11 @@ def pairs_of(table: FeedbackTable) -> FeedbackTable:
     return make_feedback(images, prompts, [True, False] * (len(rows) // 2), np.repeat(np.arange(len(rows) // 2), 2))
 
 
+def csft_style(settings: Mapping[str, object]) -> str:
+    """The form in which settings let CSFT write the like into a prompt, a style of `dkto.prepare.CSFT_PREFIXES`."""
+    return str(settings.get("csft_style", "prefix"))
+
+
 def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> AnyConfig:
     """The training of one system.
 
@@ -214,7 +219,7 @@ def sampled_as(
     Args:
         runs: folder of each trained system.
         names: of `SYSTEMS`.
-        base: model, guidance and steps.
+        base: model, guidance, steps and precision.
         guidances: guidance scale by system where it is not the base's; `base_best_guidance` needs one.
         csft_style: a style of `dkto.prepare.CSFT_PREFIXES`.
 
@@ -225,7 +230,7 @@ def sampled_as(
     guidances = guidances or {}
     drawn = {}
     for name in check_systems(names):
-        sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps}
+        sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps, "precision": base.precision}
         if name == "csft":
             sampling |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         if name == "base":

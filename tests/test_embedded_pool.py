@@ -83,6 +83,20 @@ def test_votes_become_likes_and_pairs_of_the_same_pictures(pool):
     assert sum(likes_of(votes, "always").is_desirable) < sum(likes.is_desirable)
 
 
+def test_the_preferred_picture_stays_and_the_next_one_is_held_against_it(pool):
+    votes = compare_pool(pool, "world_utility", temperature=1e-6, seed=2)
+    values = dict(zip(pool.frame["image"], score("world_utility", [load_image(p) for p in pool.frame["image"]],
+                                                 list(pool.frame["prompt"])), strict=True))  # fmt: skip
+    votes["won"] = votes["image_0"].where(votes["label_0"] == 1, votes["image_1"])
+    for prompt, shown in votes.groupby("prompt"):
+        pictures = pool.frame.loc[pool.frame["prompt"] == prompt, "image"]
+        assert {*shown["image_0"], *shown["image_1"]} == {*pictures}
+        for before, after in zip(shown["won"], shown[["image_0", "image_1"]].to_numpy()[1:], strict=False):
+            assert before in after
+        assert values[shown["won"].iloc[-1]] == max(map(values.get, pictures))
+    assert len(compare_pool(pool, "world_utility", comparisons=1)) == len(PROMPTS)
+
+
 def test_specific_users_and_their_contradictions(pool):
     likes = ask(pool, "prompt_faithful")
     right = [
@@ -122,7 +136,7 @@ def test_wrong_inputs_are_refused(pool, tmp_path):
         compare_pool(pool, "world_utility", temperature=0)
     with pytest.raises(ValueError, match=r"flip_rate must be in \[0, 0.5\], got 0.6"):
         compare_pool(pool, "world_utility", flip_rate=0.6)
-    with pytest.raises(ValueError, match=r"comparisons must be in \[1, 6\], got 7"):
+    with pytest.raises(ValueError, match=r"comparisons must be in \[1, 3\], got 7"):
         compare_pool(pool, "world_utility", comparisons=7)
     with pytest.raises(ValueError, match=r"user must be one of likes_red, .*got 'nobody'"):
         ask(pool, "nobody")

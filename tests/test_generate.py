@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dkto.generate import System, draw, generate_all, generate_images, image_path, noise_generator, read_manifest
+from dkto.generate import (
+    PRECISIONS,
+    System,
+    draw,
+    generate_all,
+    generate_images,
+    image_path,
+    noise_generator,
+    read_manifest,
+)
 from dkto.trainer import run_training
 
 PROMPTS = ["a picture 0", "a picture 1", "a picture 2"]
@@ -37,6 +46,21 @@ def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
     lost.unlink()
     generate_images(system, PROMPTS, folder, images_per_prompt=1)
     assert kept.stat().st_mtime_ns == stamp and lost.read_bytes() == before
+
+
+def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path):
+    drawn = {}
+    for precision in PRECISIONS:
+        system = System(model=str(tiny_pipeline), steps=4, precision=precision)
+        drawn[precision] = generate_images(system, PROMPTS, tmp_path / precision, images_per_prompt=1)
+        assert read_manifest(drawn[precision])["system"]["precision"] == precision
+    apart = [
+        np.abs(pixels(drawn["float32"], p, 0).astype(int) - pixels(drawn["bfloat16"], p, 0)).mean() for p in range(3)
+    ]
+    other = np.abs(pixels(drawn["float32"], 0, 0).astype(int) - pixels(drawn["float32"], 1, 0)).mean()
+    assert 0 < max(apart) < other / 4
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'float8'"):
+        System(precision="float8")
 
 
 def test_a_folder_of_another_run_is_refused(tiny_pipeline, tmp_path):

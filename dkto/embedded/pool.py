@@ -4,13 +4,13 @@ The pictures of a prompt come mostly from elsewhere than the model that is tuned
 a bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
 guided pictures even training without any preference wins: it bakes the guidance in.) The brilliant ones are finer than
 what guidance alone makes of the base, as Pick-a-Pic's pictures of larger models are; where the best pictures are not,
-likes hold nothing that a higher guidance scale does not give. The user compares two pictures of a prompt with
+likes hold nothing that a higher guidance scale does not give. They are the fewest: where every third picture is
+brilliant, training on all of them teaches what the likes teach. The user compares two pictures of a prompt with
 Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ from dkto.scorers import score
 from dkto.votes import likes_from_votes
 
 FINISHES = ("brilliant", "middling", "bad")
+FINISH_SHARES = (0.2, 0.4, 0.4)
+"""Of painted pictures, by finish."""
 TASTES = {
     "balanced": "world_utility",
     "likes_red": "world_redness",
@@ -77,6 +79,7 @@ def make_pool(
     *,
     pictures_per_prompt: int = 4,
     faithful_share: float = 0.7,
+    finish_shares: Sequence[float] = FINISH_SHARES,
     base: System | None = None,
     seed: int = 0,
     num_processes: int = 1,
@@ -88,20 +91,26 @@ def make_pool(
         folder: pictures and `pool.parquet` land here.
         pictures_per_prompt: K >= 2.
         faithful_share: chance that a painted picture shows what the prompt says.
+        finish_shares: chances of a brilliant, a middling and a bad finish.
         base: draws the last of each prompt's pictures; None paints them all.
         seed: of everything.
         num_processes: workers that draw.
 
     Raises:
-        ValueError: if K is below 2, the share outside [0, 1], or the folder holds another pool.
+        ValueError: if K is below 2, a share outside [0, 1], the three do not sum to 1, or the folder holds another
+            pool.
     """
     if pictures_per_prompt < 2:
         raise ValueError(f"pictures_per_prompt must be at least 2, got {pictures_per_prompt}")
     if not 0 <= faithful_share <= 1:
         raise ValueError(f"faithful_share must be in [0, 1], got {faithful_share}")
+    finish_shares = [float(share) for share in finish_shares]
+    if len(finish_shares) != len(FINISHES) or min(finish_shares) < 0 or not np.isclose(sum(finish_shares), 1):
+        raise ValueError(f"finish_shares must be {len(FINISHES)} chances that sum to 1, got {finish_shares}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"prompts": list(prompts), "pictures_per_prompt": pictures_per_prompt, "faithful_share": faithful_share}
+    about |= {"finish_shares": finish_shares}
     claim(folder / "pool.json", {**about, "base": repr(base), "seed": seed}, "a pool")
     rows = []
     if base is not None:
@@ -113,7 +122,7 @@ def make_pool(
     for p, prompt in enumerate(prompts):
         for k in range(pictures_per_prompt - (base is not None)):
             rng = np.random.default_rng([seed, p, k])
-            finish = str(rng.choice(FINISHES))
+            finish = str(rng.choice(FINISHES, p=finish_shares))
             faithful = bool(rng.random() < faithful_share)
             scene = parse(prompt) if faithful else unfaithful(parse(prompt), rng)
             path = image_path(folder / "painted", p, k)
@@ -128,19 +137,28 @@ def make_pool(
 
 
 def compare_pool(
-    pool: Pool, scorer: str, *, temperature: float = 0.1, comparisons: int = 3, flip_rate: float = 0.0, seed: int = 0
+    pool: Pool,
+    scorer: str,
+    *,
+    temperature: float = 0.1,
+    comparisons: int | None = None,
+    flip_rate: float = 0.0,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """What a simulated user answers when shown two pictures of a prompt (Bradley-Terry, paper eq. 4).
+    """What a simulated user answers when shown two pictures of a prompt at a time (Bradley-Terry, paper eq. 4).
 
         P(first preferred) = sigmoid((u_first - u_second) / temperature)
+
+    As Pick-a-Pic was collected, the preferred picture stays and the next one takes the place of the other: K pictures
+    make K - 1 comparisons, and only the few that ever won are liked "at least once" (26 % there).
 
     Args:
         pool: the pictures.
         scorer: measure u of what the user likes.
         temperature: > 0, in units of the measure; small is decided.
-        comparisons: pairs shown per prompt, drawn without repetition.
+        comparisons: shown per prompt, in [1, K - 1]; None shows every picture.
         flip_rate: share of answers that contradict what the user meant, in [0, 0.5].
-        seed: of pairs and answers.
+        seed: of the order and the answers.
 
     Returns:
         Votes as `dkto.votes.likes_from_votes` takes them: image_0, image_1, prompt, label_0.
@@ -157,14 +175,16 @@ def compare_pool(
     rng, flips = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     votes = []
     for prompt, rows in frame.groupby("prompt", sort=False).indices.items():
-        pairs = list(combinations(rows.tolist(), 2))
-        if not 1 <= comparisons <= len(pairs):
-            raise ValueError(f"comparisons must be in [1, {len(pairs)}], got {comparisons}")
-        for number in rng.permutation(len(pairs))[:comparisons]:
-            first, second = rng.permutation(pairs[number])
+        shown = len(rows) - 1 if comparisons is None else comparisons
+        if not 1 <= shown <= len(rows) - 1:
+            raise ValueError(f"comparisons must be in [1, {len(rows) - 1}], got {comparisons}")
+        champion, *challengers = rng.permutation(rows)[: shown + 1]
+        for challenger in challengers:
+            first, second = rng.permutation([champion, challenger])
             prefers_first = rng.random() < expit((values[first] - values[second]) / temperature)
-            answer = float(prefers_first ^ (flips.random() < flip_rate))
-            votes.append((frame["image"][first], frame["image"][second], prompt, answer))
+            prefers_first ^= flips.random() < flip_rate
+            votes.append((frame["image"][first], frame["image"][second], prompt, float(prefers_first)))
+            champion = first if prefers_first else second
     return pd.DataFrame(votes, columns=["image_0", "image_1", "prompt", "label_0"])
 
 
