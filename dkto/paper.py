@@ -19,6 +19,7 @@ import pandas as pd
 
 from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
+from dkto.paper_seeds import read_seed, write_pooled
 from dkto.records import hardware, versions, write_json
 from dkto.report import Section, report_html, write_report
 from dkto.search import search_settings
@@ -140,6 +141,11 @@ def run_paper(
             given["settings_file"] = settings_file
         results[step.name], seconds[step.name] = _run(step, folder, given)
     metrics = combine(results, seconds)
+    seeds = {name: folder / name for name in results if name.startswith(f"{MAIN}-")}
+    if len(seeds) > 1:
+        read = {name.partition("-")[2]: read_seed(place, PREFERENCE) for name, place in seeds.items()}
+        holds = write_pooled(folder, read, PREFERENCE)["holds"]
+        metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
     write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
     lead = f"{aims_sentence(metrics)} {settings_origin(read_settings(settings_file))}"
     write_report(folder / "report.html", make_report(folder, profile, metrics, lead))
@@ -225,6 +231,16 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
     """The page of a finished replay; `lead` is its first paragraph."""
     found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
     main = found[0] if found else folder
+    pooled = len(found) > 1
+    over_others = (
+        (
+            "Diffusion-KTO over every other system, each seed and their mean with the widest interval",
+            folder / "seeds.csv",
+        )
+        if pooled
+        else ("Diffusion-KTO over every other system", main / "win_rates.csv")
+    )
+    shown = {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
     sections = [
         Section(
             "Aims",
@@ -237,10 +253,8 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
                 f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
                 "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
             ],
-            [("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_preference))],
-            _pictures(
-                main, {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
-            ),
+            [(over_others[0], _read(over_others[1], (lambda frame: frame) if pooled else _only_preference))],
+            (_pictures(folder, {"win_rates.png": "All seeds"}) if pooled else []) + _pictures(main, shown),
         ),
         Section(
             "Beside the paper",
@@ -248,7 +262,10 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
                 "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
                 "its own measure. Only the side of one half can be compared."
             ],
-            [("Orderings", _read(main / "orderings.csv")), ("Reproduction cards", _read(main / "cards.csv"))],
+            [
+                ("Orderings", _read((folder if pooled else main) / "orderings.csv")),
+                ("Reproduction cards", _read((folder if pooled else main) / "cards.csv")),
+            ],
         ),
         Section(
             "What a win-rate does not show",

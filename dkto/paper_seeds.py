@@ -1,0 +1,107 @@
+"""The paper's tables with several training seeds as one: every seed beside their mean, the widest interval, one figure.
+
+A rate over seeds is their mean; its interval reaches from the lowest to the highest bound of the seeds' own, so that
+it is never narrower than that of one seed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dkto.metrics import WinRate
+from dkto.paper_tables import orderings, reproduction_card
+from dkto.plotting import plot_win_rates
+from dkto.prepare import write_atomically
+
+
+def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:
+    """Win-rates of a method over each opponent, from the `win_rates.csv` of one seed's tables.
+
+    Args:
+        folder: of the tables.
+        scorer: whose judgement counts.
+        method: the one that is held against the others.
+    """
+    table = pd.read_csv(Path(folder) / "win_rates.csv")
+    found = {}
+    for row in table[(table["scorer"] == scorer) & (table["method"] == method)].itertuples():
+        wins = round(row.win_rate * row.n - row.ties / 2)
+        found[row.opponent] = WinRate(row.win_rate, row.low, row.high, row.n, wins, row.ties, row.n - wins - row.ties)
+    return found
+
+
+def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]:
+    """The mean over seeds with the widest interval, for every opponent that all seeds met.
+
+    Args:
+        seeds: win-rates by opponent, by seed.
+
+    Raises:
+        ValueError: if there is no seed.
+
+    >>> from dkto.metrics import win_rate
+    >>> one, other = win_rate([1.0] * 30, [0.0] * 30), win_rate([1.0, 0.0] * 15, [0.0, 1.0] * 15)
+    >>> print(pool_seeds({"0": {"base": one}, "1": {"base": other}})["base"])
+    75 % [33, 100] n=60
+    """
+    if not seeds:
+        raise ValueError("seeds must hold at least one, got none")
+    first, *others = seeds.values()
+    pooled = {}
+    for opponent in first:
+        if all(opponent in other for other in others):
+            found = [seed[opponent] for seed in seeds.values()]
+            counts = {name: sum(getattr(one, name) for one in found) for name in ("n", "wins", "ties", "losses")}
+            rate = sum(one.rate for one in found) / len(found)
+            pooled[opponent] = WinRate(rate, min(one.low for one in found), max(one.high for one in found), **counts)
+    return pooled
+
+
+def write_pooled(folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]], scorer: str) -> pd.DataFrame:
+    """Leave `seeds.csv`, `orderings.csv`, `cards.csv` and `win_rates.png` of all seeds in a folder.
+
+    Args:
+        folder: where they land.
+        seeds: see `pool_seeds`.
+        scorer: its name, for the titles.
+
+    Returns:
+        The orderings of the paper, see `dkto.paper_tables.orderings`.
+    """
+    folder, pooled = Path(folder), pool_seeds(seeds)
+    rows = [
+        {
+            "opponent": opponent,
+            **{f"seed {name}": found[opponent].rate for name, found in seeds.items()},
+            "win_rate": result.rate,
+            "low": result.low,
+            "high": result.high,
+            "n": result.n,
+            "ties": result.ties,
+        }
+        for opponent, result in pooled.items()
+    ]
+    order = orderings(pooled)
+    cards = [
+        reproduction_card(
+            claim=row.ordering,
+            paper=f"{row[2]:.1f} % (PickScore, Table 1)",
+            ours=f"{row[3]:.0f} % [{row[4]:.0f}, {row[5]:.0f}]",
+            measured=f"{scorer}, mean over seeds, the widest interval",
+            seeds=f"{len(seeds)} ({', '.join(seeds)})",
+            cost="see the tables of each seed",
+            verdict=row.holds,
+        )
+        for row in order.itertuples()
+    ]
+    for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", pd.DataFrame(cards))):
+        write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
+    axes = plot_win_rates(
+        [(f"kto vs {opponent}", result) for opponent, result in pooled.items()],
+        Figure(figsize=(5.6, 0.8 + 0.42 * len(pooled)), layout="constrained").subplots(),
+    )
+    axes.set_title(f"{scorer}, {len(seeds)} training seeds: mean, widest interval")
+    write_atomically(folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150))
+    return order
