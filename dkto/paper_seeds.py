@@ -14,6 +14,7 @@ from dkto.metrics import WinRate
 from dkto.paper_tables import orderings, reproduction_card
 from dkto.plotting import plot_win_rates
 from dkto.prepare import write_atomically
+from dkto.systems import CONTROLS
 
 
 def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:
@@ -98,10 +99,12 @@ def write_pooled(folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]],
     ]
     for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", pd.DataFrame(cards))):
         write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
+    first = [name for name in ("base", *CONTROLS) if name in pooled]
+    ordered = [*first, *(name for name in pooled if name not in first)]
     axes = plot_win_rates(
-        [(f"kto vs {opponent}", result) for opponent, result in pooled.items()],
+        [(f"kto vs {opponent}", pooled[opponent]) for opponent in ordered],
         Figure(figsize=(5.6, 0.8 + 0.42 * len(pooled)), layout="constrained").subplots(),
     )
-    axes.set_title(f"{scorer}, {len(seeds)} training seeds: mean, widest interval")
+    axes.set_title(f"{scorer}, {len(seeds)} training seeds\nmean and widest interval")
     write_atomically(folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150))
     return order
