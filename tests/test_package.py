@@ -26,7 +26,7 @@ ROOMS = (
     ("scoring", "prompts", "online"),
     ("evaluate", "monitors", "study", "page"),
     ("systems", "paper_tables"),
-    ("search", "report", "batch_engine"),
+    ("search", "report", "batch_engine", "paper_seeds"),
     ("reference",),
     ("site",),
     ("demo", "paper", "widgets"),
