@@ -300,7 +300,8 @@ def settings_origin(found: Mapping) -> str:
     search = found["search"]
     if "tries" in search:
         tries, prompts, seed = (search[name] for name in ("tries", "validation_prompts", "seed"))
-        return f"Settings: the best of {tries} tries for every method on {prompts} validation prompts, seed {seed}."
+        found_by = f"Settings: the best of {tries} tries for every method on {prompts} validation prompts, seed {seed}."
+        return f"{found_by} {search.get('ranges', '')}".rstrip()
     how = search.get("by_hand", "how is not recorded")
     return f"Settings: not from a search with equal budgets ({how}); `dkto paper-search` makes one."
 

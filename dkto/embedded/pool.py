@@ -4,8 +4,8 @@ The pictures of a prompt come mostly from elsewhere than the model that is tuned
 a bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
 guided pictures even training without any preference wins: it bakes the guidance in.) The brilliant ones are finer than
 what guidance alone makes of the base, as Pick-a-Pic's pictures of larger models are; where the best pictures are not,
-likes hold nothing that a higher guidance scale does not give. They are the fewest: where every third picture is
-brilliant, training on all of them teaches what the likes teach. The user compares two pictures of a prompt with
+likes hold nothing that a higher guidance scale does not give. They are the fewest by choice:
+one painted picture in five, so that a like is rare as it is in Pick-a-Pic. The user compares two pictures of a prompt with
 Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
