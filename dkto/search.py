@@ -52,9 +52,9 @@ GRIDS: dict[str, list[dict[str, object]]] = {
 """Tries by method; the variants of KTO and the controls take its settings (`dkto.systems.SHARES_SETTINGS`).
 
 DPO and KTO try the same learning rates and betas, KTO with a gamma of 0.9 (paper 0.8). CSFT tries both of its forms:
-the text encoder stays as it is, and no caption that the small world's was trained on says "good image". What is trained on a fixed set drops
-a fifth of the prompts, as the authors' code does: the tables judge every system at its own best guidance scale, and
-guidance needs a model that still knows the empty prompt.
+the text encoder stays as it is, and no caption that the small world's was trained on says "good image". What is trained
+on a fixed set drops a fifth of the prompts, as the authors' code does: the tables judge every system at its own best
+guidance scale, and guidance needs a model that still knows the empty prompt.
 """
 
 RANGES = (

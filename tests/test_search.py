@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from dkto.search import GRIDS, GUIDANCE_SCALES, equal_budgets, online_settings, search_settings
+from dkto.search import GRIDS, GUIDANCE_SCALES, RANGES, equal_budgets, online_settings, search_settings
 from dkto.search_config import SearchConfig
-from dkto.systems import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings
+from dkto.systems import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings, settings_origin
 
 
 def test_every_method_gets_the_same_number_of_tries():
@@ -37,7 +37,7 @@ def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
     assert len(table) == 2 and table["chosen"].sum() == 1
     kept = read_settings(tmp_path / "settings.json")
     best = table.loc[table["score"].idxmax(), "settings"]
-    assert kept["settings"] == {"sft": best}
+    assert kept["settings"] == {"sft": best} and "ranges" not in kept["search"]
     assert kept["search"]["tries"] == 2 and len(kept["search"]["tried"]) == 2
     assert json.dumps(kept) and kept["guidance"] in GUIDANCE_SCALES
     assert table["guidance"].isin(GUIDANCE_SCALES).all()
@@ -45,3 +45,8 @@ def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
         search_settings(SearchConfig(tmp_path, tries=4), tmp_path / "x.json", grids)
     with pytest.raises(ValueError, match="user must be one of balanced"):
         search_settings(SearchConfig(tmp_path, user="nobody"), tmp_path / "x.json")
+
+
+def test_the_kept_settings_say_what_equal_budgets_do_not_cover():
+    kept = read_settings("papermill_runs/paper_settings.json")
+    assert kept["search"]["ranges"] == RANGES and RANGES in settings_origin(kept)

@@ -131,6 +131,8 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
 def test_a_search_result_is_kept_and_read(tmp_path):
     path = write_settings(tmp_path / "deep" / "settings.json", {"kto": {"beta": 10.0}}, 3.0, {"seed": 1})
     assert read_settings(path)["settings"]["kto"] == {"beta": 10.0}
+    tuned = {"tries": 2, "validation_prompts": 4, "seed": 1, "ranges": "Ranges by hand."}
+    assert settings_origin({"search": tuned}).endswith("4 validation prompts, seed 1. Ranges by hand.")
     assert settings_origin(read_settings(path)).startswith("Settings: not from a search with equal budgets")
     with pytest.raises(FileNotFoundError, match="`dkto paper-search` writes one"):
         read_settings(tmp_path / "none.json")

@@ -4,8 +4,7 @@ The pictures of a prompt come mostly from elsewhere than the model that is tuned
 a bad finish, true to the prompt or not, and some drawn by the base without guidance. (On a pool of the base's own
 guided pictures even training without any preference wins: it bakes the guidance in.) The brilliant ones are finer than
 what guidance alone makes of the base, as Pick-a-Pic's pictures of larger models are; where the best pictures are not,
-likes hold nothing that a higher guidance scale does not give. They are the fewest by choice:
-one painted picture in five, so that a like is rare as it is in Pick-a-Pic. The user compares two pictures of a prompt with
+likes hold nothing that a higher guidance scale does not give. The user compares two pictures of a prompt with
 Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
@@ -30,7 +29,8 @@ from dkto.votes import likes_from_votes
 
 FINISHES = ("brilliant", "middling", "bad")
 FINISH_SHARES = (0.2, 0.4, 0.4)
-"""Of painted pictures, by finish."""
+"""Of painted pictures, by finish. Equal shares were tried first and left after a look at validation prompts: KTO won
+50 % [42, 59] of 140 over SFT on all pictures there, and 54 % [45, 62] with these, which does not tell them apart."""
 TASTES = {
     "balanced": "world_utility",
     "likes_red": "world_redness",
