@@ -19,7 +19,7 @@ import pandas as pd
 
 from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
-from dkto.paper_seeds import read_seed, write_pooled
+from dkto.paper_seeds import pool_values, read_seed, write_pooled
 from dkto.records import hardware, versions, write_json
 from dkto.report import Section, report_html, write_report
 from dkto.search import search_settings
@@ -141,9 +141,9 @@ def run_paper(
             given["settings_file"] = settings_file
         results[step.name], seconds[step.name] = _run(step, folder, given)
     metrics = combine(results, seconds)
-    seeds = {name: folder / name for name in results if name.startswith(f"{MAIN}-")}
+    seeds = [name for name in results if name.startswith(f"{MAIN}-")]
     if len(seeds) > 1:
-        read = {name.partition("-")[2]: read_seed(place, PREFERENCE) for name, place in seeds.items()}
+        read = {name.partition("-")[2]: read_seed(folder / name, PREFERENCE) for name in seeds}
         holds = write_pooled(folder, read, PREFERENCE)["holds"]
         metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
     write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
@@ -184,8 +184,7 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
             metrics |= {f"seed-{name.partition('-')[2]}/{key}": value for key, value in values.items()}
     for key in next(iter(tables.values()), {}):
         found = [values[key] for values in tables.values() if key in values]
-        pick = min if key.endswith("/low") else max if key.endswith("/high") else lambda v: sum(v) / len(v)
-        metrics[key] = pick(found)
+        metrics[key] = pool_values(key.rpartition("/")[2], found)
     metrics["seeds"] = len(tables)
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
@@ -231,16 +230,16 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
     """The page of a finished replay; `lead` is its first paragraph."""
     found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
     main = found[0] if found else folder
-    pooled = len(found) > 1
-    over_others = (
-        (
-            "Diffusion-KTO over every other system, each seed and their mean with the widest interval",
-            folder / "seeds.csv",
-        )
-        if pooled
-        else ("Diffusion-KTO over every other system", main / "win_rates.csv")
+    figures = _pictures(
+        main, {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
     )
-    shown = {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
+    if len(found) > 1:  # several seeds left their tables beside the page
+        caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
+        tables, rates = folder, (caption, _read(folder / "seeds.csv"))
+        figures = _pictures(folder, {"win_rates.png": "All seeds"}) + figures
+    else:
+        rates = ("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_preference))
+        tables = main
     sections = [
         Section(
             "Aims",
@@ -253,8 +252,8 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
                 f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
                 "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
             ],
-            [(over_others[0], _read(over_others[1], (lambda frame: frame) if pooled else _only_preference))],
-            (_pictures(folder, {"win_rates.png": "All seeds"}) if pooled else []) + _pictures(main, shown),
+            [rates],
+            figures,
         ),
         Section(
             "Beside the paper",
@@ -262,10 +261,7 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
                 "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
                 "its own measure. Only the side of one half can be compared."
             ],
-            [
-                ("Orderings", _read((folder if pooled else main) / "orderings.csv")),
-                ("Reproduction cards", _read((folder if pooled else main) / "cards.csv")),
-            ],
+            [("Orderings", _read(tables / "orderings.csv")), ("Reproduction cards", _read(tables / "cards.csv"))],
         ),
         Section(
             "What a win-rate does not show",

@@ -4,17 +4,17 @@ A rate over seeds is their mean; its interval reaches from the lowest to the hig
 it is never narrower than that of one seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from dkto.metrics import WinRate
-from dkto.paper_tables import orderings, reproduction_card
+from dkto.paper_tables import ordering_cards, orderings
 from dkto.plotting import plot_win_rates
-from dkto.prepare import write_atomically
-from dkto.systems import CONTROLS
+from dkto.records import write_atomically
+from dkto.systems import controls_first
 
 
 def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:
@@ -26,11 +26,20 @@ def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str,
         method: the one that is held against the others.
     """
     table = pd.read_csv(Path(folder) / "win_rates.csv")
-    found = {}
-    for row in table[(table["scorer"] == scorer) & (table["method"] == method)].itertuples():
-        wins = round(row.win_rate * row.n - row.ties / 2)
-        found[row.opponent] = WinRate(row.win_rate, row.low, row.high, row.n, wins, row.ties, row.n - wins - row.ties)
-    return found
+    return {
+        row.opponent: WinRate(row.win_rate, row.low, row.high, row.n, row.wins, row.ties, row.losses)
+        for row in table[(table["scorer"] == scorer) & (table["method"] == method)].itertuples()
+    }
+
+
+def pool_values(kind: str, values: Sequence[float]) -> float:
+    """One number of several seeds as one: the lowest of a "low", the highest of a "high", else the mean.
+
+    >>> pool_values("low", [0.4, 0.6]), pool_values("high", [0.4, 0.6]), pool_values("rate", [0.25, 0.75])
+    (0.4, 0.6, 0.5)
+    """
+    pick = {"low": min, "high": max}.get(kind, lambda found: sum(found) / len(found))
+    return pick(values)
 
 
 def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]:
@@ -55,8 +64,8 @@ def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]
         if all(opponent in other for other in others):
             found = [seed[opponent] for seed in seeds.values()]
             counts = {name: sum(getattr(one, name) for one in found) for name in ("n", "wins", "ties", "losses")}
-            rate = sum(one.rate for one in found) / len(found)
-            pooled[opponent] = WinRate(rate, min(one.low for one in found), max(one.high for one in found), **counts)
+            ends = {name: pool_values(name, [getattr(one, name) for one in found]) for name in ("rate", "low", "high")}
+            pooled[opponent] = WinRate(**ends, **counts)
     return pooled
 
 
@@ -85,26 +94,16 @@ def write_pooled(folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]],
         for opponent, result in pooled.items()
     ]
     order = orderings(pooled)
-    cards = [
-        reproduction_card(
-            claim=row.ordering,
-            paper=f"{row[2]:.1f} % (PickScore, Table 1)",
-            ours=f"{row[3]:.0f} % [{row[4]:.0f}, {row[5]:.0f}]",
-            measured=f"{scorer}, mean over seeds, the widest interval",
-            seeds=f"{len(seeds)} ({', '.join(seeds)})",
-            cost="see the tables of each seed",
-            verdict=row.holds,
-        )
-        for row in order.itertuples()
-    ]
-    for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", pd.DataFrame(cards))):
-        write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
-    first = [name for name in ("base", *CONTROLS) if name in pooled]
-    ordered = [*first, *(name for name in pooled if name not in first)]
-    axes = plot_win_rates(
-        [(f"kto vs {opponent}", pooled[opponent]) for opponent in ordered],
-        Figure(figsize=(5.6, 0.8 + 0.42 * len(pooled)), layout="constrained").subplots(),
+    cards = ordering_cards(
+        order,
+        measured=f"{scorer}, mean over seeds, the widest interval",
+        seeds=f"{len(seeds)} ({', '.join(seeds)})",
+        cost="see the tables of each seed",
     )
+    for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", cards)):
+        write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
+    axes = plot_win_rates([(f"kto vs {opponent}", pooled[opponent]) for opponent in controls_first(pooled)])
     axes.set_title(f"{scorer}, {len(seeds)} training seeds\nmean and widest interval")
     write_atomically(folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150))
+    plt.close(axes.figure)
     return order

@@ -97,6 +97,29 @@ def orderings(results: Mapping[str, WinRate], scorer: str = "pickscore") -> pd.D
     return pd.DataFrame(rows)
 
 
+def ordering_cards(order: pd.DataFrame, *, measured: str, seeds: str, cost: str) -> pd.DataFrame:
+    """A reproduction card for each ordering.
+
+    Args:
+        order: from `orderings`, under PickScore.
+        measured, seeds, cost: of all cards, see `reproduction_card`.
+    """
+    return pd.DataFrame(
+        [
+            reproduction_card(
+                claim=row["ordering"],
+                paper=f"{row['paper, %']:.1f} % (PickScore, Table 1)",
+                ours=f"{row['ours, %']:.0f} % [{row['low, %']:.0f}, {row['high, %']:.0f}]",
+                measured=measured,
+                seeds=seeds,
+                cost=cost,
+                verdict=row["holds"],
+            )
+            for row in order.to_dict("records")
+        ]
+    )
+
+
 def reproduction_card(
     *, claim: str, paper: str, ours: str, measured: str, seeds: str, cost: str, verdict: str
 ) -> dict[str, str]:

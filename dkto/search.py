@@ -19,7 +19,7 @@ from dkto.embedded.scenes import prompts_for
 from dkto.generate import System
 from dkto.models import SMALL_WORLD
 from dkto.search_config import SearchConfig
-from dkto.systems import csft_style, make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
+from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
 GUIDANCE_SCALES = (5.0, 7.5, 10.0, 15.0)
 CHECKPOINT_EVERY = 20
@@ -110,7 +110,7 @@ def search_settings(
     known = equal_budgets(grids)
     if not 1 <= config.tries <= known:
         raise ValueError(f"tries must be in [1, {known}], the length of the grids, got {config.tries}")
-    grids_are_ours = grids is GRIDS
+    about = {"ranges": RANGES} if grids is GRIDS else {}
     grids = {method: list(settings)[: config.tries] for method, settings in grids.items()}
     if config.user not in TASTES:
         raise ValueError(f"user must be one of {', '.join(TASTES)}, got {config.user!r}")
@@ -128,9 +128,7 @@ def search_settings(
         num_processes=config.processes,
     )
     table = likes_of(compare_pool(pool, scorer, seed=config.seed))
-    styles = {csft_style(settings) for settings in grids.get("csft", [])} or {"prefix"}
-    for style in sorted(styles):
-        data = share_data(table, folder / "data", SMALL_WORLD, list(grids), csft_style=style, seed=config.seed)
+    data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=config.seed)
     common = {"max_train_steps": config.train_steps, "batch_size": config.batch_size, "seed": config.seed}
     common |= {"warmup_steps": min(10, config.train_steps), "checkpoint_every": CHECKPOINT_EVERY}
     online = online_settings(config.online_steps, scorer)
@@ -143,9 +141,7 @@ def search_settings(
     }
     run_configs(list(runs.values()), config.processes)
     systems = {
-        f"{method}-{number}": sampled_as(
-            {method: run.output_dir}, [method], base, csft_style=csft_style(grids[method][number])
-        )[method]
+        f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base)[method]
         for (method, number), run in runs.items()
     }
     swept = sweep_guidance(
@@ -164,7 +160,6 @@ def search_settings(
     best = table.loc[table.groupby("method")["score"].idxmax()].set_index("method")
     table["chosen"] = [row.settings is best.loc[row.method, "settings"] for row in table.itertuples()]
     chosen = {name: best.loc[name, "settings"] for name in grids}
-    about = {"ranges": RANGES} if grids_are_ours else {}
     about |= {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer}
     about |= {
         "tried": table.to_dict("records"),

@@ -13,7 +13,7 @@ Settings (learning rate, beta ...) come per system from a search with the same n
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,6 +48,17 @@ SYSTEMS = (*UNTRAINED, *OFFLINE, *ONLINE)
 CONTROLS = ("base_best_guidance", "sft_all", "kto_shuffled")
 SHARES_SETTINGS = {"kto_loss_averse": "kto", "kto_risk_seeking": "kto", "kto_shuffled": "kto", "sft_all": "sft"}
 """Variants of a method and controls are trained with that method's settings, else they would not isolate one thing."""
+
+
+def controls_first(names: Iterable[str]) -> list[str]:
+    """The base and the controls before all other systems, which keep their order.
+
+    >>> controls_first(["sft", "kto_shuffled", "base"])
+    ['base', 'kto_shuffled', 'sft']
+    """
+    names = list(names)
+    first = [name for name in ("base", *CONTROLS) if name in names]
+    return [*first, *(name for name in names if name not in first)]
 
 
 def check_systems(names: Sequence[str]) -> list[str]:
@@ -91,7 +102,7 @@ def share_data(
     model: str,
     names: Sequence[str] = SYSTEMS,
     *,
-    csft_style: str = "prefix",
+    csft_style: str | None = None,
     seed: int = 0,
 ) -> SharedData:
     """Encode one user's feedback for some systems; what is on disk is kept.
@@ -101,7 +112,8 @@ def share_data(
         folder: prepared data land here.
         model: "small-world", a pipeline folder, or a hub id.
         names: the systems that will be trained.
-        csft_style: how CSFT writes the like into the prompt, see `dkto.prepare.CSFT_PREFIXES`.
+        csft_style: how CSFT writes the like into the prompt, see `dkto.prepare.CSFT_PREFIXES`; None prepares every
+            style, so that the settings of a training may choose.
         seed: of the shuffled likes.
 
     Raises:
@@ -112,7 +124,9 @@ def share_data(
     prompts = "\n".join(dict.fromkeys(table.prompts)) + "\n"
     write_atomically(folder / "prompts.txt", lambda part: part.write_text(prompts))
     data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
-    prepare_feedback(table, data.likes, model, csft=csft_style if "csft" in names else None)
+    styles = [csft_style] if csft_style else list(CSFT_PREFIXES)
+    for style in styles if "csft" in names else [None]:
+        prepare_feedback(table, data.likes, model, csft=style)
     if "dpo" in names:
         prepare_feedback(pairs_of(table), data.pairs, model)
     if "kto_shuffled" in names:
@@ -133,11 +147,6 @@ def pairs_of(table: FeedbackTable) -> FeedbackTable:
         raise ValueError("system 'dpo' needs comparisons, but no two of the pictures were compared")
     images, prompts = [table.images[row] for row in rows], [table.prompts[row] for row in rows]
     return make_feedback(images, prompts, [True, False] * (len(rows) // 2), np.repeat(np.arange(len(rows) // 2), 2))
-
-
-def csft_style(settings: Mapping[str, object]) -> str:
-    """The form in which settings let CSFT write the like into a prompt, a style of `dkto.prepare.CSFT_PREFIXES`."""
-    return str(settings.get("csft_style", "prefix"))
 
 
 def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> AnyConfig:
@@ -212,7 +221,7 @@ def sampled_as(
     names: Sequence[str],
     base: System,
     guidances: Mapping[str, float] | None = None,
-    csft_style: str = "prefix",
+    csft_style: str | None = None,
 ) -> dict[str, System]:
     """How each system draws: CSFT asks for a good picture in the form it was trained with.
 
@@ -221,17 +230,18 @@ def sampled_as(
         names: of `SYSTEMS`.
         base: model, guidance, steps and precision.
         guidances: guidance scale by system where it is not the base's; `base_best_guidance` needs one.
-        csft_style: a style of `dkto.prepare.CSFT_PREFIXES`.
+        csft_style: a style of `dkto.prepare.CSFT_PREFIXES`; None takes the one in the run's record.
 
     Raises:
         ValueError: if `base_best_guidance` is asked for without its scale.
     """
-    liked, disliked = CSFT_PREFIXES[csft_style]
     guidances = guidances or {}
     drawn = {}
     for name in check_systems(names):
         sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps, "precision": base.precision}
         if name == "csft":
+            style = csft_style or json.loads((runs[name] / "run.json").read_text())["config"]["csft_style"]
+            liked, disliked = CSFT_PREFIXES[style]
             sampling |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         if name == "base":
             drawn[name] = base

@@ -28,6 +28,13 @@ def pool(tmp_path_factory):
     return make_pool(PROMPTS, tmp_path_factory.mktemp("pool"), seed=1)
 
 
+@pytest.fixture(scope="module")
+def utility(pool):
+    """What the balanced user likes, by picture."""
+    images = [load_image(path) for path in pool.frame["image"]]
+    return dict(zip(pool.frame["image"], score("world_utility", images, list(pool.frame["prompt"])), strict=True))
+
+
 def test_a_pool_holds_k_pictures_of_each_prompt_of_every_kind(pool):
     assert len(pool) == 160 and (pool.frame.groupby("prompt").size() == 4).all()
     assert set(pool.frame["finish"]) == {"brilliant", "middling", "bad"}
@@ -55,12 +62,10 @@ def test_one_thing_is_wrong_in_an_unfaithful_scene():
         assert sum(changed) == 1 and other.things[1:] == scene.things[1:] and caption(other) != prompt
 
 
-def test_the_user_answers_by_bradley_terry(pool):
+def test_the_user_answers_by_bradley_terry(pool, utility):
     def agreement(temperature, flip_rate=0.0):
         votes = compare_pool(pool, "world_utility", temperature=temperature, flip_rate=flip_rate, seed=0)
-        values = dict(zip(pool.frame["image"], score("world_utility", [load_image(p) for p in pool.frame["image"]],
-                                                     list(pool.frame["prompt"])), strict=True))  # fmt: skip
-        gap = votes["image_0"].map(values) - votes["image_1"].map(values)
+        gap = votes["image_0"].map(utility) - votes["image_1"].map(utility)
         return float((np.sign(gap) == np.where(votes["label_0"] == 1, 1, -1))[gap != 0].mean())
 
     assert agreement(1e-6) == 1.0
@@ -83,17 +88,15 @@ def test_votes_become_likes_and_pairs_of_the_same_pictures(pool):
     assert sum(likes_of(votes, "always").is_desirable) < sum(likes.is_desirable)
 
 
-def test_the_preferred_picture_stays_and_the_next_one_is_held_against_it(pool):
+def test_the_preferred_picture_stays_and_the_next_one_is_held_against_it(pool, utility):
     votes = compare_pool(pool, "world_utility", temperature=1e-6, seed=2)
-    values = dict(zip(pool.frame["image"], score("world_utility", [load_image(p) for p in pool.frame["image"]],
-                                                 list(pool.frame["prompt"])), strict=True))  # fmt: skip
     votes["won"] = votes["image_0"].where(votes["label_0"] == 1, votes["image_1"])
     for prompt, shown in votes.groupby("prompt"):
         pictures = pool.frame.loc[pool.frame["prompt"] == prompt, "image"]
         assert {*shown["image_0"], *shown["image_1"]} == {*pictures}
         for before, after in zip(shown["won"], shown[["image_0", "image_1"]].to_numpy()[1:], strict=False):
             assert before in after
-        assert values[shown["won"].iloc[-1]] == max(map(values.get, pictures))
+        assert utility[shown["won"].iloc[-1]] == max(map(utility.get, pictures))
     assert len(compare_pool(pool, "world_utility", comparisons=1)) == len(PROMPTS)
 
 
@@ -130,6 +133,8 @@ def test_wrong_inputs_are_refused(pool, tmp_path):
         make_pool(PROMPTS, tmp_path, pictures_per_prompt=1)
     with pytest.raises(ValueError, match=r"faithful_share must be in \[0, 1\], got 2"):
         make_pool(PROMPTS, tmp_path, faithful_share=2)
+    with pytest.raises(ValueError, match="finish_shares must be 3 chances that sum to 1"):
+        make_pool(PROMPTS, tmp_path, finish_shares=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="holds a pool of another run"):
         make_pool(PROMPTS[:5], pool.folder, seed=1)
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):

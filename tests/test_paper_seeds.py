@@ -20,7 +20,7 @@ SEEDS = {
 def write_tables(folder, found):
     rows = [
         {"method": method, "opponent": opponent, "scorer": scorer, "win_rate": r.rate, "low": r.low, "high": r.high,
-         "n": r.n, "ties": r.ties}
+         "n": r.n, "wins": r.wins, "ties": r.ties, "losses": r.losses}
         for opponent, r in found.items() for method in ("kto", "dpo") for scorer in (PREFERENCE, "world_fidelity")
     ]  # fmt: skip
     folder.mkdir()

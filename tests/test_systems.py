@@ -68,6 +68,13 @@ def test_every_system_trains_in_one_loop_and_draws(runs, tiny_pipeline):
     assert all(system.load().unet is not None for system in (drawn["kto"], drawn["alignprop"]))
 
 
+def test_csft_draws_in_the_form_that_its_settings_chose(data, tiny_pipeline, tmp_path):
+    common = {"model": str(tiny_pipeline), "max_train_steps": 1, "batch_size": 4}
+    run = train_systems(["csft"], data, tmp_path, common, {"csft": {"csft_style": "negative"}}, processes=0)
+    drawn = sampled_as(run, ["csft"], System(model=str(tiny_pipeline)))["csft"]
+    assert drawn.prefix == "" and drawn.negative_prompt == "Weird image."
+
+
 def test_variants_take_their_methods_settings_and_nothing_else(runs):
     configs = {name: json.loads((run / "run.json").read_text())["config"] for name, run in runs.items()}
     assert {configs[name]["beta"] for name in ("kto", "kto_loss_averse", "kto_risk_seeking", "kto_shuffled")} == {50.0}
