@@ -16,7 +16,7 @@ class SearchConfig:
     """Training prompts whose pictures the user compares."""
     pictures_per_prompt: int = 8
     """Pictures of each that he is shown."""
-    tries: int = 3
+    tries: int = 6
     """Settings tried of each method, from the start of its grid; the same number for all."""
     train_steps: int = 120
     """Optimiser steps of every offline try."""

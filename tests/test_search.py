@@ -8,10 +8,18 @@ from dkto.systems import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings, settin
 
 
 def test_every_method_gets_the_same_number_of_tries():
-    assert equal_budgets(GRIDS) == 3
+    assert equal_budgets(GRIDS) == 6
     assert {*GRIDS, *SHARES_SETTINGS} == {*OFFLINE, *ONLINE}
     with pytest.raises(ValueError, match="the same number of tries"):
         equal_budgets({"kto": [{}, {}], "sft": [{}]})
+
+
+def test_one_rule_makes_the_tries_of_every_method():
+    """No method is offered rates that another of its kind is not, and gamma stays the paper's."""
+    rates = {method: sorted({tried["learning_rate"] for tried in tries}) for method, tries in GRIDS.items()}
+    assert rates["sft"] == rates["csft"] == rates["dpo"] == rates["kto"] == [3e-5, 1e-4, 3e-4]
+    assert rates["alignprop"] == rates["d3po"] == [3e-4, 1e-3, 3e-3]
+    assert GRIDS["dpo"] == GRIDS["kto"]
 
 
 def test_alignprop_is_given_a_reward_that_has_a_gradient():
