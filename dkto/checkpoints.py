@@ -47,12 +47,18 @@ class CheckpointStore:
         return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
 
     def is_finished(self) -> bool:
-        """Whether this very configuration was trained to its end here."""
+        """Whether this very configuration was trained to its end here.
+
+        Raises:
+            ValueError: if another one was; the sentence names the fields that differ.
+        """
         path = self.folder / "run.json"
         if not path.exists():
             return False
         about = json.loads(path.read_text())
-        return bool(about.get("finished")) and about["fingerprint"] == self.config.fingerprint()
+        if about.get("finished"):
+            self._check_same(self.folder, about)
+        return bool(about.get("finished"))
 
     def describe(self, num_processes: int, **more) -> None:
         """Write run.json."""
@@ -109,9 +115,7 @@ class CheckpointStore:
             engine.start()
             return
         state = json.loads((found[-1] / "state.json").read_text())
-        if state["fingerprint"] != self.config.fingerprint():
-            difference = self.config.difference(state["config"])
-            raise ValueError(f"{found[-1]} belongs to another configuration ({difference}): choose another output_dir")
+        self._check_same(found[-1], state)
         self.state = {name: state[name] for name in self.state}
         read_weights(engine.pair, found[-1])
         if engine.scaler is not None:
@@ -126,6 +130,11 @@ class CheckpointStore:
             engine.ema = make_ema(self.config, engine.parameters)
             engine.ema.shadow_params = [stored[n].to(p.device) for n, p in engine.pair.trainable().items()]
             engine.ema.optimization_step = state["ema_step"]
+
+    def _check_same(self, place: Path, stored: dict) -> None:
+        if stored["fingerprint"] != self.config.fingerprint():
+            difference = self.config.difference(stored["config"]) or "its prompts or the fields of a configuration"
+            raise ValueError(f"{place} belongs to another configuration ({difference}): choose another output_dir")
 
     def finish(self, engine: Engine, model: DiffusionModel) -> None:
         """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""

@@ -1,7 +1,7 @@
 """Prompts x seeds to images on disk, with the same starting noise for every method, resumable.
 
     images/
-      manifest.json        model, sampler settings, prompts and seeds
+      manifest.json        model, hash of its weights, sampler settings, prompts and seeds
       p0003-s1.png         image of prompt 3, seed number 1
 
 The noise of an image depends only on (seed, prompt number, image number): methods are compared on equal
@@ -24,7 +24,7 @@ from diffusers import (
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
-from dkto.models import SMALL_WORLD, pipeline_folder
+from dkto.models import SMALL_WORLD, pipeline_folder, weights_fingerprint
 from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
@@ -101,6 +101,12 @@ class System:
             return cls(model=about["config"]["model"], lora=str(folder / "lora"), **settings)
         raise FileNotFoundError(f"{folder} holds no finished training (neither model/ nor lora/)")
 
+    def fingerprint(self) -> str:
+        """Hash over the weights that it draws with: a folder that was trained anew is another model."""
+        files = sorted(pipeline_folder(self.model).rglob("*.safetensors"))
+        files += sorted(unet_folder(self.unet).glob("*.safetensors")) if self.unet else []
+        return weights_fingerprint([*files, *([lora_file(self.lora)] if self.lora else [])])
+
     def load(self) -> DiffusionPipeline:
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar."""
         folder = pipeline_folder(self.model)
@@ -173,7 +179,7 @@ def generate_images(
         `output_dir`.
 
     Raises:
-        ValueError: if the folder holds images of another system, prompt list or seed.
+        ValueError: if the folder holds images of another system, prompt list or seed, or of other weights.
     """
     output_dir = Path(output_dir)
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
@@ -198,6 +204,7 @@ def generate_all(
         folder = folders[name]
         folder.mkdir(parents=True, exist_ok=True)
         about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
+        about["weights"] = system.fingerprint()
         claim(folder / "manifest.json", about, "images")
         keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
         wanted = [key for key in keys if not image_path(folder, *key).exists()]

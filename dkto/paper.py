@@ -96,7 +96,6 @@ PROFILES: dict[str, list[Step]] = {
         *(Step(f"{MAIN}-{seed}", "50_win_rate_tables", {**_FULL, "seed": seed}) for seed in (1, 2)),
     ],
 }
-UNSHOWN = ("likes", "gaps")  # tables of a notebook that are too long for a page
 READS_TABLES = "53_qualitative_grid"  # takes the pictures of the main tables
 
 
@@ -128,6 +127,7 @@ def run_paper(
         settings_file = str(folder / "paper_settings.json")
         if not Path(settings_file).exists():
             search_settings(search or SearchConfig(folder / "search"), settings_file)
+    found = read_settings(settings_file)
     results: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     steps = PROFILES[profile]
@@ -139,7 +139,7 @@ def run_paper(
             given = {"lesson_dir": str(folder / tables), "output_dir": given["output_dir"]}
         else:
             given["settings_file"] = settings_file
-        results[step.name], seconds[step.name] = _run(step, folder, given)
+        results[step.name], seconds[step.name] = _run(step, folder, given, found)
     metrics = combine(results, seconds)
     seeds = [name for name in results if name.startswith(f"{MAIN}-")]
     if len(seeds) > 1:
@@ -147,7 +147,7 @@ def run_paper(
         holds = write_pooled(folder, read, PREFERENCE)["holds"]
         metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
     write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
-    lead = f"{aims_sentence(metrics)} {settings_origin(read_settings(settings_file))}"
+    lead = f"{aims_sentence(metrics)} {settings_origin(found)}"
     write_report(folder / "report.html", make_report(folder, profile, metrics, lead))
     print(
         f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {folder}/metrics.json\npage: {folder}/report.html"
@@ -155,17 +155,19 @@ def run_paper(
     return metrics
 
 
-def _run(step: Step, folder: Path, given: dict[str, object]) -> tuple[dict[str, float], float]:
-    """Run one notebook, or read what it left when it finished with the same parameters."""
-    done = folder / step.name / "step.json"
+def _run(
+    step: Step, folder: Path, given: dict[str, object], settings: Mapping[str, object]
+) -> tuple[dict[str, float], float]:
+    """Run one notebook, or read what it left when it finished with the same parameters and the same search result."""
+    done, told = folder / step.name / "step.json", {"parameters": given, "settings": settings}
     if done.exists():
         stored = json.loads(done.read_text())
-        if stored["parameters"] == given and (folder / step.name / "metrics.json").exists():
+        if told.items() <= stored.items() and (folder / step.name / "metrics.json").exists():
             return json.loads((folder / step.name / "metrics.json").read_text())["metrics"], stored["seconds"]
     began = time.monotonic()
     found = run_notebook(NOTEBOOKS / f"{step.notebook}.ipynb", folder / f"{step.name}.ipynb", given)
     took = round(time.monotonic() - began, 1)
-    write_json(done, {"parameters": given, "seconds": took})
+    write_json(done, {**told, "seconds": took})
     return found, took
 
 

@@ -1,6 +1,5 @@
 """Read access to what `dkto.prepare` wrote: an index in memory, latents and embeddings mapped from disk row by row."""
 
-import hashlib
 import json
 import os
 from functools import cached_property
@@ -12,11 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dkto.models import DiffusionModel
+from dkto.models import DiffusionModel, weights_fingerprint
 
 # what CSFT writes before the prompt of a liked and of a disliked image: the paper's 5.1.2; HPS v1's released code
 CSFT_PREFIXES = {"prefix": ("good image, ", "bad image, "), "negative": ("", "Weird image. ")}
-BLOCKS, BLOCK_BYTES = 256, 4096
 
 
 def shard_path(folder: Path, kind: str, number: int) -> Path:
@@ -35,22 +33,9 @@ def csft_set(style: str, liked: bool) -> str:
 
 
 def model_fingerprint(model: DiffusionModel) -> str:
-    """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on.
-
-    Of each file it reads the size, the header with every tensor's name and shape, and 256 blocks
-    spread evenly over it, so that a training starts at once with text encoders of many gigabytes.
-    """
-    digest = hashlib.sha256()
-    for folder in sorted(p for p in model.folder.iterdir() if p.name == "vae" or p.name.startswith("text_encoder")):
-        for path in sorted(folder.glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{folder.name}/{path.name}/{size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-                for start in np.linspace(0, max(0, size - BLOCK_BYTES), BLOCKS).astype(int):
-                    file.seek(int(start))
-                    digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
+    """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on."""
+    folders = sorted(p for p in model.folder.iterdir() if p.name == "vae" or p.name.startswith("text_encoder"))
+    return weights_fingerprint([path for folder in folders for path in sorted(folder.glob("*.safetensors"))])
 
 
 class PreparedFeedback:

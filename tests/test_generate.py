@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dkto.generate import (
     PRECISIONS,
@@ -68,6 +70,18 @@ def test_a_folder_of_another_run_is_refused(tiny_pipeline, tmp_path):
     folder = generate_images(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
     with pytest.raises(ValueError, match=r"holds images of another run \(seed differ\): choose another folder"):
         generate_images(system, PROMPTS[:1], folder, images_per_prompt=1, seed=3)
+
+
+def test_pictures_of_a_model_that_was_trained_anew_are_not_taken_for_its_own(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    system = System(model=str(folder), steps=2)
+    drawn = generate_images(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
+    before = image_path(drawn, 0, 0).read_bytes()
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match=r"holds images of another run \(weights differ\): choose another folder"):
+        generate_images(system, PROMPTS[:1], tmp_path / "x", images_per_prompt=1)
+    assert image_path(drawn, 0, 0).read_bytes() == before
 
 
 def test_a_folder_without_images_is_named(tmp_path):

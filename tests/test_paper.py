@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from dkto.notebooks import check_parameters
-from dkto.paper import MAIN, NOTEBOOKS, PROFILES, READS_TABLES, aims, aims_sentence, combine, run_paper
+from dkto.paper import MAIN, NOTEBOOKS, PROFILES, READS_TABLES, SETTINGS_FILE, aims, aims_sentence, combine, run_paper
 
 
 def rate(key, value, half=0.1):
@@ -53,7 +54,10 @@ def test_seeds_are_pooled_without_hiding_one():
 
 
 def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
-    metrics = run_paper(tmp_path, "tiny")
+    settings_file = tmp_path / "settings.json"
+    settings = json.loads(Path(SETTINGS_FILE).read_text())
+    settings_file.write_text(json.dumps(settings))
+    metrics = run_paper(tmp_path, "tiny", settings_file=str(settings_file))
     stored = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert stored == metrics
     for opponent in ("base", "base_best_guidance", "sft_all", "kto_shuffled"):
@@ -62,8 +66,12 @@ def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.index("aims") < page.index("<h2") and "data:image/png;base64," in page
     stamp = (tmp_path / f"{MAIN}.ipynb").stat().st_mtime_ns
-    assert run_paper(tmp_path, "tiny") == metrics
+    assert run_paper(tmp_path, "tiny", settings_file=str(settings_file)) == metrics
     assert (tmp_path / f"{MAIN}.ipynb").stat().st_mtime_ns == stamp
+    settings["settings"]["kto"]["beta"] = 7.0
+    settings_file.write_text(json.dumps(settings))
+    with pytest.raises(RuntimeError, match=r"runs/kto belongs to another configuration \(.*beta: .* stored, 7.0 asked"):
+        run_paper(tmp_path, "tiny", settings_file=str(settings_file))
 
 
 def test_an_unknown_profile_is_refused(tmp_path):

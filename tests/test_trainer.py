@@ -162,11 +162,19 @@ def test_a_finished_run_is_not_trained_again(config):
     assert list(train(config)) == []
 
 
+def test_a_finished_run_of_another_configuration_is_not_overwritten(config):
+    run_training(config)
+    before = weights(config.output_dir)
+    with pytest.raises(ValueError, match=r"run belongs to another configuration \(beta: 500.0 stored, 7.0 asked\)"):
+        list(train(replace(config, beta=7.0)))
+    assert same(weights(config.output_dir), before)
+
+
 def test_killed_in_training_and_called_again_ends_the_same(config):
     """A real process, really killed: SIGKILL after the first checkpoint has been written."""
     long = replace(config, max_train_steps=40, checkpoint_every=4)
     whole = replace(long, output_dir=config.output_dir.with_name("whole"))
-    run_training(whole)
+    run_trainings([whole], threads=1)
     command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

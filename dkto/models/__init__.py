@@ -13,6 +13,7 @@ from dkto.models.base import (
     TIMESTEP_SAMPLINGS,
     DiffusionModel,
     pipeline_folder,
+    weights_fingerprint,
 )
 from dkto.models.flow import StableDiffusion3
 from dkto.models.load import MODEL_CLASSES, load_model
@@ -33,5 +34,6 @@ __all__ = [
     "make_policy",
     "pipeline_folder",
     "read_weights",
+    "weights_fingerprint",
     "write_weights",
 ]
