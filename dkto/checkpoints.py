@@ -56,9 +56,10 @@ class CheckpointStore:
         if not path.exists():
             return False
         about = json.loads(path.read_text())
-        if about.get("finished"):
-            self._check_same(self.folder, about)
-        return bool(about.get("finished"))
+        if not about.get("finished"):
+            return False
+        self._check_same(self.folder, about)
+        return True
 
     def describe(self, num_processes: int, **more) -> None:
         """Write run.json."""

@@ -199,12 +199,14 @@ def generate_all(
 ) -> dict[str, Path]:
     """`generate_images` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
     folders = {name: Path(output_dir) / name for name in systems}
+    sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
+    weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
     tasks = []
     for name, system in systems.items():
         folder = folders[name]
         folder.mkdir(parents=True, exist_ok=True)
         about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
-        about["weights"] = system.fingerprint()
+        about["weights"] = weights[system.model, system.unet, system.lora]
         claim(folder / "manifest.json", about, "images")
         keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
         wanted = [key for key in keys if not image_path(folder, *key).exists()]
