@@ -11,23 +11,20 @@ notebook runs, pictures and scores on disk are kept.
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
 from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
+from dkto.paper_page import MAIN, PREFERENCE, aims_sentence, make_report
 from dkto.paper_seeds import pool_values, read_seed, write_pooled
-from dkto.records import hardware, versions, write_json
-from dkto.report import Section, report_html, write_report
+from dkto.records import write_json
+from dkto.report import write_report
 from dkto.search import search_settings
 from dkto.search_config import SearchConfig
-from dkto.systems import CONTROLS, read_settings, settings_origin
+from dkto.systems import read_settings, settings_origin
 
-MAIN = "win_rate_tables"
-PREFERENCE = "world_utility"
 SETTINGS_FILE = "papermill_runs/paper_settings.json"
 
 
@@ -175,7 +172,7 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
     """One flat table: the main tables' numbers as they are, those of other notebooks under their name.
 
     Where the main tables ran with several seeds, a rate is the mean over seeds, its interval reaches from the
-    lowest to the highest bound, and each seed's numbers stand under `seed-<n>/`.
+    lowest to the highest bound, its n is the sum, and each seed's numbers stand under `seed-<n>/`.
     """
     tables = {name: values for name, values in results.items() if name.partition("-")[0] == MAIN}
     metrics: dict[str, float] = {}
@@ -190,120 +187,3 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
     metrics["seeds"] = len(tables)
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
-
-
-def aims(metrics: Mapping[str, float]) -> pd.DataFrame:
-    """What the replay should show, and whether its interval shows it: "reached", "not reached" or "not run"."""
-    rows = []
-    for opponent in ("base", *CONTROLS):
-        key = f"win_rate/kto_vs_{opponent}/{PREFERENCE}"
-        rows.append((f"kto wins over {opponent}", key, 0.5))
-    for name in ("alignprop", "d3po"):
-        rows.append((f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0))
-    table = []
-    for what, key, line in rows:
-        if key not in metrics:
-            table.append({"aim": what, "found": "", "low": None, "high": None, "verdict": "not run"})
-            continue
-        low, high = metrics[f"{key}/low"], metrics[f"{key}/high"]
-        reached = "reached" if low > line else "not reached"
-        table.append({"aim": what, "found": f"{metrics[key]:.3f}", "low": low, "high": high, "verdict": reached})
-    return pd.DataFrame(table)
-
-
-def aims_sentence(metrics: Mapping[str, float]) -> str:
-    """The first paragraph of the report: the aims that were not reached, by name, before anything else."""
-    table = aims(metrics)
-    missed = table[table["verdict"] == "not reached"]["aim"].tolist()
-    absent = table[table["verdict"] == "not run"]["aim"].tolist()
-    reached = int((table["verdict"] == "reached").sum())
-    parts = [f"Not reached, with its 95 % interval: {'; '.join(missed)}." if missed else ""]
-    parts.append(f"Reached: {reached} of {len(table)} aims.")
-    parts.append(f"Not run in this profile: {'; '.join(absent)}." if absent else "")
-    if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
-        yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
-        parts.append(
-            f"Orderings of the paper that were tried: {every}; {yes} hold, {no} do not, {every - yes - no} stay open."
-        )
-    return " ".join(filter(None, parts))
-
-
-def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: str) -> str:
-    """The page of a finished replay; `lead` is its first paragraph."""
-    found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
-    main = found[0] if found else folder
-    figures = _pictures(
-        main, {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
-    )
-    if len(found) > 1:  # several seeds left their tables beside the page
-        caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
-        tables, rates = folder, (caption, _read(folder / "seeds.csv"))
-        figures = _pictures(folder, {"win_rates.png": "All seeds"}) + figures
-    else:
-        rates = ("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_preference))
-        tables = main
-    sections = [
-        Section(
-            "Aims",
-            ["An aim is reached when the whole 95 % interval lies on its side of the line: one half, or no change."],
-            [("", aims(metrics))],
-        ),
-        Section(
-            "Win-rates",
-            [
-                f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
-                "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
-            ],
-            [rates],
-            figures,
-        ),
-        Section(
-            "Beside the paper",
-            [
-                "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
-                "its own measure. Only the side of one half can be compared."
-            ],
-            [("Orderings", _read(tables / "orderings.csv")), ("Reproduction cards", _read(tables / "cards.csv"))],
-        ),
-        Section(
-            "What a win-rate does not show",
-            ["Drift from the base, spread within a prompt, mean scores, and signs of reward hacking."],
-            [("", _read(main / "monitors.csv", _named))],
-        ),
-    ]
-    sections += _other_sections(folder)
-    about = {"profile": profile, "seconds": metrics["seconds/total"], "seeds": round(metrics["seeds"])}
-    return report_html("Diffusion-KTO on the small world", lead, sections, about | hardware() | versions())
-
-
-def _other_sections(folder: Path) -> Sequence[Section]:
-    titles = {"ablations": "Ablations", "qualitative_grid": "Pictures, failures among them"}
-    titles |= {
-        path.name: f"A specific user: {path.name[5:]}" for path in sorted(folder.glob("user_*")) if path.is_dir()
-    }
-    sections = []
-    for name, title in titles.items():
-        if (folder / name).is_dir():
-            tables = [
-                (path.stem.replace("_", " "), pd.read_csv(path)) for path in sorted((folder / name).glob("*.csv"))
-            ]
-            captions = {path.name: path.stem.replace("_", " ") for path in sorted((folder / name).glob("*.png"))}
-            sections.append(Section(title, [], tables, _pictures(folder / name, captions)))
-    return sections
-
-
-def _pictures(folder: Path, captions: Mapping[str, str]) -> list[tuple[str, Path]]:
-    return [(caption, folder / name) for name, caption in captions.items() if (folder / name).exists()]
-
-
-def _read(path: Path, change=lambda frame: frame) -> pd.DataFrame:
-    return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
-
-
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.rename(columns={"Unnamed: 0": "system"})
-
-
-def _only_preference(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = frame[(frame["scorer"] == PREFERENCE) & (frame["method"] == "kto")]
-    return rows[["opponent", "win_rate", "low", "high", "n", "ties", "sign_p"]].reset_index(drop=True)

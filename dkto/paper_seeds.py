@@ -33,12 +33,14 @@ def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str,
 
 
 def pool_values(kind: str, values: Sequence[float]) -> float:
-    """One number of several seeds as one: the lowest of a "low", the highest of a "high", else the mean.
+    """One number of several seeds as one: lowest of a "low", highest of a "high", sum of an "n", else the mean.
 
     >>> pool_values("low", [0.4, 0.6]), pool_values("high", [0.4, 0.6]), pool_values("rate", [0.25, 0.75])
     (0.4, 0.6, 0.5)
+    >>> pool_values("n", [500, 500])
+    1000
     """
-    pick = {"low": min, "high": max}.get(kind, lambda found: sum(found) / len(found))
+    pick = {"low": min, "high": max, "n": sum}.get(kind, lambda found: sum(found) / len(found))
     return pick(values)
 
 

@@ -32,7 +32,7 @@ nav a { color: var(--mark); margin-right: 1rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a report.
+    """One part of a report: words, then pictures, then tables.
 
     Attributes:
         title: its heading.
@@ -91,8 +91,8 @@ def report_html(title: str, lead: str, sections: Sequence[Section], about: Mappi
     for i, section in enumerate(sections):
         parts.append(f'<h2 id="part-{i}">{html.escape(section.title)}</h2>')
         parts += [f"<p>{html.escape(text)}</p>" for text in section.text]
-        parts += [table_html(frame, caption) for caption, frame in section.tables]
         parts += [picture_html(Path(path), caption) for caption, path in section.pictures]
+        parts += [table_html(frame, caption) for caption, frame in section.tables]
     rows = pd.DataFrame({"": {key: str(value) for key, value in about.items()}})
     parts += ["<h2>This run</h2>", table_html(rows)]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>'

@@ -27,6 +27,7 @@ ROOMS = (
     ("evaluate", "monitors", "study", "page"),
     ("systems", "paper_tables"),
     ("search", "report", "batch_engine", "paper_seeds"),
+    ("paper_page",),
     ("reference",),
     ("site",),
     ("demo", "paper", "widgets"),

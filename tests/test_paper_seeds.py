@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from dkto.metrics import win_rate
-from dkto.paper import MAIN, PREFERENCE, make_report
+from dkto.paper_page import MAIN, PREFERENCE, make_report
 from dkto.paper_seeds import pool_seeds, read_seed, write_pooled
 
 
@@ -20,7 +20,7 @@ SEEDS = {
 def write_tables(folder, found):
     rows = [
         {"method": method, "opponent": opponent, "scorer": scorer, "win_rate": r.rate, "low": r.low, "high": r.high,
-         "n": r.n, "wins": r.wins, "ties": r.ties, "losses": r.losses}
+         "n": r.n, "wins": r.wins, "ties": r.ties, "losses": r.losses, "sign_p": 0.5}
         for opponent, r in found.items() for method in ("kto", "dpo") for scorer in (PREFERENCE, "world_fidelity")
     ]  # fmt: skip
     folder.mkdir()

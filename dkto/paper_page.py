@@ -1,0 +1,225 @@
+"""The page of a finished replay: what it should show and whether it does, pictures before tables, no raw data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from dkto.embedded.pool import TASTES
+from dkto.records import hardware, versions
+from dkto.report import Section, report_html
+from dkto.systems import CONTROLS
+
+MAIN = "win_rate_tables"
+PREFERENCE = "world_utility"
+RATE_COLUMNS = ["win_rate", "low", "high", "n", "ties", "sign_p"]
+FIDELITY = "world_fidelity"
+SHOWN_GAPS = 5
+"""Prompts of the largest losses, and of the largest gains, that the page names; all stand in `gaps.csv`."""
+FIDELITY_LOSS = 0.1
+"""Loss of mean prompt fidelity against the base from which on the page names a system."""
+
+
+def aims(metrics: Mapping[str, float]) -> pd.DataFrame:
+    """What the replay should show, and whether its interval shows it: "reached", "not reached" or "not run"."""
+    rows = []
+    for opponent in ("base", *CONTROLS):
+        key = f"win_rate/kto_vs_{opponent}/{PREFERENCE}"
+        rows.append((f"kto wins over {opponent}", key, 0.5))
+    for name in ("alignprop", "d3po"):
+        rows.append((f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0))
+    table = []
+    for what, key, line in rows:
+        if key not in metrics:
+            table.append({"aim": what, "found": "", "low": None, "high": None, "verdict": "not run"})
+            continue
+        low, high = metrics[f"{key}/low"], metrics[f"{key}/high"]
+        reached = "reached" if low > line else "not reached"
+        table.append({"aim": what, "found": f"{metrics[key]:.3f}", "low": low, "high": high, "verdict": reached})
+    return pd.DataFrame(table)
+
+
+def aims_sentence(metrics: Mapping[str, float]) -> str:
+    """The first paragraph of the report: the aims that were not reached, by name, before anything else."""
+    table = aims(metrics)
+    missed = table[table["verdict"] == "not reached"]["aim"].tolist()
+    absent = table[table["verdict"] == "not run"]["aim"].tolist()
+    reached = int((table["verdict"] == "reached").sum())
+    parts = [f"Not reached, with its 95 % interval: {'; '.join(missed)}." if missed else ""]
+    parts.append(f"Reached: {reached} of {len(table)} aims.")
+    parts.append(f"Not run in this profile: {'; '.join(absent)}." if absent else "")
+    if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
+        yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
+        parts.append(
+            f"Orderings of the paper that were tried: {every}; {yes} hold, {no} do not, {every - yes - no} stay open."
+        )
+    return " ".join(filter(None, parts))
+
+
+def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: str) -> str:
+    """The page of a finished replay.
+
+    Args:
+        folder: what the replay left.
+        profile: its name.
+        metrics: its numbers.
+        lead: the first paragraph.
+    """
+    found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
+    main = found[0] if found else folder
+    many = len(found) > 1  # several seeds left their tables beside the page
+    sections = [
+        Section(
+            "Aims",
+            [
+                "An aim is reached when the whole 95 % interval lies on its side of the line: one half, or no change. "
+                "AlignProp and D3PO are held against the base at the guidance scale at which they drew while they were "
+                "tuned; in all other tables each system draws at the scale that serves it best on validation prompts."
+            ],
+            [("", aims(metrics))],
+        ),
+        _win_rates(main, folder if many else None),
+        Section(
+            "Beside the paper",
+            [
+                "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
+                "its own measure. Only the side of one half can be compared."
+            ],
+            [
+                (caption, _read((folder if many else main) / name))
+                for caption, name in (("Orderings", "orderings.csv"), ("Reproduction cards", "cards.csv"))
+            ],
+        ),
+        Section(
+            "What a win-rate does not show",
+            [
+                "Drift from the base, spread within a prompt, mean scores. For systems tuned on a scorer: whether that "
+                "scorer rose, and which others fell meanwhile."
+            ],
+            [("", _read(main / "monitors.csv", _named))],
+        ),
+    ]
+    if (folder / "ablations").is_dir():
+        sections.append(_ablations(folder / "ablations"))
+    if (folder / "qualitative_grid").is_dir():
+        sections.append(_pictures_and_failures(folder / "qualitative_grid"))
+    sections += [_user(path) for path in sorted(folder.glob("user_*")) if path.is_dir()]
+    about = {"profile": profile, "seconds": metrics["seconds/total"], "seeds": round(metrics["seeds"])}
+    return report_html("Diffusion-KTO on the small world", lead, sections, about | hardware() | versions())
+
+
+def _win_rates(main: Path, pooled: Path | None) -> Section:
+    pictures = {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
+    figures = _pictures(main, pictures)
+    if pooled is None:
+        ours = ("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_kto))
+    else:
+        caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
+        ours = (caption, _read(pooled / "seeds.csv"))
+        figures = _pictures(pooled, {"win_rates.png": "All seeds"}) + figures
+    others = f"Every system over the base{', first seed' if pooled else ''}"
+    return Section(
+        "Win-rates",
+        [
+            f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
+            "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
+        ],
+        [ours, (others, _read(main / "win_rates.csv", _only_base))],
+        figures,
+    )
+
+
+def _ablations(folder: Path) -> Section:
+    return Section(
+        "Ablations",
+        ["One setting of Diffusion-KTO moves at a time; the gap to the centre is paired by prompt."],
+        [("", _read(folder / "ablations.csv"))],
+        _pictures(folder, {"ablations.png": f"Mean {PREFERENCE} with its 95 % interval"}),
+    )
+
+
+def _pictures_and_failures(folder: Path) -> Section:
+    captions = {
+        "failures.png": "Where Diffusion-KTO loses most against the base, with the loss",
+        "gains.png": "Where it gains most",
+        "random_prompts.png": "Prompts drawn at random",
+    }
+    table = _read(folder / "gaps.csv", lambda frame: frame.sort_values("gap", ignore_index=True))
+    text = []
+    if "gap" in table:
+        lost, tied = int((table["gap"] < 0).sum()), int((table["gap"] == 0).sum())
+        gained = len(table) - lost - tied
+        text = [f"Of {len(table)} prompts, the median picture is worse on {lost}, equal on {tied}, better on {gained}."]
+        if len(table) > 2 * SHOWN_GAPS:
+            table = pd.concat([table.head(SHOWN_GAPS), table.tail(SHOWN_GAPS)], ignore_index=True)
+    caption = "Largest losses and largest gains of Diffusion-KTO over the base"
+    return Section("Pictures, failures among them", text, [(caption, table)], _pictures(folder, captions))
+
+
+def _user(folder: Path) -> Section:
+    user = folder.name.removeprefix("user_")
+    scorer = TASTES.get(user, PREFERENCE)
+    captions = {
+        "before_after.png": "Same prompts, same noise",
+        "dose_response.png": "How many likes it takes",
+        "win_rates.png": f"Judged by {scorer}",
+    }
+    tables = [
+        (f"Win-rates under {scorer}", _read(folder / "win_rates.csv", lambda frame: _under(frame, scorer))),
+        ("Drift from the base, spread within a prompt, mean scores", _read(folder / "monitors.csv", _named)),
+    ]
+    if (folder / "noise.csv").exists():
+        noise = _read(folder / "noise.csv", lambda frame: frame.rename(columns={"Unnamed: 0": "method/flipped"}))
+        tables.insert(0, ("Win-rate over the base on clean likes and on likes of which a share is flipped", noise))
+    text = [f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts."]
+    text += fidelity_sentence(tables[-1][1])
+    return Section(f"A specific user: {user}", text, tables, _pictures(folder, captions))
+
+
+def fidelity_sentence(monitors: pd.DataFrame) -> list[str]:
+    """Which systems lost the prompt while they won: a sentence, or none.
+
+    Args:
+        monitors: a row per system, the base among them, with `system` and `mean/world_fidelity`.
+
+    >>> fidelity_sentence(pd.DataFrame({"system": ["base", "kto"], "mean/world_fidelity": [0.99, 0.97]}))
+    []
+    """
+    column = f"mean/{FIDELITY}"
+    if column not in monitors or "base" not in set(monitors["system"]):
+        return []
+    fidelity = monitors.set_index("system")[column]
+    lost = fidelity[fidelity < fidelity["base"] - FIDELITY_LOSS].sort_values()
+    if lost.empty:
+        return []
+    named = ", ".join(f"{name} {value:.2f}" for name, value in lost.items())
+    return [
+        f"These lost the prompt while they were tuned ({FIDELITY}, base {fidelity['base']:.2f}): {named}. "
+        "Their win-rates below say that the measure rose, not that the pictures are better."
+    ]
+
+
+def _pictures(folder: Path, captions: Mapping[str, str]) -> Sequence[tuple[str, Path]]:
+    return [(caption, folder / name) for name, caption in captions.items() if (folder / name).exists()]
+
+
+def _read(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> pd.DataFrame:
+    return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.rename(columns={"Unnamed: 0": "system"})
+
+
+def _under(frame: pd.DataFrame, scorer: str) -> pd.DataFrame:
+    return frame[frame["scorer"] == scorer][["method", "opponent", *RATE_COLUMNS]].reset_index(drop=True)
+
+
+def _only_kto(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = _under(frame, PREFERENCE)
+    return rows[rows["method"] == "kto"].drop(columns="method").reset_index(drop=True)
+
+
+def _only_base(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = _under(frame, PREFERENCE)
+    return rows[rows["opponent"] == "base"].drop(columns="opponent").reset_index(drop=True)
