@@ -20,14 +20,17 @@ FIDELITY_LOSS = 0.1
 """Loss of mean prompt fidelity against the base from which on the page names a system."""
 
 
+def _rate_key(opponent: str) -> str:
+    return f"win_rate/kto_vs_{opponent}/{PREFERENCE}"
+
+
 def aims(metrics: Mapping[str, float]) -> pd.DataFrame:
     """What the replay should show, and whether its interval shows it: "reached", "not reached" or "not run"."""
-    rows = []
-    for opponent in ("base", *CONTROLS):
-        key = f"win_rate/kto_vs_{opponent}/{PREFERENCE}"
-        rows.append((f"kto wins over {opponent}", key, 0.5))
-    for name in ("alignprop", "d3po"):
-        rows.append((f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0))
+    rows = [(f"kto wins over {opponent}", _rate_key(opponent), 0.5) for opponent in ("base", *CONTROLS)]
+    rows += [
+        (f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0)
+        for name in ("alignprop", "d3po")
+    ]
     table = []
     for what, key, line in rows:
         if key not in metrics:
@@ -47,6 +50,13 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     reached = int((table["verdict"] == "reached").sum())
     parts = [f"Not reached, with its 95 % interval: {'; '.join(missed)}." if missed else ""]
     parts.append(f"Reached: {reached} of {len(table)} aims.")
+    ran = [opponent for opponent in ("base", *CONTROLS) if f"{_rate_key(opponent)}/n" in metrics]
+    if missed and ran:
+        width = max(metrics[f"{_rate_key(name)}/high"] - metrics[f"{_rate_key(name)}/low"] for name in ran)
+        least = round(min(metrics[f"{_rate_key(name)}/n"] for name in ran))
+        seeds = round(metrics.get("seeds", 1))
+        of = f"{least} over {seeds} seeds, the widest of theirs" if seeds > 1 else least
+        parts.append(f"An interval of these win-rates is up to {100 * width:.0f} points wide, n = {of}.")
     parts.append(f"Not run in this profile: {'; '.join(absent)}." if absent else "")
     if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
         yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
