@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
+
 from dkto.demo import NOTEBOOKS
 from dkto.notebooks import run_notebook, write_metrics
 from dkto.paper_page import MAIN, PREFERENCE, aims_sentence, make_report
@@ -141,7 +143,8 @@ def run_paper(
     seeds = [name for name in results if name.startswith(f"{MAIN}-")]
     if len(seeds) > 1:
         read = {name.partition("-")[2]: read_seed(folder / name, PREFERENCE) for name in seeds}
-        holds = write_pooled(folder, read, PREFERENCE)["holds"]
+        cost = pd.read_csv(folder / seeds[0] / "cards.csv")["cost"][0]
+        holds = write_pooled(folder, read, PREFERENCE, cost)["holds"]
         metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
     write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
     lead = f"{aims_sentence(metrics)} {settings_origin(found)}"

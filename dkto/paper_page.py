@@ -104,7 +104,7 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
             "What a win-rate does not show",
             [
                 "Drift from the base, spread within a prompt, mean scores. For systems tuned on a scorer: whether that "
-                "scorer rose, and which others fell meanwhile."
+                f"scorer rose, and which others fell meanwhile.{' Of the first seed.' if many else ''}"
             ],
             [("", _read(main / "monitors.csv", _named))],
         ),
@@ -119,7 +119,8 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
 
 
 def _win_rates(main: Path, pooled: Path | None) -> Section:
-    pictures = {"win_rates.png": "The base and the controls first", "grid.png": "Same prompts, same noise"}
+    of = ", first seed" if pooled else ""
+    pictures = {"win_rates.png": f"The base and the controls first{of}", "grid.png": f"Same prompts, same noise{of}"}
     figures = _pictures(main, pictures)
     if pooled is None:
         ours = ("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_kto))
@@ -127,14 +128,13 @@ def _win_rates(main: Path, pooled: Path | None) -> Section:
         caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
         ours = (caption, _read(pooled / "seeds.csv"))
         figures = _pictures(pooled, {"win_rates.png": "All seeds"}) + figures
-    others = f"Every system over the base{', first seed' if pooled else ''}"
     return Section(
         "Win-rates",
         [
             f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
             "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
         ],
-        [ours, (others, _read(main / "win_rates.csv", _only_base))],
+        [ours, (f"Every system over the base{of}", _read(main / "win_rates.csv", _only_base))],
         figures,
     )
 

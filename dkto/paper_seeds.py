@@ -71,13 +71,16 @@ def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]
     return pooled
 
 
-def write_pooled(folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]], scorer: str) -> pd.DataFrame:
+def write_pooled(
+    folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]], scorer: str, cost: str
+) -> pd.DataFrame:
     """Leave `seeds.csv`, `orderings.csv`, `cards.csv` and `win_rates.png` of all seeds in a folder.
 
     Args:
         folder: where they land.
         seeds: see `pool_seeds`.
         scorer: its name, for the titles.
+        cost: what one seed took, for the reproduction cards.
 
     Returns:
         The orderings of the paper, see `dkto.paper_tables.orderings`.
@@ -100,12 +103,16 @@ def write_pooled(folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]],
         order,
         measured=f"{scorer}, mean over seeds, the widest interval",
         seeds=f"{len(seeds)} ({', '.join(seeds)})",
-        cost="see the tables of each seed",
+        cost=f"{cost}, each seed",
     )
     for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", cards)):
         write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
     axes = plot_win_rates([(f"kto vs {opponent}", pooled[opponent]) for opponent in controls_first(pooled)])
+    judged = sorted({found[opponent].n for found in seeds.values() for opponent in pooled})
     axes.set_title(f"{scorer}, {len(seeds)} training seeds\nmean and widest interval")
-    write_atomically(folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150))
+    axes.set_xlabel(f"win-rate (%) with its interval\nn = {' or '.join(map(str, judged))} prompts for each seed")
+    write_atomically(
+        folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
+    )
     plt.close(axes.figure)
     return order

@@ -47,11 +47,12 @@ def test_the_pooled_interval_is_never_narrower_than_a_seed_s():
 def test_all_seeds_leave_tables_a_figure_and_a_page(tmp_path):
     for name, found in SEEDS.items():
         write_tables(tmp_path / f"{MAIN}-{name}", found)
-    order = write_pooled(tmp_path, SEEDS, PREFERENCE)
+    order = write_pooled(tmp_path, SEEDS, PREFERENCE, "7 steps")
     assert order.set_index("ordering")["holds"].to_dict() == {"kto over base": "yes", "kto over sft": "open"}
     table = pd.read_csv(tmp_path / "seeds.csv").set_index("opponent")
     assert table.loc["base", "seed 1"] == SEEDS["1"]["base"].rate and table.loc["base", "n"] == 80
     assert pd.read_csv(tmp_path / "cards.csv")["seeds"].tolist() == ["2 (0, 1)"] * 2
+    assert pd.read_csv(tmp_path / "cards.csv")["cost"].tolist() == ["7 steps, each seed"] * 2
     with Image.open(tmp_path / "win_rates.png") as picture:
         assert picture.width > 500 and len(picture.convert("L").getcolors(1 << 16)) > 2
     page = make_report(tmp_path, "full", {"seconds/total": 1.0, "seeds": 2}, "lead")
