@@ -50,10 +50,10 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     reached = int((table["verdict"] == "reached").sum())
     parts = [f"Not reached, with its 95 % interval: {'; '.join(missed)}." if missed else ""]
     parts.append(f"Reached: {reached} of {len(table)} aims.")
-    ran = [opponent for opponent in ("base", *CONTROLS) if f"{_rate_key(opponent)}/n" in metrics]
+    ran = [key for key in map(_rate_key, ("base", *CONTROLS)) if key in metrics]
     if missed and ran:
-        width = max(metrics[f"{_rate_key(name)}/high"] - metrics[f"{_rate_key(name)}/low"] for name in ran)
-        least = round(min(metrics[f"{_rate_key(name)}/n"] for name in ran))
+        width = max(metrics[f"{key}/high"] - metrics[f"{key}/low"] for key in ran)
+        least = round(min(metrics[f"{key}/n"] for key in ran))
         seeds = round(metrics.get("seeds", 1))
         of = f"{least} over {seeds} seeds, the widest of theirs" if seeds > 1 else least
         parts.append(f"An interval of these win-rates is up to {100 * width:.0f} points wide, n = {of}.")
@@ -123,7 +123,10 @@ def _win_rates(main: Path, pooled: Path | None) -> Section:
     pictures = {"win_rates.png": f"The base and the controls first{of}", "grid.png": f"Same prompts, same noise{of}"}
     figures = _pictures(main, pictures)
     if pooled is None:
-        ours = ("Diffusion-KTO over every other system", _read(main / "win_rates.csv", _only_kto))
+        ours = (
+            "Diffusion-KTO over every other system",
+            _read(main / "win_rates.csv", lambda rows: _rates(rows, method="kto")),
+        )
     else:
         caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
         ours = (caption, _read(pooled / "seeds.csv"))
@@ -134,7 +137,13 @@ def _win_rates(main: Path, pooled: Path | None) -> Section:
             f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
             "pictures, ties count half, Wilson intervals. Every rate is shown as it is."
         ],
-        [ours, (f"Every system over the base{of}", _read(main / "win_rates.csv", _only_base))],
+        [
+            ours,
+            (
+                f"Every system over the base{of}",
+                _read(main / "win_rates.csv", lambda rows: _rates(rows, opponent="base")),
+            ),
+        ],
         figures,
     )
 
@@ -175,11 +184,11 @@ def _user(folder: Path) -> Section:
         "win_rates.png": f"Judged by {scorer}",
     }
     tables = [
-        (f"Win-rates under {scorer}", _read(folder / "win_rates.csv", lambda frame: _under(frame, scorer))),
+        (f"Win-rates under {scorer}", _read(folder / "win_rates.csv", lambda rows: _rates(rows, scorer))),
         ("Drift from the base, spread within a prompt, mean scores", _read(folder / "monitors.csv", _named)),
     ]
     if (folder / "noise.csv").exists():
-        noise = _read(folder / "noise.csv", lambda frame: frame.rename(columns={"Unnamed: 0": "method/flipped"}))
+        noise = _read(folder / "noise.csv", lambda frame: _named(frame, "method/flipped"))
         tables.insert(0, ("Win-rate over the base on clean likes and on likes of which a share is flipped", noise))
     text = [f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts."]
     text += fidelity_sentence(tables[-1][1])
@@ -217,19 +226,14 @@ def _read(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame] = lambda fr
     return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
 
 
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.rename(columns={"Unnamed: 0": "system"})
+def _named(frame: pd.DataFrame, first: str = "system") -> pd.DataFrame:
+    return frame.rename(columns={"Unnamed: 0": first})
 
 
-def _under(frame: pd.DataFrame, scorer: str) -> pd.DataFrame:
-    return frame[frame["scorer"] == scorer][["method", "opponent", *RATE_COLUMNS]].reset_index(drop=True)
-
-
-def _only_kto(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = _under(frame, PREFERENCE)
-    return rows[rows["method"] == "kto"].drop(columns="method").reset_index(drop=True)
-
-
-def _only_base(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = _under(frame, PREFERENCE)
-    return rows[rows["opponent"] == "base"].drop(columns="opponent").reset_index(drop=True)
+def _rates(frame: pd.DataFrame, scorer: str = PREFERENCE, **only: str) -> pd.DataFrame:
+    """The rates under a scorer, of one `method` or over one `opponent`; the column that is one name is left out."""
+    rows = frame[frame["scorer"] == scorer]
+    for column, value in only.items():
+        rows = rows[rows[column] == value]
+    named = [column for column in ("method", "opponent") if column not in only]
+    return rows[[*named, *RATE_COLUMNS]].reset_index(drop=True)
