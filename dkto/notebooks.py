@@ -184,6 +184,8 @@ def _execute(path: Path, output: Path, parameters: Mapping[str, object], progres
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
+    from dkto.kernels import AskingKernelManager
+
     try:
         with _kernel_environment():
             papermill.execute_notebook(
@@ -194,6 +196,7 @@ def _execute(path: Path, output: Path, parameters: Mapping[str, object], progres
                 language="python",
                 progress_bar=progress,
                 cwd=os.getcwd(),
+                kernel_manager_class=AskingKernelManager,
                 config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             )
     except PapermillExecutionError as error:

@@ -12,7 +12,7 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
-    ("expression", "utilities", "records", "progress", "quiet", "votes", "processes", "follow", "yaml12"),
+    ("expression", "utilities", "records", "progress", "quiet", "votes", "processes", "follow", "yaml12", "kernels"),
     ("losses", "metrics", "sources", "run_record"),
     ("feedback", "config", "online_config", "search_config", "plotting"),
     ("pairs",),

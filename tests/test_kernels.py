@@ -1,0 +1,69 @@
+"""`dkto.kernels`: a kernel that is done ends without a word, one that works on is interrupted."""
+
+import asyncio
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from dkto.kernels import PATIENCE, AskingKernelManager
+from dkto.notebooks import run_notebook
+
+BUSY = 0.1  # seconds that the kernel stays with a request after it answered it
+LINGER = f"""\
+import time
+from dkto.notebooks import write_metrics
+handlers = get_ipython().kernel.shell_handlers
+answer = handlers["kernel_info_request"]
+
+async def linger(*message):
+    await answer(*message)
+    time.sleep({BUSY})
+
+handlers["kernel_info_request"] = linger
+write_metrics(output_dir, {{"busy": {BUSY}}}, {{}}, 0)
+"""
+
+
+def test_a_kernel_still_busy_with_its_last_answer_ends_without_a_word(tmp_path, capfd):
+    """The runner ends it on the answer to a request for its language; an interrupt then would be reported."""
+    parameters = new_code_cell('output_dir: str = "out"', metadata={"tags": ["parameters"]})
+    notebook = new_notebook(cells=[parameters, new_code_cell(LINGER)])
+    nbformat.write(notebook, tmp_path / "busy.ipynb")
+    run_notebook(tmp_path / "busy.ipynb", tmp_path / "done.ipynb", {"output_dir": str(tmp_path)}, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_cell_that_runs_is_interrupted_and_may_clean_up(tmp_path, now):
+    """Unless the kernel is killed at once: then it is gone."""
+    begun, cleaned = tmp_path / "begun", tmp_path / "cleaned"
+    cell = f"""\
+import pathlib, time
+try:
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(600)
+finally:
+    pathlib.Path({str(cleaned)!r}).touch()
+"""
+
+    async def run():
+        manager = AskingKernelManager()
+        await manager.start_kernel()
+        client = manager.client()
+        client.start_channels()
+        await client.wait_for_ready(timeout=60)
+        client.execute(cell)
+        while not begun.exists():
+            await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await manager.shutdown_kernel(now=now)
+        client.stop_channels()
+        assert not await manager.is_alive()
+        return time.monotonic() - started
+
+    waited = asyncio.run(run())
+    if not now:
+        assert cleaned.exists()
+        assert waited >= PATIENCE
