@@ -5,6 +5,7 @@ import time
 
 import nbformat
 import pytest
+from jupyter_core.utils import run_sync
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dkto.kernels import PATIENCE, AskingKernelManager
@@ -63,7 +64,7 @@ finally:
         assert not await manager.is_alive()
         return time.monotonic() - started
 
-    waited = asyncio.run(run())
+    waited = run_sync(run)()  # beside a loop that another test left running
     if not now:
         assert cleaned.exists()
         assert waited >= PATIENCE
