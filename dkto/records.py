@@ -62,8 +62,8 @@ def largest_resident_mb(who: int) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a neighbour of `path`, then rename it: `path` is whole or absent."""
-    part = path.with_name(path.name + ".part")
+    """Let `write` fill a neighbour of `path`, then rename it: `path` is whole or absent, whoever else writes it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     write(part)
     part.replace(path)
 

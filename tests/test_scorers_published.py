@@ -1,11 +1,14 @@
 """The published scorers: names and shapes of the full-size models, the arithmetic of small ones of their classes."""
 
+import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import published_models as published
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data
@@ -20,7 +23,8 @@ from dkto.scorers.laion import LaionAesthetics
 from dkto.scorers.network import _load, aesthetics_head
 from dkto.scorers.open_clip import VIT_H_14, open_clip_to_clip
 from dkto.scorers.pickscore import PickScore
-from dkto.scorers.preprocess import cropped_image, padded_pixels, to_pixels
+from dkto.scorers.preprocess import cropped_image, normalise, padded_pixels, to_pixels
+from dkto.scorers.weights import file_sha256
 
 PROMPTS = ["a red star", "a green ring on a white background", "a toy"]
 SIDE, PATCH = 28, 7
@@ -166,6 +170,12 @@ def test_foreign_image_reward_names_are_refused(name):
 # --- the arithmetic
 
 
+def save_converted(state, path):
+    """A weights file and the note with its hash, as `convert` leaves them."""
+    save_file(state, path)
+    path.with_suffix(".json").write_text(json.dumps({"sha256": file_sha256(path)}))
+
+
 def test_pickscore_is_transformers_own_logit(tiny_clip, tokenizer, photographs):
     scorer = PickScore(model=str(tiny_clip), tokenizer=str(tiny_clip), device="cpu")
     expected = logits(tiny_clip, tokenizer, photographs)
@@ -186,8 +196,32 @@ def hps(tokenizer, tiny_clip, tmp_path, monkeypatch):
     about = {"width": 32, "layers": 2, "grid": 4, "patch": PATCH, "text_width": 24, "text_layers": 2}
     about |= {"vocabulary": len(tokenizer), "context": 24, "embedding": 16}
     state = published.random_state(published.open_clip_names(**about))
-    save_file(state, tmp_path / "hps.safetensors")
+    save_converted(state, tmp_path / "hps.safetensors")
     return HPS("hps_v2_1", str(tmp_path / "hps.safetensors"), str(tiny_clip), "cpu"), state
+
+
+def test_hps_cleans_prompts_as_open_clip_does(hps, photographs):
+    """ftfy straightens quotes and mends wrong encodings, entities are resolved twice, and none of it is in CLIP's."""
+    scorer, _ = hps
+    raw, clean = (
+        ["a &amp;amp;  red\u2019s star ", "caf\u00c3\u00a9 &lt;ring&gt;"],
+        ["a &  red's star", "caf\u00e9 <ring>"],
+    )
+    pictures = photographs[:2]
+    assert (score(scorer, pictures, raw) == score(scorer, pictures, clean)).all()
+    plain = CLIPScore("clip_tiny", scorer.tokenizer, "cpu")
+    assert (score(plain, pictures, raw) != score(plain, pictures, clean)).any()
+
+
+def test_hps_can_shrink_as_older_torchvision_did(hps, photographs):
+    scorer, _ = hps
+    older = replace(scorer, antialias=False)
+    image = photographs[0]
+    expected = F.interpolate(to_pixels(image)[None], (SIDE, SIDE), mode="bicubic", align_corners=False)[0]
+    assert image.width == image.height
+    torch.testing.assert_close(older.prepare_image(image, SIDE), normalise(expected))
+    assert score(older, [image], ["a star"]) != score(scorer, [image], ["a star"])
+    assert older.about != scorer.about, "scores of the two are never mixed"
 
 
 def test_hps_is_open_clips_cosine_of_the_padded_picture(hps, tokenizer, photographs):
@@ -206,7 +240,7 @@ def test_weights_of_another_shape_are_refused(hps, tmp_path):
     scorer, state = hps
     del state["visual.proj"]
     state["ln_final.weight"] = torch.zeros(3)
-    save_file(state, tmp_path / "hps.safetensors")
+    save_converted(state, tmp_path / "hps.safetensors")
     sentence = r"hps\.safetensors does not fit CLIPModel: 2 of \d+ names differ, first text_model\.final_layer_norm"
     with pytest.raises(ValueError, match=sentence):
         scorer.network()
@@ -214,7 +248,7 @@ def test_weights_of_another_shape_are_refused(hps, tmp_path):
 
 def test_laion_aesthetics_is_the_published_head_on_the_unit_embedding(tiny_clip, photographs, tmp_path):
     state = published.random_state(published.head_names(16))
-    save_file(state, tmp_path / "head.safetensors")
+    save_converted(state, tmp_path / "head.safetensors")
     scorer = LaionAesthetics(str(tmp_path / "head.safetensors"), str(tiny_clip), "cpu")
     model = CLIPModel.from_pretrained(tiny_clip)
     pixel_values = torch.stack([cropped_image(image, SIDE) for image in photographs])
@@ -244,7 +278,7 @@ def image_reward(tmp_path, monkeypatch):
         width=32, layers=2, grid=4, patch=PATCH, text_width=24, text_layers=2, vocabulary=20, positions=40
     )
     state = published.random_state(names)
-    save_file(state, tmp_path / "reward.safetensors")
+    save_converted(state, tmp_path / "reward.safetensors")
     return ImageReward(str(tmp_path / "reward.safetensors"), str(tmp_path / "bert"), "cpu"), state, tmp_path / "bert"
 
 

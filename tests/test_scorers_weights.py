@@ -1,5 +1,7 @@
 import hashlib
+import multiprocessing
 import pickle
+import re
 
 import pytest
 import torch
@@ -47,6 +49,43 @@ def test_a_damaged_file_is_noticed_when_it_is_read(pickled, folder):
         read_converted("hps_v2")
 
 
+def test_weights_without_their_note_are_refused(pickled, folder):
+    convert("hps_v2", *pickled)
+    (folder / "hps_v2.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"hps_v2\.json, which `convert` writes with its hash, is missing"):
+        read_converted("hps_v2")
+
+
+def hash_again_and_again(path, sha256, stamps):
+    for _ in range(100):
+        for stamp in stamps.glob("*.json"):
+            stamp.unlink(missing_ok=True)
+        check_sha256(path, sha256)
+
+
+def test_several_processes_may_hash_one_file_at_once(tmp_path, folder):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    context = multiprocessing.get_context("fork")
+    arguments = (path, hashlib.sha256(b"abc").hexdigest(), folder / "checked")
+    workers = [context.Process(target=hash_again_and_again, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+
+
+def test_where_no_stamp_can_be_kept_the_file_is_hashed_again(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DKTO_WEIGHTS", str(tmp_path / "file" / "below"))
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    check_sha256(path, hashlib.sha256(b"abc").hexdigest())
+    with pytest.raises(ValueError, match="is damaged or another file"):
+        check_sha256(path, "0" * 64)
+
+
 def test_a_file_is_hashed_once_for_as_long_as_it_does_not_change(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"abc")
@@ -83,6 +122,8 @@ def test_wrong_hashes_names_and_files_are_named(pickled, tmp_path, capsys):
         convert("hps_v2", path)
     with pytest.raises(ValueError, match=r"is damaged or another file: its sha256 is .*expected 21dd590f"):
         convert("laion_aesthetics", path)
+    with pytest.raises(ValueError, match=r"linearMSE\.pth is known to be 21dd590f\w+, got --sha256 "):
+        convert("laion_aesthetics", path, sha256)
     with pytest.raises(KeyError, match="no published file 'clip'; known: hps_v2, hps_v2_1, image_reward, laion"):
         convert("clip", path)
     with pytest.raises(FileNotFoundError, match=r"does not exist: download HPS_v2_compressed\.pt from https"):
@@ -107,6 +148,43 @@ def test_what_the_hub_stores_is_checked_against_its_own_hash(tmp_path, monkeypat
     (blobs / "other").replace(blobs / sha256)
     with pytest.raises(ValueError, match="is damaged or another file"):
         model_folder("owner/name", "x", ("*",))
+
+
+def test_a_folder_filled_by_the_hubs_command_is_checked_too(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    note = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    note.parent.mkdir(parents=True)
+    sha256 = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    note.write_text(f"{'c' * 40}\n{sha256}\n1700000000.0\n")
+    assert model_folder(str(tmp_path), "x", ("model*.safetensors",)) == tmp_path
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"is damaged or another file: its sha256 is .*expected {sha256}"):
+        model_folder(str(tmp_path), "x", ("model*.safetensors",))
+
+
+def test_a_folder_that_lacks_a_file_is_named_with_what_fetches_it(tmp_path, folder):
+    place = folder / "owner" / "name"
+    place.mkdir(parents=True)
+    (place / "config.json").touch()
+    needed = ("config.json", "model*.safetensors")
+    with pytest.raises(FileNotFoundError) as caught:
+        model_folder("owner/name", "pickscore", needed, ("x.index.json",))
+    assert str(caught.value) == (
+        f"scorer pickscore needs model*.safetensors of the model 'owner/name', {place} has none: run `hf download "
+        "owner/name --include 'config.json' --include 'model*.safetensors' --include 'x.index.json' "
+        f"--local-dir {place}`"
+    )
+    with pytest.raises(FileNotFoundError, match=r"has none$"):
+        model_folder(str(place), "pickscore", needed)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_the_command_that_is_told_can_be_run(name, pickled, capsys):
+    """It names --sha256 where the project knows no hash: without, it would be refused."""
+    with pytest.raises(FileNotFoundError) as caught:
+        read_converted(name)
+    told = re.search("`(.*)`", str(caught.value)).group(1)
+    assert ("--sha256" in told) == (not PUBLISHED_FILES[name].sha256)
 
 
 def test_every_published_pickle_says_where_it_is_found():

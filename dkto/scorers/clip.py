@@ -11,8 +11,10 @@ from dkto.scorers.weights import model_folder
 
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L14 = "openai/clip-vit-large-patch14"
-MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+MODEL_FILES = ("config.json", "model*.safetensors")
+MODEL_INDEX = ("model.safetensors.index.json",)
+TOKENIZER_FILES = ("tokenizer*.json",)
+OLDER_TOKENIZER = ("vocab.json", "merges.txt", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class CLIPScore(NetworkScorer):
 def clip_folder(model: str, scorer: str) -> Path:
     """The folder of a CLIP model with its tokenizer."""
     sizes = {CLIP_H14: "3.9 GB", CLIP_L14: "1.7 GB"}
-    return model_folder(model, scorer, (*MODEL_FILES, *TOKENIZER_FILES), sizes.get(model, ""))
+    files, optional = (*MODEL_FILES, *TOKENIZER_FILES), (*MODEL_INDEX, *OLDER_TOKENIZER)
+    return model_folder(model, scorer, files, optional, sizes.get(model, ""))
 
 
 def tokenizer_folder(source: str, scorer: str) -> Path:
     """The folder of a CLIP tokenizer."""
-    return model_folder(source, scorer, TOKENIZER_FILES, "2 MB")
+    return model_folder(source, scorer, TOKENIZER_FILES, OLDER_TOKENIZER, "2 MB")

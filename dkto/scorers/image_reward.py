@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dkto.scorers.network import NetworkScorer, aesthetics_head
 from dkto.scorers.preprocess import cropped_image, cropped_pixels
-from dkto.scorers.weights import fill, model_folder, read_converted
+from dkto.scorers.weights import converted_sha256, fill, model_folder, read_converted
 
 BERT = "google-bert/bert-base-uncased"
-BERT_FILES = ("tokenizer*.json", "vocab.txt", "special_tokens_map.json")
+BERT_FILES, BERT_OPTIONAL = ("vocab.txt",), ("tokenizer*.json", "special_tokens_map.json")
 MAX_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 VISION = {
@@ -93,13 +93,15 @@ class ImageReward(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        return {"weights": self.weights or self.name, "tokenizer": self.tokenizer, "scale": "(x - 0.167) / 1.033"}
+        weights = {"weights": self.weights or self.name, **converted_sha256(self.name, self.weights)}
+        return {**weights, "tokenizer": self.tokenizer, "scale": "(x - 0.167) / 1.033"}
 
     def load(self) -> ImageRewardModel:
         from transformers import BertTokenizer
 
         state = image_reward_to_blip(read_converted("image_reward", self.weights))
-        tokenizer = BertTokenizer.from_pretrained(model_folder(self.tokenizer, self.name, BERT_FILES, "1 MB"))
+        folder = model_folder(self.tokenizer, self.name, BERT_FILES, BERT_OPTIONAL, "1 MB")
+        tokenizer = BertTokenizer.from_pretrained(folder)
         return fill(ImageRewardModel(tokenizer), state, self.weights or self.name)
 
     def prepare_image(self, image: Image.Image, side: int) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dkto.scorers.clip import CLIP_H14, MODEL_FILES, tokenizer_folder
+from dkto.scorers.clip import CLIP_H14, MODEL_FILES, MODEL_INDEX, tokenizer_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
 from dkto.scorers.weights import model_folder
 
@@ -34,7 +34,7 @@ class PickScore(NetworkScorer):
         return {"model": self.model, "tokenizer": self.tokenizer, "scale": "exp(logit_scale) * cosine"}
 
     def load(self) -> ClipWithTokenizer:
-        folder = model_folder(self.model, self.name, MODEL_FILES, "3.9 GB")
+        folder = model_folder(self.model, self.name, MODEL_FILES, MODEL_INDEX, "3.9 GB")
         return ClipWithTokenizer.from_folder(folder, tokenizer_folder(self.tokenizer, self.name))
 
     def score_prepared(self, network: ClipWithTokenizer, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -70,25 +70,26 @@ def cropped_pixels(pixels: Tensor, side: int, *, rounded: bool = False) -> Tenso
     return normalise(resized[:, :, top : top + side, left : left + side])
 
 
-def padded_pixels(pixels: Tensor, side: int) -> Tensor:
-    """Longer side to `side` (bicubic with antialiasing, on tensors), zeros around it, CLIP's normalisation: HPS v2.
+def padded_pixels(pixels: Tensor, side: int, *, antialias: bool = True) -> Tensor:
+    """Longer side to `side` (bicubic, on tensors), zeros around it, CLIP's normalisation: HPS v2.
 
-    The authors resize tensors too, so this is exact and carries gradient. Their padding is black before
-    normalisation, and values beyond [0, 1] that the bicubic filter makes are kept, as they keep them.
+    The authors resize tensors too, so nothing is lost to bytes and it carries gradient. Their padding is black
+    before normalisation, and values beyond [0, 1] that the bicubic filter makes are kept, as they keep them.
 
     Args:
         pixels: (B, 3, H, W) float in [0, 1].
         side: in pixels, 224 for HPS.
+        antialias: smooth before shrinking, as torchvision does with tensors since 0.17.
 
     Returns:
         (B, 3, side, side) float.
     """
     scale = side / max(pixels.shape[2:])
     height, width = (round(extent * scale) for extent in pixels.shape[2:])
-    resized = _bicubic(pixels, height, width) if scale != 1 else pixels
+    resized = _bicubic(pixels, height, width, antialias) if scale != 1 else pixels
     down, right = side - height, side - width
     return normalise(F.pad(resized, (right // 2, right - right // 2, down // 2, down - down // 2)))
 
 
-def _bicubic(pixels: Tensor, height: int, width: int) -> Tensor:
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False)
+def _bicubic(pixels: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=antialias, align_corners=False)

@@ -2,8 +2,8 @@
 
 Weights are looked for in a folder of that path, then under `$DKTO_WEIGHTS` (by default ~/.cache/dkto/weights), then
 fetched from the hub. Every file whose hash is known is checked against it before its first use; what the hub stores
-carries its own sha256. Three scorers are published as pickles only; they are converted once, after their hash was
-compared, and only safetensors are read afterwards:
+carries its own sha256, in its cache as in a folder that `hf download --local-dir` filled. Three scorers are published
+as pickles only; they are converted once, after their hash was compared, and only safetensors are read afterwards:
 
     python -m dkto.scorers convert hps_v2 HPS_v2_compressed.pt --sha256 <from the file's page on the hub>
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -76,46 +77,62 @@ def check_sha256(path: Path, expected: str) -> None:
     Raises:
         ValueError: if they differ.
     """
-    stamp = weights_folder() / "checked" / f"{expected}.json"
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    stamp = weights_folder() / "checked" / f"{expected}-{place}.json"
     about = {"path": str(path.resolve()), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
     if stamp.is_file() and json.loads(stamp.read_text()) == about:
         return
     found = file_sha256(path)
     if found != expected:
         raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    write_json(stamp, about)
+    with suppress(OSError):  # where no stamp can be kept, the next call hashes again
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, about)
 
 
-def model_folder(source: str, scorer: str, files: tuple[str, ...], size: str = "") -> Path:
+def model_folder(
+    source: str, scorer: str, files: tuple[str, ...], optional: tuple[str, ...] = (), size: str = ""
+) -> Path:
     """The folder of a model: a path, a folder of that name under the weights folder, or a hub id (fetched once).
 
     Args:
         source: path or hub id "owner/name".
         scorer: who needs it, for the message.
         files: names and patterns that are needed.
+        optional: those that some models have too.
         size: of the download, as text.
 
     Raises:
-        FileNotFoundError: if it is in none of the three; the sentence says what to download and where to put it.
+        FileNotFoundError: if it is in none of the three, or lacks a file; the sentence says what to download and where
+            to put it.
         ValueError: if a file differs from the hash that the hub announced for it.
     """
-    for folder in (Path(source), weights_folder() / source):
-        if folder.is_dir():
-            return folder
+    wanted = " ".join(f"--include '{pattern}'" for pattern in (*files, *optional))
+    advice = f"run `hf download {source} {wanted} --local-dir {weights_folder() / source}`"
+    places = [folder for folder in (Path(source), weights_folder() / source) if folder.is_dir()]
     try:
-        folder = Path(snapshot_download(source, allow_patterns=list(files)))
+        folder = places[0] if places else Path(snapshot_download(source, allow_patterns=[*files, *optional]))
     except Exception as error:
         raise FileNotFoundError(
             f"scorer {scorer} needs the model {source!r}{f' ({size})' if size else ''}, which is neither a folder nor "
-            f"a hub id that can be reached ({type(error).__name__}): on a machine with network call it once, or run "
-            f"`hf download {source} --local-dir {weights_folder() / source}`"
+            f"a hub id that can be reached ({type(error).__name__}): with network call it once, or {advice}"
         ) from error
+    for pattern in files:
+        if not any(folder.glob(pattern)):
+            end = "" if folder == Path(source) else f": {advice}"
+            raise FileNotFoundError(f"scorer {scorer} needs {pattern} of the model {source!r}, {folder} has none{end}")
     for path in folder.rglob("*.safetensors"):
-        announced = path.resolve().name  # the hub's cache names a large file by its sha256
+        announced = _announced_sha256(folder, path)
         if re.fullmatch(r"[0-9a-f]{64}", announced):
             check_sha256(path, announced)
     return folder
+
+
+def _announced_sha256(folder: Path, path: Path) -> str:
+    """What the hub announced: its cache names a large file by its sha256, a local folder keeps it in a note beside."""
+    note = folder / ".cache" / "huggingface" / "download" / f"{path.relative_to(folder)}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    return lines[1] if len(lines) > 1 else path.resolve().name
 
 
 def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
@@ -126,24 +143,44 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
         weights: path of the converted file, or "" for its place in the weights folder.
 
     Raises:
-        FileNotFoundError: if it is not there; the sentence says what to download and how to convert it.
+        FileNotFoundError: if it is not there, or not its note with the hash; the sentence says what to download and
+            how to convert it.
         ValueError: if it is a pickle, or differs from what `convert` wrote.
     """
-    published = PUBLISHED_FILES[name]
-    path = Path(weights) if weights else weights_folder() / f"{name}.safetensors"
+    published, path = PUBLISHED_FILES[name], _converted(name, weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"scorer {name} needs its weights: download {published.file} ({published.size}) from {published.url} and "
-            f"convert it once with `python -m dkto.scorers convert {name} {published.file}`; expected in {path}"
+            f"convert it once with `{_command(name, published.file)}`; expected in {path}"
         )
     if path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path.name} is a pickle, which is not loaded: run `python -m dkto.scorers convert {name} {path.name}`"
-        )
-    card = path.with_suffix(".json")
-    if card.is_file():
-        check_sha256(path, json.loads(card.read_text())["sha256"])
+        raise ValueError(f"{path.name} is a pickle, which is not loaded: run `{_command(name, path.name)}`")
+    expected = converted_sha256(name, weights).get("sha256")
+    if not expected:
+        raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
+    check_sha256(path, expected)
     return load_file(path)
+
+
+def converted_sha256(name: str, weights: str = "") -> dict[str, str]:
+    """The hash of a converted file as {"sha256": ...}, from the note beside it; empty where there is none.
+
+    Args:
+        name, weights: as in `read_converted`.
+    """
+    card = _converted(name, weights).with_suffix(".json")
+    return {"sha256": json.loads(card.read_text())["sha256"]} if card.is_file() else {}
+
+
+def _converted(name: str, weights: str) -> Path:
+    return Path(weights) if weights else weights_folder() / f"{name}.safetensors"
+
+
+def _command(name: str, file: str) -> str:
+    """How the pickle of a scorer is converted."""
+    published = PUBLISHED_FILES[name]
+    option = "" if published.sha256 else f" --sha256 (from {published.url})"
+    return f"python -m dkto.scorers convert {name} {file}{option}"
 
 
 def convert(name: str, source: Path, sha256: str = "") -> Path:
@@ -162,14 +199,17 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
     Raises:
         FileNotFoundError: if `source` does not exist.
         KeyError: for another name.
-        ValueError: if the hash is unknown or differs, or the file holds anything but weights.
+        ValueError: if the hash is unknown, differs, or is given other than it is known; if the file holds anything but
+            weights.
     """
     if name not in PUBLISHED_FILES:
         raise KeyError(f"no published file {name!r}; known: {', '.join(PUBLISHED_FILES)}")
     published = PUBLISHED_FILES[name]
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: download {published.file} from {published.url}")
-    found, expected = file_sha256(source), sha256.lower() or published.sha256
+    if sha256 and published.sha256 and sha256.lower() != published.sha256:
+        raise ValueError(f"the sha256 of {published.file} is known to be {published.sha256}, got --sha256 {sha256}")
+    found, expected = file_sha256(source), published.sha256 or sha256.lower()
     if not expected:
         raise ValueError(
             f"the sha256 of {published.file} is not known here: pass the one that {published.url} shows for it "
