@@ -24,7 +24,8 @@ from diffusers import (
 from PIL import Image
 
 from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
-from dkto.models import SMALL_WORLD, pipeline_folder, weights_fingerprint
+from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder, weights_fingerprint
+from dkto.prepared import CSFT_PREFIXES
 from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
@@ -88,18 +89,28 @@ class System:
 
     @classmethod
     def of_run(cls, folder: str | Path, **settings) -> "System":
-        """The system that a finished training left in its folder.
+        """The system that a finished training left in its folder; CSFT asks for a good picture as it was trained to.
+
+        Args:
+            folder: of the run.
+            settings: fields that differ.
 
         Raises:
             FileNotFoundError: if the folder holds no finished run.
         """
         folder = Path(folder)
+        record, parts = folder / "run.json", ("model", "lora")
+        if not record.is_file() or not any((folder / part).is_dir() for part in parts):
+            raise FileNotFoundError(f"{folder} holds no finished training (run.json and model/ or lora/)")
+        config = json.loads(record.read_text())["config"]
         if (folder / "model").is_dir():
-            return cls(model=str(folder / "model"), **settings)
-        if (folder / "lora").is_dir():
-            about = json.loads((folder / "run.json").read_text())
-            return cls(model=about["config"]["model"], lora=str(folder / "lora"), **settings)
-        raise FileNotFoundError(f"{folder} holds no finished training (neither model/ nor lora/)")
+            found = {"model": str(folder / "model")}
+        else:
+            found = {"model": config["model"], "lora": str(folder / "lora")}
+        if config.get("objective") == "csft":
+            liked, disliked = CSFT_PREFIXES[config["csft_style"]]
+            found |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
+        return cls(**{**found, **settings})
 
     def fingerprint(self) -> str:
         """Hash over the weights that it draws with: a folder that was trained anew is another model."""
@@ -108,10 +119,15 @@ class System:
         return weights_fingerprint([*files, *([lora_file(self.lora)] if self.lora else [])])
 
     def load(self) -> DiffusionPipeline:
-        """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar."""
+        """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar.
+
+        No system has a safety checker, whatever its model ships: it returns black pictures for those it objects to, and
+        would do so for a base but not for what was tuned from it, whose pipeline is written without one.
+        """
         folder = pipeline_folder(self.model)
         index = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        absent |= {name: None for name in LEFT_OUT if name in index}
         if "safety_checker" in absent:
             absent["requires_safety_checker"] = False
         options = {"use_safetensors": True, "dtype": torch.float32}

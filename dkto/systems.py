@@ -102,7 +102,6 @@ def share_data(
     model: str,
     names: Sequence[str] = SYSTEMS,
     *,
-    csft_style: str | None = None,
     seed: int = 0,
 ) -> SharedData:
     """Encode one user's feedback for some systems; what is on disk is kept.
@@ -111,9 +110,8 @@ def share_data(
         table: likes, and comparisons or pair numbers if "dpo" is among the names.
         folder: prepared data land here.
         model: "small-world", a pipeline folder, or a hub id.
-        names: the systems that will be trained.
-        csft_style: how CSFT writes the like into the prompt, see `dkto.prepare.CSFT_PREFIXES`; None prepares every
-            style, so that the settings of a training may choose.
+        names: the systems that will be trained; for "csft" every style of `dkto.prepare.CSFT_PREFIXES` is encoded, so
+            that the settings of a training may choose.
         seed: of the shuffled likes.
 
     Raises:
@@ -124,8 +122,7 @@ def share_data(
     prompts = "\n".join(dict.fromkeys(table.prompts)) + "\n"
     write_atomically(folder / "prompts.txt", lambda part: part.write_text(prompts))
     data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
-    styles = [csft_style] if csft_style else list(CSFT_PREFIXES)
-    for style in styles if "csft" in names else [None]:
+    for style in CSFT_PREFIXES if "csft" in names else [None]:
         prepare_feedback(table, data.likes, model, csft=style)
     if "dpo" in names:
         prepare_feedback(pairs_of(table), data.pairs, model)
@@ -221,7 +218,6 @@ def sampled_as(
     names: Sequence[str],
     base: System,
     guidances: Mapping[str, float] | None = None,
-    csft_style: str | None = None,
 ) -> dict[str, System]:
     """How each system draws: CSFT asks for a good picture in the form it was trained with.
 
@@ -230,7 +226,6 @@ def sampled_as(
         names: of `SYSTEMS`.
         base: model, guidance, steps and precision.
         guidances: guidance scale by system where it is not the base's; `base_best_guidance` needs one.
-        csft_style: a style of `dkto.prepare.CSFT_PREFIXES`; None takes the one in the run's record.
 
     Raises:
         ValueError: if `base_best_guidance` is asked for without its scale.
@@ -239,10 +234,6 @@ def sampled_as(
     drawn = {}
     for name in check_systems(names):
         sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps, "precision": base.precision}
-        if name == "csft":
-            style = csft_style or json.loads((runs[name] / "run.json").read_text())["config"]["csft_style"]
-            liked, disliked = CSFT_PREFIXES[style]
-            sampling |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         if name == "base":
             drawn[name] = base
         elif name == "base_best_guidance":

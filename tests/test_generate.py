@@ -3,8 +3,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from dkto.generate import (
     PRECISIONS,
@@ -110,6 +114,23 @@ def test_a_finished_training_becomes_a_system(config, tiny_pipeline, lora_rank):
     assert (np.asarray(tuned) != np.asarray(plain)).any()
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
         System.of_run(folder / "nothing")
+
+
+def test_no_system_has_a_safety_checker(tiny_pipeline, tmp_path):
+    """One that objects to everything blackens a base's pictures in plain diffusers, but here none's."""
+    model = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None, requires_safety_checker=False)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    seen = {**small, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=seen, projection_dim=8))
+    torch.nn.init.constant_(checker.concept_embeds_weights, -1.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    model.register_modules(safety_checker=checker, feature_extractor=processor)
+    model.save_pretrained(tmp_path)
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert not np.asarray(plain("a star", num_inference_steps=2, generator=noise_generator(0, 0, 0)).images[0]).any()
+    systems = [System(model=str(folder), steps=2) for folder in (tmp_path, tiny_pipeline)]
+    drawn = [draw(system.load(), PROMPTS[:1], [noise_generator(0, 0, 0)], system)[0] for system in systems]
+    assert np.asarray(drawn[0]).any() and (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
 
 
 def test_several_systems_share_workers_and_say_what_they_are(tiny_pipeline, tmp_path):

@@ -63,8 +63,6 @@ def test_every_system_trains_in_one_loop_and_draws(runs, tiny_pipeline):
     assert drawn["csft"].prefix == "good image, " and drawn["sft"].prefix == ""
     assert drawn["kto"].guidance == 4.0
     assert {drawn[name].guidance for name in SYSTEMS if name not in ("base_best_guidance", "kto")} == {2.0}
-    negative = sampled_as(runs, ["csft"], base, csft_style="negative")["csft"]
-    assert negative.prefix == "" and negative.negative_prompt == "Weird image."
     assert all(system.load().unet is not None for system in (drawn["kto"], drawn["alignprop"]))
 
 

@@ -8,6 +8,7 @@ policy.py            policy and reference, their weights on disk
 
 from dkto import quiet  # noqa: F401  (before diffusers and transformers, which speak while they are imported)
 from dkto.models.base import (
+    LEFT_OUT,
     SMALL_WORLD,
     SMALL_WORLD_FOLDER,
     TIMESTEP_SAMPLINGS,
@@ -21,6 +22,7 @@ from dkto.models.policy import PolicyAndReference, make_policy, read_weights, wr
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 __all__ = [
+    "LEFT_OUT",
     "MODEL_CLASSES",
     "SMALL_WORLD",
     "SMALL_WORLD_FOLDER",

@@ -21,7 +21,7 @@ SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "embedded" / "weights"
 PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")
 BLOCKS, BLOCK_BYTES = 256, 4096  # of a file that its fingerprint reads
-# not carried into a written pipeline: the trainer neither trains nor vouches for them
+# parts that a written pipeline and a system that draws do without: nothing here trains them or vouches for them
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
