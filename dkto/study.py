@@ -7,15 +7,18 @@
       key.json           which method "a" and "b" are: not for judges
 
 Each method stands left in half of a judge's questions of every style; judges come in twos who see every question
-mirrored. Answers can be stopped and gone on with at any question.
+mirrored. Answers can be stopped and gone on with at any question. Sides and letters hang on a number that is drawn
+for each study and stands in the key alone: who knows the seed does not know them.
 """
 
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from dkto.feedback import load_image
 from dkto.generate import image_path
 from dkto.metrics import MeanDifference, WinRate, paired_bootstrap, wilson_interval, win_rate
 from dkto.prompts import even_rows
-from dkto.records import claim
+from dkto.records import claim, write_atomically, write_json
 
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")
@@ -66,12 +69,12 @@ def make_study(
 
     Args:
         folders: the two methods by name, ours first, drawn for the same prompts and noise.
-        output_dir: folder for the study; called again with the same arguments it is left as it is.
-        judges: names of letters, digits, `_` and `-`.
+        output_dir: folder for the study; called again with the same arguments its pictures are left as they are.
+        judges: names of letters, digits, `_` and `-`; those that an existing study does not know yet join it.
         styles: (P,) style of each prompt, as `PromptSet.styles`.
         per_style: prompts of each style (25: with four styles the 100 of the protocol).
         chosen: by method, (P,) which image of each prompt is shown, such as the median one; the first unless given.
-        seed: of the prompts drawn, of sides and of order.
+        seed: of the prompts drawn.
 
     Returns:
         `output_dir`.
@@ -79,7 +82,7 @@ def make_study(
     Raises:
         ValueError: if there are not two methods, they drew different prompts, a style has too few prompts, a judge's
             name is taken twice or has other characters, or the folder holds another study.
-        FileNotFoundError: if an image is missing.
+        FileNotFoundError: if an image is missing, or the key of the study that the folder holds.
     """
     if len(folders) != 2:
         raise ValueError(f"a study compares 2 methods, got {len(folders)}: {', '.join(folders)}")
@@ -92,24 +95,31 @@ def make_study(
         raise ValueError(f"per_style must be at least 1, got {per_style}")
     rows = even_rows(styles, per_style * len(set(styles)), seed)
     output_dir, methods = Path(output_dir), list(folders)
-    for folder in (output_dir / "images", output_dir / "answers"):
-        folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, 1])
-    a_is_ours = rng.random(len(rows)) < 0.5
-    asked = {"prompts": [prompts[row] for row in rows], "styles": [styles[row] for row in rows], "seed": seed}
+    asked = {"prompts": [prompts[row] for row in rows], "styles": [styles[row] for row in rows]}
     shown = {name: [int(chosen[name][row]) if chosen else 0 for row in rows] for name in methods}
-    key = {"methods": methods, "folders": [str(folders[name]) for name in methods], "shown": shown}
-    claim(output_dir / "key.json", {**key, "a_is_ours": a_is_ours.tolist(), **asked}, "a study")
-    for number, row in enumerate(rows):
-        for name in methods:
-            letter = "a" if (name == methods[0]) == a_is_ours[number] else "b"
-            picture = load_image(image_path(Path(folders[name]), row, shown[name][number]))
-            path = output_dir / _file(number, letter)
-            part = path.with_suffix(".part")
-            picture.save(part, format="PNG")
-            part.replace(path)
-    plans = _plans(judges, asked["styles"], a_is_ours, seed)
-    claim(output_dir / "questions.json", {"question": QUESTION, **asked, "judges": plans}, "a study")
+    about = {"methods": methods, "folders": [str(folders[name]) for name in methods], "shown": shown, "seed": seed}
+    key, questions = output_dir / "key.json", output_dir / "questions.json"
+    if key.exists():
+        claim(key, {**about, **asked}, "a study")
+    elif questions.exists():
+        raise FileNotFoundError(f"{output_dir} holds a study whose key.json is missing: put it back")
+    salt = json.loads(key.read_text())["salt"] if key.exists() else secrets.randbits(64)
+    a_is_ours = np.random.default_rng([salt, 1]).random(len(rows)) < 0.5
+    if not questions.exists():
+        for folder in (output_dir / "images", output_dir / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for number, row in enumerate(rows):
+            for letter in "ab":  # in this order, so that the age of a file says nothing
+                name = methods[0 if (letter == "a") == a_is_ours[number] else 1]
+                picture = load_image(image_path(Path(folders[name]), row, shown[name][number]))
+                save = partial(picture.save, format="PNG")
+                write_atomically(output_dir / _file(number, letter), save)
+        write_json(key, {**about, **asked, "salt": salt, "a_is_ours": a_is_ours.tolist()})
+    known = _read_study(output_dir)["judges"] if questions.exists() else {}
+    joined = [*known, *(judge for judge in judges if judge not in known)]
+    plans = _plans(joined, asked["styles"], a_is_ours, salt)
+    if plans != known:
+        write_json(questions, {"question": QUESTION, **asked, "judges": plans})
     return output_dir
 
 
@@ -128,11 +138,11 @@ def _file(number: int, letter: str) -> str:
     return f"images/q{number:03d}-{letter}.png"
 
 
-def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, seed: int) -> dict[str, dict]:
+def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt: int) -> dict[str, dict]:
     """Order of questions and the letter that stands left, by judge; two judges in a row see mirrored sides."""
     plans = {}
     for index, judge in enumerate(judges):
-        rng = np.random.default_rng([seed, 2, index // 2])
+        rng = np.random.default_rng([salt, 2, index // 2])
         ours_left = np.zeros(len(styles), bool)
         for style in dict.fromkeys(styles):
             of_style = np.array([number for number, other in enumerate(styles) if other == style])
@@ -140,7 +150,7 @@ def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, seed
             ours_left[rng.permutation(of_style)[: int(half)]] = True
         if index % 2:
             ours_left = ~ours_left
-        order = np.random.default_rng([seed, 3, index]).permutation(len(styles))
+        order = np.random.default_rng([salt, 3, index]).permutation(len(styles))
         left = np.where(ours_left == a_is_ours, "a", "b")
         plans[judge] = {"order": order.tolist(), "left": left.tolist()}
     return plans
@@ -280,7 +290,7 @@ class StudyResult:
     Attributes:
         methods: ours and theirs.
         by_prompt: share of prompts whose majority of judges prefers ours, ties half.
-        votes: share of all answers for ours, with an interval that draws prompts, not answers, anew.
+        votes: share of a prompt's answers that are for ours, mean over prompts, with a bootstrap interval over prompts.
         styles, judges: win-rate by style (majority) and by judge (answers).
         left: share of answers that were "left", with its interval: far from one half, judges looked at sides.
         alpha: Krippendorff's alpha between judges (1 agreement, 0 chance); None if fewer than two judged one

@@ -78,6 +78,16 @@ def test_nothing_that_a_judge_reads_names_a_method(study):
             assert "kto" not in path.name and "base" not in path.name
 
 
+def test_neither_the_seed_nor_the_age_of_a_file_tells_which_is_which(folders, styles, tmp_path):
+    """Two studies with one seed ask the same prompts, and deal letters, sides and order out anew."""
+    first, second = (make_study(folders, tmp_path / name, ["ann"], styles, per_style=5, seed=7) for name in "xy")
+    keys, asked = ([json.loads((s / f"{n}.json").read_text()) for s in (first, second)] for n in ("key", "questions"))
+    assert keys[0]["prompts"] == keys[1]["prompts"] and keys[0]["a_is_ours"] != keys[1]["a_is_ours"]
+    assert asked[0]["judges"]["ann"]["left"] != asked[1]["judges"]["ann"]["left"] and "seed" not in asked[0]
+    ages = [[(first / "images" / f"q{n:03d}-{letter}.png").stat().st_mtime_ns for letter in "ab"] for n in range(20)]
+    assert all(a <= b for a, b in ages) and 0 < sum(keys[0]["a_is_ours"]) < 20
+
+
 def lefts(study, judge):
     """By question, whether ours stands left for that judge."""
     about, key = (json.loads((study / f"{name}.json").read_text()) for name in ("questions", "key"))
@@ -113,6 +123,34 @@ def test_answers_are_appended_and_a_new_session_goes_on(study):
     lines = [json.loads(line) for line in (study / "answers" / "ann.jsonl").read_text().splitlines()]
     assert [line["choice"] for line in lines] == ["left", "right"] and {"question", "choice", "time"} == set(lines[0])
     assert StudySession(study, "bob").answers == {}
+
+
+def test_a_study_drawn_up_again_keeps_its_pictures_and_lets_judges_join(folders, styles, study):
+    session = StudySession(study, "bob")
+    session.answer(session.next().number, "left")
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    for path in [*folders["kto"].glob("*.png")]:
+        Image.new("RGB", (2, 2), (0, 255, 0)).save(path)
+    assert make_study(folders, study, ["ann", "bob", "cid"], styles, per_style=5) == study
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+    make_study(folders, study, ["dan"], styles, per_style=5)
+    assert (lefts(study, "cid")[0] != lefts(study, "dan")[0]).all(), "the fourth mirrors the third"
+    assert (
+        json.loads(before[study / "questions.json"])["judges"].items()
+        <= json.loads((study / "questions.json").read_text())["judges"].items()
+    )
+    assert len(StudySession(study, "bob").answers) == 1 and StudySession(study, "dan").next().total == 20
+
+
+def test_a_study_that_could_not_be_drawn_up_leaves_no_claim_and_a_lost_key_is_named(folders, styles, tmp_path):
+    for path in folders["base"].glob("p0002*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"p0002\d-s0\.png does not exist"):
+        make_study(folders, tmp_path / "s", ["ann"], styles, per_style=6)
+    study = make_study(folders, tmp_path / "s", ["ann"], styles[:], per_style=1, seed=1)
+    (study / "key.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds a study whose key\.json is missing"):
+        make_study(folders, study, ["ann"], styles, per_style=1, seed=1)
 
 
 def test_undo_takes_back_one_answer_after_the_other(study):
