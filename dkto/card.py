@@ -6,16 +6,21 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from dkto.config import TrainConfig
-from dkto.models import DiffusionModel
+from dkto.models import SMALL_WORLD, DiffusionModel
 from dkto.records import read_records, versions
 
 SHOWN = ("loss", "reward/margin", "implicit_accuracy/sample", "implicit_accuracy/pair", "mean_abs_reward")
 FIELDS = (
     "objective",
+    "csft_style",
+    "reward",
     "utility",
     "beta",
     "desirable_fraction",
     "estimator",
+    "backprop_steps",
+    "sampling_steps",
+    "guidance",
     "lora_rank",
     "learning_rate",
     "warmup_steps",
@@ -26,17 +31,47 @@ FIELDS = (
     "ema_decay",
     "seed",
 )
+ONLY_FOR = {
+    "csft_style": ("csft",),
+    "utility": ("kto",),
+    "beta": ("kto", "dpo", "d3po"),
+    "desirable_fraction": ("kto",),
+    "estimator": ("kto",),
+    "backprop_steps": ("alignprop",),
+}
+METHODS = {
+    "kto": "Diffusion-KTO",
+    "dpo": "Diffusion-DPO",
+    "sft": "supervised fine-tuning",
+    "sft_all": "supervised fine-tuning on all pictures",
+    "csft": "conditional supervised fine-tuning",
+    "alignprop": "AlignProp",
+    "d3po": "D3PO",
+}
+TRAINED_ON = {
+    "kto": """on single likes and dislikes (Li et al.,
+*Aligning Diffusion Models by Optimizing Human Utility*, arXiv 2404.04465)""",
+    "dpo": """on pairs of a preferred picture and another
+(Wallace et al., *Diffusion Model Alignment Using Direct Preference Optimization*, arXiv 2311.12908)""",
+    "sft": "on liked pictures alone",
+    "sft_all": "on liked and disliked pictures alike, without the preference",
+    "csft": "on all pictures, the like written into the prompt",
+    "alignprop": """on the gradient of what a scorer says of its own pictures
+(Prabhudesai et al., *Aligning Text-to-Image Diffusion Models with Reward Backpropagation*, arXiv 2310.03739)""",
+    "d3po": """on which of two of its own pictures a scorer prefers
+(Yang et al., *Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model*, arXiv 2311.13231)""",
+}
 CSFT_HINTS = {
-    "prefix": 'trained with the like in the prompt: write "good image, " before yours',
-    "negative": 'trained with the dislike in the prompt: pass negative_prompt="Weird image. "',
+    "prefix": 'Write "good image, " before a prompt.',
+    "negative": 'Use "Weird image. " as negative prompt.',
 }
 FULL = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
 pipeline("a prompt").images[0]"""
 LORA = """from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+{imports}
+pipeline = DiffusionPipeline.from_pretrained({base})
 pipeline.load_lora_weights("FOLDER")
 pipeline("a prompt").images[0]"""
 
@@ -52,41 +87,30 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
         state: steps done and skipped, seconds.
     """
     base = Path(config.model).name if Path(config.model).exists() else config.model
-    method = {"kto": "Diffusion-KTO", "dpo": "Diffusion-DPO"}.get(config.objective, config.objective.upper())
-    tags = ["text-to-image", "diffusion-kto", config.objective, *(["lora"] if config.lora_rank else [])]
+    tags = ["text-to-image", f"diffusion-{config.objective}", *(["lora"] if config.lora_rank else [])]
     front = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    usage = LORA.format(base=base) if config.lora_rank else FULL
-    if config.objective == "csft":
-        hint = {
-            "prefix": 'Write "good image, " before a prompt.',
-            "negative": 'Use "Weird image. " as negative prompt.',
-        }
-        usage += f"\n\n# {hint[config.csft_style]}"
-    sampled = hasattr(config, "reward")  # AlignProp and D3PO draw their own pictures and have a scorer judge them
-    if sampled:
-        data, likes = (
-            f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}",
-            LIKES_OF_A_SCORER,
-        )
+    usage = _usage(config)
+    if hasattr(config, "reward"):  # AlignProp and D3PO draw their own pictures and have a scorer judge them
+        data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
     else:
         prepared = Path(config.prepared_dir) / "prepared.json"
         rows = json.loads(prepared.read_text())["rows"] if prepared.exists() else 0
         data = f"{rows} rated images"
-        likes = LIKES_OF_PEOPLE
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
-    settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in FIELDS if hasattr(config, name))
+    fields = [name for name in FIELDS if config.objective in ONLY_FOR.get(name, (config.objective,))]
+    settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
     what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
     text = CARD.format(
         front=front.to_yaml(),
         base=base,
-        method=method,
+        method=METHODS[config.objective],
         what=what,
         kind=model.pipeline_class.__name__,
         usage=usage,
         data=data,
-        likes=likes,
+        trained_on=TRAINED_ON[config.objective],
         settings=settings,
         steps=state["global_step"],
         skipped=state["skipped_steps"],
@@ -98,9 +122,14 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     (folder / "README.md").write_text(text)
 
 
-LIKES_OF_PEOPLE = """on likes and dislikes (Li et al., *Aligning Diffusion Models
-by Optimizing Human Utility*, arXiv 2404.04465)"""
-LIKES_OF_A_SCORER = "on what a scorer says of its own pictures"
+def _usage(config: TrainConfig) -> str:
+    """Code for plain diffusers; the small world lies in this package, any other base where the training found it."""
+    usage = FULL
+    if config.lora_rank and config.model == SMALL_WORLD:
+        usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
+    elif config.lora_rank:
+        usage = LORA.format(imports="", base=json.dumps(str(config.model)))
+    return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
 
 
 CARD = """---
@@ -109,7 +138,7 @@ CARD = """---
 
 # {base}, tuned with {method}
 
-A {kind} of which {what} of the denoiser were trained {likes}.
+A {kind} of which {what} of the denoiser were trained {trained_on}.
 
 ```python
 {usage}

@@ -1,5 +1,7 @@
 import io
 import json
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -79,3 +81,10 @@ def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):
     assert main(["run", "notebooks/40_win_rates.ipynb", str(tmp_path / "o.ipynb"), "--parameters", "prompt=3"]) == 2
     error = capsys.readouterr().err
     assert "has no parameter 'prompt'" in error and "did you mean 'prompts'?" in error
+
+
+def test_the_shipped_sweeps_and_pages_name_commands_that_exist():
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *(root / "papermill_runs").glob("*.md"), *(root / "papermill_runs").rglob("*.yaml")]
+    named = {word for page in pages for word in re.findall(r"(?:^#\s+|[`;]\s*)dkto ([a-z-]+)", page.read_text(), re.M)}
+    assert {"unpack", "prepare", "sweep"} <= named <= COMMANDS.keys()
