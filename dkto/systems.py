@@ -61,11 +61,15 @@ def controls_first(names: Iterable[str]) -> list[str]:
     return [*first, *(name for name in names if name not in first)]
 
 
-def check_systems(names: Sequence[str]) -> list[str]:
+def check_systems(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
     """The names, each known and once.
 
+    Args:
+        names: of `SYSTEMS`.
+        needed: those that must be among them.
+
     Raises:
-        ValueError: for another name (the sentence names the nearest), or one that comes twice.
+        ValueError: for another name (the sentence names the nearest), one that comes twice, or one that is lacking.
     """
     for name in names:
         if name not in SYSTEMS:
@@ -74,6 +78,9 @@ def check_systems(names: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown system {name!r}; {guess}known: {', '.join(SYSTEMS)}")
     if len(set(names)) < len(names):
         raise ValueError(f"systems must be named once each, got {', '.join(names)}")
+    for name in needed:
+        if name not in names:
+            raise ValueError(f"systems must hold {' and '.join(needed)}, got {', '.join(names)}")
     return list(names)
 
 

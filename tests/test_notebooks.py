@@ -408,6 +408,26 @@ def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
     assert equal["win_rate/kto_vs_base/world_fidelity"] == 0.5 and equal["disagreements"] == 0
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("lesson", "change", "sentence"),
+    [
+        slow("50_win_rate_tables", {"systems": ["base", "sft"]}, "systems must hold base and kto, got base, sft"),
+        ("50_win_rate_tables", {"scorers": ["pickscore"]}, "scorer pickscore needs the model"),
+        ("54_published_checkpoints", {"methods": ["base"]}, "unets must name one for each of 1 methods, got 2"),
+        slow("54_published_checkpoints", {"looked_at": "dpo"}, "looked_at must be one of at least two systems"),
+    ],
+)
+def test_what_a_table_lacks_is_said_before_anything_is_drawn(tmp_path, monkeypatch, lesson, change, sentence):
+    monkeypatch.setenv("DKTO_WEIGHTS", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match=sentence):
+        run_small(lesson, tmp_path, **change)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_one_training_step_agrees_with_the_trainer(tmp_path):
     metrics = run_small("32_one_training_step", tmp_path)
     assert metrics["loss"] == pytest.approx(0.5) and metrics["gradient_gap"] < 1e-6
@@ -421,6 +441,7 @@ def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published
     assert metrics["steps"] == SMALL["33_train"]["max_train_steps"] and metrics["skipped_steps"] == 0
     assert (tmp_path / "33_train" / "run" / "lora" / "README.md").is_file()
     trained = {"runs_dir": str(tmp_path / "33_train"), "methods": ["base"], "unets": [], "loras": []}
+    trained |= {"scorers": ["world_fidelity"]}
     metrics = run_small("54_published_checkpoints", tmp_path, **trained)
     assert 0 <= metrics["win_rate/ours_vs_base/world_fidelity"] <= 1
     assert {"mean/world_fidelity/ours", "mean/world_fidelity/base"} <= metrics.keys()

@@ -72,3 +72,12 @@ def test_the_results_are_those_of_the_kept_runs():
         scale, unit, form = (100, " %", ".0f") if "%" in shown else (1, "", ".3g")
         low_high = "" if ends[0] is None else " [{}, {}]".format(*(format(scale * end, form) for end in ends))
         assert shown == f"{scale * value:{form}}{unit}{low_high}", key
+
+
+def test_what_a_class_should_see_is_what_the_kept_runs_saw():
+    page = (ROOT / "notebooks" / "README.md").read_text()
+    for lesson, key in (("61_teach_by_likes", "win_rate"), ("62_judge_blind", "study/ours_vs_theirs")):
+        metrics = json.loads((ROOT / "papermill_runs" / "reference" / lesson / "metrics.json").read_text())["metrics"]
+        rate, low, high = (100 * metrics[f"{key}{end}"] for end in ("", "/low", "/high"))
+        row = next(line for line in page.splitlines() if f"{lesson}/metrics.json" in line)
+        assert f"{rate:.0f} % of {metrics[f'{key}/n']}" in row and f"interval {low:.0f} to {high:.0f} %" in row

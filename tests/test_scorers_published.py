@@ -15,7 +15,7 @@ from skimage import data
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
 from dkto.embedded.tokenizer import build_tokenizer
-from dkto.scorers import PUBLISHED_SCORERS, SCORERS, get_pixel_scorer, score
+from dkto.scorers import PUBLISHED_SCORERS, SCORERS, check_scorers, get_pixel_scorer, score
 from dkto.scorers.clip import CLIPScore
 from dkto.scorers.hps import HPS
 from dkto.scorers.image_reward import ImageReward, ImageRewardModel, image_reward_to_blip
@@ -347,6 +347,14 @@ def test_without_weights_one_sentence_says_what_to_do(name, weights):
     sentence = str(caught.value)
     assert sentence.startswith(f"scorer {name} needs ") and str(weights) in sentence
     assert "hf download" in sentence or "python -m dkto.scorers convert" in sentence
+
+
+def test_missing_weights_are_said_before_pictures_are_drawn(hps, weights):
+    check_scorers(["world_fidelity", hps[0]])
+    with pytest.raises(FileNotFoundError, match="scorer pickscore needs the model"):
+        check_scorers(["world_fidelity", "pickscore"])
+    with pytest.raises(KeyError, match="unknown scorer 'pickscor'; did you mean 'pickscore'"):
+        check_scorers(["pickscor"])
 
 
 def test_models_are_found_in_the_weights_folder(tiny_clip, weights, photographs):

@@ -126,6 +126,8 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
         check_systems(["kto_shufled"])
     with pytest.raises(ValueError, match="systems must be named once each"):
         check_systems(["kto", "kto"])
+    with pytest.raises(ValueError, match="systems must hold base and kto, got base, sft"):
+        check_systems(["base", "sft"], needed=("base", "kto"))
     with pytest.raises(ValueError, match="'base_best_guidance' needs a scale"):
         sampled_as({}, ["base_best_guidance"], System())
     lonely = make_feedback(likes.images[:2], ["a", "b"], [True, False])

@@ -24,6 +24,7 @@ from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
 from dkto.scorers.hps import HPS
 from dkto.scorers.image_reward import ImageReward
 from dkto.scorers.laion import LaionAesthetics
+from dkto.scorers.network import NetworkScorer
 from dkto.scorers.pickscore import PickScore
 from dkto.scorers.world import WORLD_SCORERS, redness_pixels
 from dkto.scorers.world_learned import WorldCLIP, WorldPreference
@@ -91,6 +92,18 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     raise KeyError(
         f"unknown scorer {scorer!r}{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(SCORERS)}"
     )
+
+
+def check_scorers(scorers: Sequence[str | Scorer]) -> None:
+    """See to it that every scorer is known and can be loaded, before pictures are drawn for it.
+
+    Raises:
+        KeyError: as `get_scorer`.
+        FileNotFoundError: if weights are missing; the sentence says what to download and where to put it.
+    """
+    for found in map(get_scorer, scorers):
+        if isinstance(found, NetworkScorer):
+            found.network()
 
 
 def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
