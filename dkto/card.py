@@ -123,12 +123,14 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
 
 
 def _usage(config: TrainConfig) -> str:
-    """Code for plain diffusers; the small world lies in this package, any other base where the training found it."""
+    """Code for plain diffusers; the small world lies in this package, and no card tells a place on its machine."""
     usage = FULL
     if config.lora_rank and config.model == SMALL_WORLD:
         usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
     elif config.lora_rank:
-        usage = LORA.format(imports="", base=json.dumps(str(config.model)))
+        local = Path(config.model).exists()
+        base = f"PATH/TO/{Path(config.model).name}" if local else config.model
+        usage = LORA.format(imports="", base=json.dumps(base))
     return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,10 @@ def card_of(config):
     return folder, (folder / "README.md").read_text()
 
 
-def drawn_by(card, folder):
-    """The picture that the card's own code draws, in fewer steps."""
+def drawn_by(card, folder, config):
+    """The picture that the card's own code draws, in fewer steps, once the places are filled in."""
     code = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    code = code.replace(f'"PATH/TO/{Path(config.model).name}"', repr(str(config.model)))
     code = code.replace('"FOLDER"', repr(str(folder))).replace('("a prompt")', '("a star", num_inference_steps=2)')
     code = code.replace('pipeline("', 'picture = pipeline("')
     names = {}
@@ -29,7 +31,7 @@ def drawn_by(card, folder):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_code_on_a_card_draws(config, lora_rank):
     folder, card = card_of(replace(config, lora_rank=lora_rank, max_train_steps=1))
-    assert drawn_by(card, folder).width == 16
+    assert drawn_by(card, folder, config).width == 16
     assert f"tuned with {METHODS['kto']}" in card and "| utility | kahneman_tversky |" in card
 
 
@@ -38,7 +40,7 @@ def test_the_code_for_an_adapter_of_the_small_world_draws(likes, tmp_path, confi
     prepared = prepare_feedback(likes, tmp_path / "prepared", "small-world")
     config = replace(config, prepared_dir=prepared, model="small-world", lora_rank=2, max_train_steps=1)
     folder, card = card_of(config)
-    assert drawn_by(card, folder).width == 64
+    assert "PATH/TO" not in card and drawn_by(card, folder, config).width == 64
     assert str(SMALL_WORLD_FOLDER) not in card
 
 
