@@ -80,8 +80,9 @@ def check_sha256(path: Path, expected: str) -> None:
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     stamp = weights_folder() / "checked" / f"{expected}-{place}.json"
     about = {"path": str(path.resolve()), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
-    if stamp.is_file() and json.loads(stamp.read_text()) == about:
-        return
+    with suppress(OSError, ValueError):  # a stamp that is missing or cannot be read: the file is hashed
+        if json.loads(stamp.read_text()) == about:
+            return
     found = file_sha256(path)
     if found != expected:
         raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
