@@ -86,10 +86,11 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
         model: on what.
         state: steps done and skipped, seconds.
     """
-    base = Path(config.model).name if Path(config.model).exists() else config.model
+    local = Path(config.model).exists()
+    base = Path(config.model).name if local else config.model
     tags = ["text-to-image", f"diffusion-{config.objective}", *(["lora"] if config.lora_rank else [])]
     front = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    usage = _usage(config)
+    usage = _usage(config, f"PATH/TO/{base}" if local else base)
     if hasattr(config, "reward"):  # AlignProp and D3PO draw their own pictures and have a scorer judge them
         data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
     else:
@@ -99,7 +100,7 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
-    fields = [name for name in FIELDS if config.objective in ONLY_FOR.get(name, (config.objective,))]
+    fields = [name for name in FIELDS if name not in ONLY_FOR or config.objective in ONLY_FOR[name]]
     settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
     what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
     text = CARD.format(
@@ -122,14 +123,12 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     (folder / "README.md").write_text(text)
 
 
-def _usage(config: TrainConfig) -> str:
+def _usage(config: TrainConfig, base: str) -> str:
     """Code for plain diffusers; the small world lies in this package, and no card tells a place on its machine."""
     usage = FULL
     if config.lora_rank and config.model == SMALL_WORLD:
         usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
     elif config.lora_rank:
-        local = Path(config.model).exists()
-        base = f"PATH/TO/{Path(config.model).name}" if local else config.model
         usage = LORA.format(imports="", base=json.dumps(base))
     return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
 

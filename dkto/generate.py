@@ -30,7 +30,7 @@ from dkto.prepared import CSFT_PREFIXES
 from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
-from dkto.records import claim
+from dkto.records import claim, write_png
 
 CHUNK = 50  # images per task handed to a worker
 PRECISIONS = ("float32", "bfloat16")
@@ -100,14 +100,11 @@ class System:
             FileNotFoundError: if the folder holds no finished run.
         """
         folder = Path(folder)
-        record, parts = folder / "run.json", ("model", "lora")
-        if not record.is_file() or not any((folder / part).is_dir() for part in parts):
+        record, parts = folder / "run.json", [part for part in ("model", "lora") if (folder / part).is_dir()]
+        if not record.is_file() or not parts:
             raise FileNotFoundError(f"{folder} holds no finished training (run.json and model/ or lora/)")
         config = json.loads(record.read_text())["config"]
-        if (folder / "model").is_dir():
-            found = {"model": str(folder / "model")}
-        else:
-            found = {"model": config["model"], "lora": str(folder / "lora")}
+        found = {"model": config["model"], parts[0]: str(folder / parts[0])}
         if config.get("objective") == "csft":
             liked, disliked = CSFT_PREFIXES[config["csft_style"]]
             found |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
@@ -127,8 +124,8 @@ class System:
         """
         folder = pipeline_folder(self.model)
         index = json.loads((folder / "model_index.json").read_text())
-        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-        absent |= {name: None for name in LEFT_OUT if name in index}
+        empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
+        absent = dict.fromkeys(empty | (index.keys() & set(LEFT_OUT)))
         if "safety_checker" in absent:
             absent["requires_safety_checker"] = False
         options = {"use_safetensors": True, "dtype": torch.float32}
@@ -279,8 +276,5 @@ def _draw_chunk(task: _Task) -> int:
         generators = [noise_generator(task.seed, p, i) for p, i in batch]
         images = draw(_PIPELINES[task.system], [task.prompts[p] for p, _ in batch], generators, task.system)
         for key, image in zip(batch, images, strict=True):
-            path = image_path(task.folder, *key)
-            part = path.with_suffix(".part")
-            image.save(part, format="PNG")
-            part.replace(path)
+            write_png(image_path(task.folder, *key), image)
     return len(task.wanted)

@@ -7,6 +7,7 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment
 
+from dkto.records import write_atomically
 from dkto.runs import read_runs, varying_parameters
 
 PAGE = """<!doctype html>
@@ -60,7 +61,7 @@ def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
         The page.
     """
     table = _complete(folder, states)
-    _write(folder / "table.csv", table.to_csv(index=False))
+    write_atomically(folder / "table.csv", lambda part: part.write_text(table.to_csv(index=False)))
     varying = varying_parameters(table)
     metrics = [title for title in table.columns if title.startswith("metric.")]
     table["word"] = table["state"].str.partition(":")[0]
@@ -72,7 +73,7 @@ def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
     done = len(states) - len(errors)
     template = Environment(autoescape=True).from_string(PAGE)
     page = template.render(name=name, states=states, done=done, errors=errors, titles=titles, rows=rows)
-    _write(folder / "index.html", page)
+    write_atomically(folder / "index.html", lambda part: part.write_text(page))
     return folder / "index.html"
 
 
@@ -97,9 +98,3 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return json.dumps(value)
     return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

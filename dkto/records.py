@@ -9,6 +9,10 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PACKAGES = ("dkto", "torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -68,6 +72,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part.replace(path)
 
 
+def write_png(path: Path, image: "Image.Image") -> None:
+    """Write a picture whole or not at all."""
+    write_atomically(path, lambda part: image.save(part, format="PNG"))
+
+
 def write_json(path: Path, values: dict) -> None:
     """Write JSON whole or not at all."""
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
@@ -107,6 +116,4 @@ def keep_records(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(record) + "\n" for record in read_records(path) if record["global_step"] <= last_step]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    write_atomically(path, lambda part: part.write_text("".join(kept)))

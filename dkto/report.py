@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from dkto.records import write_atomically
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #667078; --line: #d9dee2; --back: #fcfcfb; --mark: #0b6fa4; }
 @media (prefers-color-scheme: dark) {
@@ -104,7 +106,5 @@ def write_report(path: str | Path, page: str) -> Path:
     """Write the page whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path

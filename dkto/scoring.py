@@ -20,7 +20,7 @@ from dkto.feedback import load_image
 from dkto.generate import image_path, read_manifest
 from dkto.processes import worker_pool
 from dkto.progress import progress
-from dkto.records import write_json
+from dkto.records import write_atomically, write_json
 from dkto.scorers import Scorer, describe, get_scorer, score, scorer_name
 
 COLUMNS = ("prompt", "image", "score", "bytes", "changed")
@@ -163,9 +163,8 @@ class _Table:
         self.path.parent.mkdir(exist_ok=True)
         write_json(self.path.with_suffix(".json"), describe(get_scorer(self.scorer)))
         rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
-        part = self.path.with_suffix(".part")
-        pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(part, index=False)
-        part.replace(self.path)
+        frame = pd.DataFrame(rows, columns=list(COLUMNS))
+        write_atomically(self.path, lambda part: frame.to_parquet(part, index=False))
         self.written, self.last_write = len(self.rows), time.monotonic()
 
     def scores(self) -> np.ndarray:

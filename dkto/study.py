@@ -18,7 +18,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from dkto.feedback import load_image
 from dkto.generate import image_path
 from dkto.metrics import MeanDifference, WinRate, paired_bootstrap, wilson_interval, win_rate
 from dkto.prompts import even_rows
-from dkto.records import claim, write_atomically, write_json
+from dkto.records import claim, write_json, write_png
 
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")
@@ -112,8 +111,7 @@ def make_study(
             for letter in "ab":  # in this order, so that the age of a file says nothing
                 name = methods[0 if (letter == "a") == a_is_ours[number] else 1]
                 picture = load_image(image_path(Path(folders[name]), row, shown[name][number]))
-                save = partial(picture.save, format="PNG")
-                write_atomically(output_dir / _file(number, letter), save)
+                write_png(output_dir / _file(number, letter), picture)
         write_json(key, {**about, **asked, "salt": salt, "a_is_ours": a_is_ours.tolist()})
     known = _read_study(output_dir)["judges"] if questions.exists() else {}
     joined = [*known, *(judge for judge in judges if judge not in known)]

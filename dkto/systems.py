@@ -27,8 +27,8 @@ from dkto.generate import System, generate_all
 from dkto.launch import AnyConfig, run_trainings
 from dkto.online import run_online
 from dkto.online_config import OnlineConfig
-from dkto.prepare import CSFT_PREFIXES, prepare_feedback, write_atomically
-from dkto.records import write_json
+from dkto.prepare import CSFT_PREFIXES, prepare_feedback
+from dkto.records import write_atomically, write_json
 from dkto.scoring import score_all
 from dkto.trainer import run_training
 

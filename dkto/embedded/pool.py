@@ -22,8 +22,7 @@ from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
 from dkto.embedded.users import RED_TINT, USERS, noisy, tint_red
 from dkto.feedback import FeedbackTable, load_image, make_feedback
 from dkto.generate import System, generate_images, image_path
-from dkto.prepare import write_atomically
-from dkto.records import claim
+from dkto.records import claim, write_atomically, write_png
 from dkto.scorers import score
 from dkto.votes import likes_from_votes
 
@@ -128,7 +127,7 @@ def make_pool(
             path = image_path(folder / "painted", p, k)
             if not path.exists():
                 picture = Image.fromarray(paint(scene, finishes.get(finish) or random_finish(rng), rng))
-                write_atomically(path, lambda part, picture=picture: picture.save(part, format="PNG"))
+                write_png(path, picture)
             rows.append((path, prompt, finish, faithful))
     frame = pd.DataFrame(rows, columns=["image", "prompt", "finish", "faithful"])
     frame["image"] = frame["image"].map(lambda path: str(path.absolute()))
@@ -230,7 +229,7 @@ def tint_pool(
         original, tinted = (image_path(place, p, 0).absolute() for place in (drawn, folder / "tinted"))
         if not tinted.exists():
             picture = tint_red(load_image(original), strength)
-            write_atomically(tinted, lambda part, picture=picture: picture.save(part, format="PNG"))
+            write_png(tinted, picture)
         rows += [(str(original), prompt, "base", True), (str(tinted), prompt, "tinted", True)]
     frame = pd.DataFrame(rows, columns=["image", "prompt", "finish", "faithful"])
     write_atomically(folder / "pool.parquet", lambda part: frame.to_parquet(part, index=False))

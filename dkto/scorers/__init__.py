@@ -103,7 +103,7 @@ def check_scorers(scorers: Sequence[str | Scorer]) -> None:
     """
     for found in map(get_scorer, scorers):
         if isinstance(found, NetworkScorer):
-            found.network()
+            found.load()
 
 
 def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:

@@ -93,7 +93,7 @@ class ImageReward(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        weights = {"weights": self.weights or self.name, **converted_sha256(self.name, self.weights)}
+        weights = {"weights": self.weights or self.name, **converted_sha256("image_reward", self.weights)}
         return {**weights, "tokenizer": self.tokenizer, "scale": "(x - 0.167) / 1.033"}
 
     def load(self) -> ImageRewardModel:

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dkto.records import write_json
+from dkto.records import write_atomically, write_json
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
 
@@ -227,9 +227,8 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
         raise ValueError(f"{source} holds something else than weights by name")
     path = weights_folder() / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({key: value.contiguous().clone() for key, value in state.items()}, part, metadata={"format": "pt"})
-    part.replace(path)
+    copied = {key: value.contiguous().clone() for key, value in state.items()}
+    write_atomically(path, lambda part: save_file(copied, part, metadata={"format": "pt"}))
     about = {"published": published.file, "published_sha256": found, "sha256": file_sha256(path)}
     write_json(path.with_suffix(".json"), about)
     return path
