@@ -103,7 +103,8 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
         Section(
             "What a win-rate does not show",
             [
-                "Drift from the base, spread within a prompt, mean scores. For systems tuned on a scorer: whether that "
+                "Drift from the base on the judged prompts and on neutral ones, in shares of the pixel range; spread "
+                "within a prompt, in the same unit; mean scores. For systems tuned on a scorer: whether that "
                 f"scorer rose, and which others fell meanwhile.{' Of the first seed.' if many else ''}"
             ],
             [("", _read(main / "monitors.csv", _named))],
@@ -183,39 +184,48 @@ def _user(folder: Path) -> Section:
         "dose_response.png": "How many likes it takes",
         "win_rates.png": f"Judged by {scorer}",
     }
-    tables = [
-        (f"Win-rates under {scorer}", _read(folder / "win_rates.csv", lambda rows: _rates(rows, scorer))),
-        ("Drift from the base, spread within a prompt, mean scores", _read(folder / "monitors.csv", _named)),
-    ]
+    rates = _read(folder / "win_rates.csv", lambda rows: _rates(rows, scorer))
+    monitors = _read(folder / "monitors.csv", _named)
+    moved = "Drift from the base, on neutral prompts too; spread within a prompt; mean scores"
+    tables = [(f"Win-rates under {scorer}", rates), (moved, monitors)]
     if (folder / "noise.csv").exists():
         noise = _read(folder / "noise.csv", lambda frame: _named(frame, "method/flipped"))
         tables.insert(0, ("Win-rate over the base on clean likes and on likes of which a share is flipped", noise))
     text = [f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts."]
-    text += fidelity_sentence(tables[-1][1])
+    text += fidelity_sentences(monitors, rates)
     return Section(f"A specific user: {user}", text, tables, _pictures(folder, captions))
 
 
-def fidelity_sentence(monitors: pd.DataFrame) -> list[str]:
-    """Which systems lost the prompt while they won: a sentence, or none.
+def fidelity_sentences(monitors: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
+    """Which systems lost the prompt while they were tuned, those that win over the base all the same apart.
 
     Args:
         monitors: a row per system, the base among them, with `system` and `mean/world_fidelity`.
+        rates: win-rates with `method`, `opponent` and `low`, under the user's own measure.
 
-    >>> fidelity_sentence(pd.DataFrame({"system": ["base", "kto"], "mean/world_fidelity": [0.99, 0.97]}))
-    []
+    >>> monitors = pd.DataFrame({"system": ["base", "kto"], "mean/world_fidelity": [0.99, 0.8]})
+    >>> print(*fidelity_sentences(monitors, pd.DataFrame({"method": ["kto"], "opponent": ["base"], "low": [0.4]})))
+    These lost the prompt while they were tuned and do not win over the base (world_fidelity, base 0.99): kto 0.80.
     """
     column = f"mean/{FIDELITY}"
-    if column not in monitors or "base" not in set(monitors["system"]):
+    if column not in monitors or "base" not in set(monitors["system"]) or "low" not in rates:
         return []
     fidelity = monitors.set_index("system")[column]
     lost = fidelity[fidelity < fidelity["base"] - FIDELITY_LOSS].sort_values()
-    if lost.empty:
-        return []
-    named = ", ".join(f"{name} {value:.2f}" for name, value in lost.items())
-    return [
-        f"These lost the prompt while they were tuned ({FIDELITY}, base {fidelity['base']:.2f}): {named}. "
-        "Their win-rates below say that the measure rose, not that the pictures are better."
-    ]
+    winners = set(rates[(rates["opponent"] == "base") & (rates["low"] > 0.5)]["method"])
+    sentences = []
+    for wins, told, warning in (
+        (
+            True,
+            "still win over the base",
+            " Their win-rates say that the measure rose, not that the pictures are better.",
+        ),
+        (False, "do not win over the base", ""),
+    ):
+        named = ", ".join(f"{name} {value:.2f}" for name, value in lost.items() if (name in winners) == wins)
+        about = f"These lost the prompt while they were tuned and {told} ({FIDELITY}, base {fidelity['base']:.2f})"
+        sentences += [f"{about}: {named}.{warning}"] if named else []
+    return sentences
 
 
 def _pictures(folder: Path, captions: Mapping[str, str]) -> Sequence[tuple[str, Path]]:

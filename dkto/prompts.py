@@ -9,6 +9,8 @@
 Sets of the hub are fetched once; another mirror is one argument away: `load_prompts("hps_v2", hub_id="ymhao/HPDv2")`.
 """
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 STYLE_COLUMNS = ("style", "category")
 SUFFIXES = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 WORLD_COUNT = 500  # prompts of a small-world set unless a count is given
+WORLD_MOST = 5_000  # prompts of a small-world set at most: they take a minute to find
 NEUTRAL_PROMPTS = (
     "a photo of a dog",
     "a wooden chair in an empty room",
@@ -133,7 +136,8 @@ def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: s
     Args:
         source: a name in `PROMPT_SETS`, a file (.txt one prompt a line; .tsv, .csv, .jsonl, .parquet with a column
             prompt, caption or text, and style or category where there are styles; .json with a list of prompts or
-            of such rows, or an object of lists by style), or a folder of such files, each a style.
+            of such rows, or an object of lists by style), or a folder of such files, each a style. Text is UTF-8;
+            a .csv quotes fields that hold a comma, a .tsv takes fields as they stand.
         count: how many prompts, evenly from the styles; 0 takes all (500 of a small-world set).
         seed: of the draw, or of the small world's prompts.
         hub_id: another copy of a hub set, laid out in the same way.
@@ -185,13 +189,13 @@ def _unique(name: str, rows: Iterable[tuple[str, str]], source: object) -> Promp
 
 def _world_prompts(name: str, count: int, seed: int) -> PromptSet:
     """Test or validation prompts by style; the neutral ones are test prompts on grey without red or pink."""
-    if name == "world_neutral":
-        prompts = [prompt for prompt in prompts_for("test", WORLD_COUNT, seed) if _is_neutral(prompt)]
-        if count > len(prompts):
-            raise ValueError(f"prompt set {name} has {len(prompts)} prompts, but {count} are asked for")
-        prompts = prompts[: count or len(prompts)]
-    else:
-        prompts = prompts_for(name.removeprefix("world_"), count or WORLD_COUNT, seed)
+    neutral = name == "world_neutral"
+    found = [prompt for prompt in prompts_for("test", WORLD_COUNT, seed) if _is_neutral(prompt)] if neutral else []
+    most = len(found) if neutral else WORLD_MOST
+    if not 0 <= count <= most:
+        raise ValueError(f"count must be in [0, {most}] for prompt set {name}, where 0 takes all, got {count}")
+    split = name.removeprefix("world_")
+    prompts = found[: count or most] if neutral else prompts_for(split, count or WORLD_COUNT, seed)
     return PromptSet(name, tuple(prompts), tuple(parse(prompt).style for prompt in prompts))
 
 
@@ -205,18 +209,48 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     if suffix not in SUFFIXES:
         raise ValueError(f"prompts must be a {', '.join(SUFFIXES)} file, got {path.name}")
     try:
-        if suffix == ".txt":
-            return [(line.strip(), "") for line in path.read_text().splitlines() if line.strip()]
-        if suffix == ".json":
-            return _json_rows(json.loads(path.read_text()), path)
-        if suffix == ".jsonl":
-            lines = path.read_text().splitlines()
-            return _table_rows(pd.DataFrame([json.loads(line) for line in lines if line.strip()]), path)
         if suffix == ".parquet":
             return _parquet_rows(path, str(path))
-        return _table_rows(pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", dtype=str), path)
-    except (UnicodeDecodeError, json.JSONDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if suffix == ".json":
+            return _json_rows(json.loads(text), path)
+        lines = [line for line in text.split("\n") if line.strip()]
+        if suffix == ".txt":
+            return [(line.strip(), "") for line in lines]
+        if suffix == ".jsonl":
+            return _json_rows([json.loads(line) for line in lines], path)
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) if suffix == ".csv" else _tsv_rows(lines)
+        return _text_rows([row for row in rows if row], path)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as {suffix} prompts: {error}") from error
+
+
+def _tsv_rows(lines: list[str]) -> list[list[str]]:
+    """Fields as they stand: spreadsheets export tabs without quoting. One that is quoted as a whole is unquoted."""
+    return [[_unquoted(field) for field in line.rstrip("\r").split("\t")] for line in lines]
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1]
+    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else field
+
+
+def _text_rows(rows: list[list[str]], path: object) -> list[tuple[str, str]]:
+    """Rows of a .csv or .tsv; one with other fields than the header is refused: a prompt would be cut in silence."""
+    if not rows:
+        return []
+    header, *values = rows
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} names the column {twice[0]!r} more than once")
+    for number, row in enumerate(values):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, row {number}: expected {len(header)} fields as in the header, got {len(row)}; "
+                "a field that holds a separator must be quoted"
+            )
+    return _table_rows(pd.DataFrame(values, columns=header), path)
 
 
 def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
@@ -258,13 +292,18 @@ def _text(value: object, path: object, row: int) -> str:
 
 def _parquet_rows(file: object, where: object) -> list[tuple[str, str]]:
     """Only the columns that hold prompts and styles: Pick-a-Pic's files are gigabytes of pictures beside them."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
-    names = table.schema_arrow.names
-    wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *STYLE_COLUMNS)]
-    _find_column(names, PROMPT_COLUMNS, where)
-    return _table_rows(table.read(columns=wanted).to_pandas(), where)
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *STYLE_COLUMNS)]
+        _find_column(names, PROMPT_COLUMNS, where)
+        rows = table.read(columns=wanted).to_pandas()
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} cannot be read as .parquet prompts: {error}") from error
+    return _table_rows(rows, where)
 
 
 def _hub_set(name: str, hub_id: str) -> PromptSet:

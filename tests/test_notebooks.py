@@ -382,6 +382,7 @@ def test_the_tables_hold_every_comparison_and_control(paper_outputs):
             assert metrics[f"{key}/n"] == 8 and metrics[f"style_{key}/toy/n"] == 2
     assert metrics["reward_gain/alignprop/low"] <= metrics["reward_gain/alignprop"]
     assert metrics["drift/base"] == 0 < metrics["drift/kto"] and metrics["best_guidance"] in (1.0, 3.0)
+    assert metrics["neutral_drift/base"] == 0 < metrics["neutral_drift/kto"]
     table = pd.read_csv(paper_outputs[1] / "50_win_rate_tables" / "cards.csv")
     assert set(table["verdict"]) <= {"yes", "no", "open"} and len(table) == 3
 
@@ -399,6 +400,7 @@ def test_a_specific_user_is_learnt_with_and_without_contradiction(paper_outputs)
     metrics = paper_outputs[0]["52_a_specific_user"]
     assert {"lost/kto/0.3", "lost/sft/0.3", "dose/10", "dose/24"} <= metrics.keys()
     assert metrics["win_rate/kto_flipped_30_vs_base/world_redness/n"] == 4
+    assert metrics["neutral_drift/base"] == 0 < metrics["neutral_drift/kto_flipped_30"]
 
 
 def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
@@ -406,6 +408,7 @@ def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
     assert found["53"]["prompts"] == 8 and found["53"]["worst"] <= found["53"]["best"]
     equal = found["54_published_checkpoints"]  # two names for one model: every prompt is a tie
     assert equal["win_rate/kto_vs_base/world_fidelity"] == 0.5 and equal["disagreements"] == 0
+    assert equal["neutral_drift/kto"] == 0 and equal["mean/world_fidelity/kto"] == equal["mean/world_fidelity/base"]
 
 
 def slow(*values):

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dkto.paper_page import MAIN, SHOWN_GAPS, aims, aims_sentence, fidelity_sentence, make_report
+from dkto.paper_page import MAIN, SHOWN_GAPS, aims, aims_sentence, fidelity_sentences, make_report
 
 
 def rate(key, value, half=0.1):
@@ -89,9 +89,17 @@ def test_a_table_that_is_missing_is_said_to_be(replay):
     assert "win_rates.csv was not written" in page and "monitors.csv was not written" in page
 
 
-def test_a_user_whose_systems_lost_the_prompt_is_told_which(replay):
-    means = {"mean/world_redness": [0.0, 0.2, 0.1], "mean/world_fidelity": [0.99, 0.61, 0.95]}
-    pd.DataFrame(means, index=["base", "dpo", "kto"]).to_csv(replay / "user_likes_red" / "monitors.csv")
-    page = make_report(replay, "default", REACHED | {"seconds/total": 1.0, "seeds": 1}, "lead")
-    assert "These lost the prompt while they were tuned (world_fidelity, base 0.99): dpo 0.61. " in page
-    assert fidelity_sentence(pd.DataFrame({"system": ["kto"], "mean/world_fidelity": [0.1]})) == []
+def test_a_user_whose_systems_lost_the_prompt_is_told_which_and_whether_they_won(replay):
+    means = {"mean/world_redness": [0.0, 0.2, 0.1, 0.1], "mean/world_fidelity": [0.99, 0.61, 0.95, 0.5]}
+    pd.DataFrame(means, index=["base", "dpo", "kto", "kto_likes_10"]).to_csv(replay / "user_likes_red" / "monitors.csv")
+    numbers, rates_file = REACHED | {"seconds/total": 1.0, "seeds": 1}, replay / "user_likes_red" / "win_rates.csv"
+    losers = "These lost the prompt while they were tuned and do not win over the base (world_fidelity, base 0.99): "
+    assert f"{losers}kto_likes_10 0.50, dpo 0.61." in make_report(replay, "default", numbers, "lead")
+    table = pd.read_csv(rates_file)
+    table.loc[(table["method"] == "dpo") & (table["scorer"] == "world_redness"), "low"] = 0.7
+    table.to_csv(rates_file, index=False)
+    page = make_report(replay, "default", numbers, "lead")
+    assert "tuned and still win over the base (world_fidelity, base 0.99): dpo 0.61. Their win-rates say" in page
+    assert f"{losers}kto_likes_10 0.50." in page
+    alone = pd.DataFrame({"system": ["kto"], "mean/world_fidelity": [0.1]})
+    assert fidelity_sentences(alone, table) == []

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dkto.embedded.scenes import STYLES, parse, prompts_for, split_of
-from dkto.prompts import HUB_SETS, PROMPT_SETS, PromptSet, load_prompts, read_prompts
+from dkto.prompts import HUB_SETS, PROMPT_SETS, WORLD_SETS, PromptSet, load_prompts, read_prompts
 
 
 def test_the_worlds_test_prompts_are_by_style_and_none_is_a_training_prompt():
@@ -136,13 +136,25 @@ def test_without_the_hub_one_sentence_says_what_to_do(hub, name):
     ("name", "text", "sentence"),
     [
         ("x.csv", "words\na\n", r"x\.csv needs a column prompt, caption or text, got words"),
-        ("x.csv", "prompt,style\na,b\n,b\n", r"x\.csv, row 1: prompt must be text, got nan"),
+        ("x.csv", "prompt,style\na,b\n,b\n", r"x\.csv, row 1: prompt must be text, got ''"),
         ("x.json", "{", r"x\.json cannot be read as \.json prompts"),
         ("x.json", "3", r"x\.json must hold a list of prompts, a list of rows, or lists of prompts by style"),
         ("x.json", '["a", 3]', "must hold a list of prompts"),
         ("x.json", '{"toy": ["a", " "]}', "row 1: prompt must be text, got ' '"),
         ("x.txt", "\n \n", r"x\.txt holds no prompt"),
-        ("x.csv", "", r"x\.csv cannot be read as \.csv prompts"),
+        ("x.csv", "", r"x\.csv holds no prompt"),
+        (
+            "x.csv",
+            "prompt,style\na dog, running,photo\n",
+            r"x\.csv, row 0: expected 2 fields as in the header, got 3; a f",
+        ),
+        ("x.csv", "prompt\na\na dog, running\n", r"x\.csv, row 1: expected 1 fields as in the header, got 2"),
+        ("x.csv", 'prompt\n"a\n', r"x\.csv cannot be read as \.csv prompts: unexpected end of data"),
+        ("x.csv", "prompt,prompt\na,b\n", r"x\.csv names the column 'prompt' more than once"),
+        ("x.tsv", "prompt\tstyle\na\n", r"x\.tsv, row 0: expected 2 fields as in the header, got 1"),
+        ("x.jsonl", '{"prompt": "a"}\n3\n', r"x\.jsonl must hold a list of prompts, a list of rows"),
+        ("x.jsonl", '{"prompt": "a"}\n{\n', r"x\.jsonl cannot be read as \.jsonl prompts"),
+        ("x.parquet", "no parquet", r"x\.parquet cannot be read as \.parquet prompts"),
         ("x.pdf", "", r"prompts must be a \.txt, \.tsv, .* file, got x\.pdf"),
     ],
 )
@@ -150,6 +162,23 @@ def test_files_that_are_wrong_are_named(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=sentence):
         load_prompts(tmp_path / name)
+
+
+def test_what_spreadsheets_write_is_read_as_it_stands(tmp_path):
+    tsv = 'prompt\tstyle\r\n"NA" on a sign\tphoto\r\n"a dog\tphoto\r\n"say ""hi"""\tphoto\r\nNA\tphoto\r\n'
+    (tmp_path / "x.tsv").write_bytes(b"\xef\xbb\xbf" + tsv.encode())
+    found = read_prompts(tmp_path / "x.tsv")
+    assert found.prompts == ('"NA" on a sign', '"a dog', 'say "hi"', "NA") and set(found.styles) == {"photo"}
+    (tmp_path / "x.csv").write_bytes('\ufeffprompt,style\r\n"a dog, running",photo\r\nNA,\r\n'.encode())
+    assert read_prompts(tmp_path / "x.csv") == PromptSet("x", ("a dog, running", "NA"), ("photo", ""))
+    (tmp_path / "x.txt").write_bytes("\ufeffa dog\u2028running\r\nNA\n".encode())
+    assert read_prompts(tmp_path / "x.txt").prompts == ("a dog\u2028running", "NA")
+
+
+@pytest.mark.parametrize(("name", "count"), [*((name, -1) for name in WORLD_SETS), ("world_test", 100_000)])
+def test_a_world_set_says_how_many_prompts_it_has(name, count):
+    with pytest.raises(ValueError, match=rf"count must be in \[0, \d+\] for prompt set {name}, .* got {count}"):
+        load_prompts(name, count=count)
 
 
 def test_parquet_without_prompts_is_refused(tmp_path):
@@ -163,6 +192,4 @@ def test_unknown_sets_get_the_nearest():
         load_prompts("world_tets")
     with pytest.raises(ValueError, match="hub_id is for the sets hps_v2, parti_prompts, pick_a_pic_test, got it with"):
         load_prompts("world_test", hub_id="a/b")
-    with pytest.raises(ValueError, match=r"prompt set world_neutral has .* prompts, but 5000 are asked for"):
-        load_prompts("world_neutral", count=5000)
     assert set(PROMPT_SETS) >= {"world_test", "hps_v2"} and not Path("hps_v2").exists()
