@@ -85,7 +85,7 @@ def win_rate_table(
 
     Raises:
         KeyError: if a method has no folder; the sentence lists those that have.
-        ValueError: as `compare`, or if there is not one style per prompt.
+        ValueError: as `compare`, or if there is not one style per prompt, or one is named "all".
     """
     for name in (ours, *opponents):
         if name not in folders:
@@ -110,6 +110,10 @@ def _by_style(styles: Sequence[str] | None, count: int) -> dict[str, np.ndarray]
         return {}
     if len(styles) != count:
         raise ValueError(f"styles must name one style for each of {count} prompts, got {len(styles)}")
+    if ALL in styles:
+        raise ValueError(
+            f"no style may be named {ALL!r}, the row of all prompts; prompt {list(styles).index(ALL)} has it"
+        )
     return {style: np.array([s == style for s in styles]) for style in dict.fromkeys(styles)}
 
 
@@ -160,7 +164,12 @@ def scorer_agreement(
 
 
 def mean_scores(folders: Mapping[str, str | Path], scorers: Sequence[str | Scorer]) -> pd.DataFrame:
-    """Mean score of every method (rows) under every scorer (columns)."""
+    """Mean score of every method (rows) under every scorer (columns).
+
+    Raises:
+        ValueError: if the folders were drawn for different prompts, numbers of images or seeds.
+    """
+    check_comparable(folders)
     means = {
         name: {scorer_name(s): float(score_images(folder, s).mean()) for s in scorers}
         for name, folder in folders.items()

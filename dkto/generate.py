@@ -10,7 +10,7 @@ float32, two or three in bfloat16).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
 from dkto.records import claim, write_png
 
+MANIFEST = "manifest.json"
 CHUNK = 50  # images per task handed to a worker
 PRECISIONS = ("float32", "bfloat16")
 
@@ -170,7 +171,7 @@ def image_path(folder: Path, prompt_number: int, image_number: int) -> Path:
 
 def generate_images(
     system: System,
-    prompts: list[str],
+    prompts: Sequence[str],
     output_dir: str | Path,
     *,
     images_per_prompt: int = 5,
@@ -193,7 +194,8 @@ def generate_images(
         `output_dir`.
 
     Raises:
-        ValueError: if the folder holds images of another system, prompt list or seed, or of other weights.
+        ValueError: if the folder holds images of another system, prompt list or seed, or of other weights, or images
+            that no manifest tells of.
     """
     output_dir = Path(output_dir)
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
@@ -203,7 +205,7 @@ def generate_images(
 
 def generate_all(
     systems: Mapping[str, System],
-    prompts: list[str],
+    prompts: Sequence[str],
     output_dir: str | Path,
     *,
     images_per_prompt: int = 5,
@@ -215,13 +217,14 @@ def generate_all(
     folders = {name: Path(output_dir) / name for name in systems}
     sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
     weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
-    tasks = []
+    prompts, tasks = list(prompts), []
     for name, system in systems.items():
         folder = folders[name]
         folder.mkdir(parents=True, exist_ok=True)
         about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
         about["weights"] = weights[system.model, system.unet, system.lora]
-        claim(folder / "manifest.json", about, "images")
+        _check_unclaimed(folder)
+        claim(folder / MANIFEST, about, "images")
         keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
         wanted = [key for key in keys if not image_path(folder, *key).exists()]
         for start in range(0, len(wanted), CHUNK):
@@ -231,6 +234,14 @@ def generate_all(
         bar.update(count)
     bar.close()
     return folders
+
+
+def _check_unclaimed(folder: Path) -> None:
+    """Pictures without a manifest could be of anything: they are not taken for those that are asked for."""
+    if not (folder / MANIFEST).exists() and any(folder.glob("p*-s*.png")):
+        raise ValueError(
+            f"{folder} holds images but no {MANIFEST} that says what they were drawn for: choose another folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -257,13 +268,29 @@ def read_manifest(folder: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if it is not one; the sentence names the file and what is wrong with it.
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no generated images (manifest.json is missing)")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"{folder} holds no generated images ({MANIFEST} is missing)")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no manifest of generated images: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no manifest of generated images: expected an object, got {found!r:.80}")
+    for key, (holds, expected) in _MANIFEST_HOLDS.items():
+        if key not in found or not holds(found[key]):
+            got = f"{found[key]!r:.80}" if key in found else "nothing"
+            raise ValueError(f"{path} is no manifest of generated images: {key} must be {expected}, got {got}")
+    return found
 
 
+_MANIFEST_HOLDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "prompts": (lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"),
+    "images_per_prompt": (lambda value: type(value) is int and value > 0, "a number of at least 1"),
+    "seed": (lambda value: type(value) is int, "a whole number"),
+}
 _PIPELINES: dict[System, DiffusionPipeline] = {}
 
 

@@ -4,6 +4,8 @@
     make paper PROFILE=quick       the tables and the user who likes red
     make paper PROFILE=full        a search with equal budgets, three seeds, 500 prompts
 
+Each profile works in a folder of its own; the numbers and the page of the last one lie beside these folders as well.
+
 Called again, it goes on: a notebook that finished with the same parameters is not run again, and within a
 notebook runs, pictures and scores on disk are kept.
 """
@@ -23,6 +25,7 @@ from dkto.paper_page import MAIN, PREFERENCE, aims_sentence, make_report
 from dkto.paper_seeds import pool_values, read_seed, write_pooled
 from dkto.records import write_json
 from dkto.report import write_report
+from dkto.run_record import source_hash
 from dkto.search import search_settings
 from dkto.search_config import SearchConfig
 from dkto.systems import read_settings, settings_origin
@@ -103,15 +106,13 @@ def run_paper(
     profile: str = "default",
     *,
     settings_file: str = SETTINGS_FILE,
-    search: SearchConfig | None = None,
 ) -> dict[str, float]:
     """Run a profile; writes `metrics.json` and `report.html` and returns the metrics.
 
     Args:
-        output_dir: executed notebooks and their folders land here.
+        output_dir: executed notebooks and their folders land in `output_dir/profile`, numbers and page there and here.
         profile: a name in `PROFILES`.
         settings_file: a search result; "full" makes its own.
-        search: sizes of the search of "full".
 
     Raises:
         ValueError: if the profile is unknown.
@@ -121,11 +122,11 @@ def run_paper(
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     if not NOTEBOOKS.is_dir():
         raise FileNotFoundError(f"the replay runs the notebooks of a checkout, but {NOTEBOOKS} does not exist")
-    folder, processes = Path(output_dir), min(os.cpu_count() or 1, 8)
+    folder, processes = Path(output_dir) / profile, min(os.cpu_count() or 1, 8)
     if profile == "full":
         settings_file = str(folder / "paper_settings.json")
         if not Path(settings_file).exists():
-            search_settings(search or SearchConfig(folder / "search"), settings_file)
+            search_settings(SearchConfig(folder / "search"), settings_file)
     found = read_settings(settings_file)
     results: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
@@ -146,26 +147,28 @@ def run_paper(
         cost = pd.read_csv(folder / seeds[0] / "cards.csv")["cost"][0]
         holds = write_pooled(folder, read, PREFERENCE, cost)["holds"]
         metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
-    write_metrics(folder, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
     lead = f"{aims_sentence(metrics)} {settings_origin(found)}"
-    write_report(folder / "report.html", make_report(folder, profile, metrics, lead))
-    print(
-        f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {folder}/metrics.json\npage: {folder}/report.html"
-    )
+    page = make_report(folder, profile, metrics, lead)
+    for place in (folder, Path(output_dir)):
+        write_metrics(place, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
+        write_report(place / "report.html", page)
+    print(f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {output_dir}/metrics.json")
+    print(f"page: {output_dir}/report.html\nnotebooks as they ran, trained models and pictures: {folder}")
     return metrics
 
 
 def _run(
     step: Step, folder: Path, given: dict[str, object], settings: Mapping[str, object]
 ) -> tuple[dict[str, float], float]:
-    """Run one notebook, or read what it left when it finished with the same parameters and the same search result."""
-    done, told = folder / step.name / "step.json", {"parameters": given, "settings": settings}
+    """Run one notebook, or read what it left when it finished with these cells, parameters and search result."""
+    notebook, done = NOTEBOOKS / f"{step.notebook}.ipynb", folder / step.name / "step.json"
+    told = {"parameters": given, "settings": settings, "cells": source_hash(notebook)}
     if done.exists():
         stored = json.loads(done.read_text())
         if told.items() <= stored.items() and (folder / step.name / "metrics.json").exists():
             return json.loads((folder / step.name / "metrics.json").read_text())["metrics"], stored["seconds"]
     began = time.monotonic()
-    found = run_notebook(NOTEBOOKS / f"{step.notebook}.ipynb", folder / f"{step.name}.ipynb", given)
+    found = run_notebook(notebook, folder / f"{step.name}.ipynb", given)
     took = round(time.monotonic() - began, 1)
     write_json(done, {**told, "seconds": took})
     return found, took

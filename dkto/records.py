@@ -87,12 +87,16 @@ def claim(path: Path, about: dict, what: str) -> None:
     """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
 
     Raises:
-        ValueError: if the folder was claimed for something else; the sentence names what differs.
+        ValueError: if the folder was claimed for something else, or the file cannot be read; the sentence names what
+            differs.
     """
     if not path.exists():
         write_json(path, about)
         return
-    stored = json.loads(path.read_text())
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} should say what {path.parent} holds, but cannot be read: {error}") from error
     differs = [key for key in about if stored.get(key) != about[key]]
     if differs:
         raise ValueError(

@@ -1,15 +1,20 @@
 """Scores of generated images as files beside them: `<folder>/scores/<scorer>.parquet`, only missing ones computed.
 
 A row holds prompt and image number, the score, and the size and time of change of the image file: a picture
-that was drawn again is scored again, one that was deleted keeps its score. Whatever a scorer returned before it failed
-stays on disk.
+that was drawn again is scored again, one that was deleted keeps its score. Beside them `<scorer>.json` says which model
+gave them, and for which prompts, seeds and weights the pictures were drawn: scores of others are refused. Whatever a
+scorer returned before it failed stays on disk, and what another process wrote meanwhile is kept.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from dkto.generate import image_path, read_manifest
 from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.records import write_atomically, write_json
-from dkto.scorers import Scorer, describe, get_scorer, score, scorer_name
+from dkto.scorers import Scorer, check_finite, check_scorer_name, describe, get_scorer, raw_scores, scorer_name
 
 COLUMNS = ("prompt", "image", "score", "bytes", "changed")
 SECONDS_BETWEEN_WRITES = 2.0
@@ -44,8 +49,8 @@ def score_images(
     Raises:
         FileNotFoundError: if the manifest or an image without a score is missing; nothing is scored then.
         KeyError: if no scorer has that name.
-        ValueError: if the scorer fails its checks, or the scores on disk come from another model;
-            what it scored before stays on disk.
+        ValueError: if the scorer fails its checks (the sentence names the image of a value that is not finite), or the
+            scores on disk come from another model or of other pictures; what was scored before stays on disk.
     """
     folder = Path(folder)
     options = {"num_processes": num_processes, "batch_size": batch_size}
@@ -70,8 +75,9 @@ def score_all(
         (P, n) scores by (method, scorer name).
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as `score_images`.
+        FileNotFoundError, KeyError, ValueError: as `score_images`; also if two scorers have one name.
     """
+    scorers = _distinct(scorers)
     tables = [_Table.open(name, Path(folder), scorer) for scorer in scorers for name, folder in folders.items()]
     tasks = []
     for index, table in enumerate(tables):
@@ -91,6 +97,17 @@ def score_all(
     return {(table.method, scorer_name(table.scorer)): table.scores() for table in tables}
 
 
+def _distinct(scorers: Sequence[str | Scorer]) -> list[str | Scorer]:
+    """Each scorer once; two of one name would share a file."""
+    found: dict[str, str | Scorer] = {}
+    for scorer in scorers:
+        name = scorer_name(scorer)
+        check_scorer_name(name)
+        if get_scorer(found.setdefault(name, scorer)) != get_scorer(scorer):
+            raise ValueError(f"two scorers are named {name!r}: dkto.scorers.register_scorer gives one another name")
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class _Task:
     table: int
@@ -108,6 +125,8 @@ class _Table:
         manifest = read_manifest(folder)
         self.prompts: list[str] = manifest["prompts"]
         self.images_per_prompt: int = manifest["images_per_prompt"]
+        drawn = {key: manifest.get(key) for key in ("system", "weights", "prompts", "images_per_prompt", "seed")}
+        self.pictures = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / "scores" / f"{scorer_name(scorer)}.parquet"
         self.rows: dict[tuple[int, int], tuple[float, int, int]] = {}
         self.written, self.last_write = 0, time.monotonic()
@@ -115,37 +134,54 @@ class _Table:
     @classmethod
     def open(cls, method: str, folder: Path, scorer: str | Scorer) -> "_Table":
         table = cls(method, folder, scorer)
-        table._check_model()
-        paths = {key: image_path(folder, *key) for key in table._keys()}
-        stamps = {key: _stamp(path) if path.exists() else None for key, path in paths.items()}
-        if table.path.exists():
-            frame = pd.read_parquet(table.path)
-            for prompt, image, value, size, changed in frame[list(COLUMNS)].itertuples(index=False):
-                if (prompt, image) in stamps and stamps[prompt, image] in (None, (size, changed)):
-                    table.rows[prompt, image] = (value, size, changed)
+        table.rows = table._stored()
         for key in table.missing:
-            if stamps[key] is None:
-                raise FileNotFoundError(f"image {paths[key]} does not exist")
+            path = image_path(folder, *key)
+            if not path.exists():
+                raise FileNotFoundError(f"image {path} does not exist")
         table.written = len(table.rows)
         return table
+
+    def _stored(self) -> dict[tuple[int, int], tuple[float, int, int]]:
+        """Rows on disk that still hold: of pictures that have not changed, or are gone."""
+        self._check_source()
+        if not self.path.exists():
+            return {}
+        frame = pd.read_parquet(self.path)[list(COLUMNS)]
+        stamps = {key: _stamp(image_path(self.folder, *key)) for key in self._keys()}
+        return {
+            (prompt, image): (value, *stamp)
+            for prompt, image, value, *stamp in frame.itertuples(index=False, name=None)
+            if (prompt, image) in stamps and stamps[prompt, image] in (None, tuple(stamp))
+        }
 
     def _keys(self) -> list[tuple[int, int]]:
         return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
 
-    def _check_model(self) -> None:
-        """A folder's scores come from one model; another one's are not mixed in."""
-        about, path = describe(get_scorer(self.scorer)), self.path.with_suffix(".json")
+    def _check_source(self) -> None:
+        """A folder's scores come from one model and are of one set of pictures; others are not mixed in."""
+        path, name, remedy = self.path.with_suffix(".json"), scorer_name(self.scorer), "remove that file and its .json"
         if not path.exists():
             return
-        stored = json.loads(path.read_text())
+        stored, about = json.loads(path.read_text()), self._about()
+        if stored.pop("pictures", None) != about.pop("pictures"):
+            raise ValueError(
+                f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "
+                f"than {self.folder / 'manifest.json'} names: {remedy} to score anew"
+            )
         differs = [
-            f"{key}: {stored.get(key)!r} stored, {about[key]!r} asked" for key in about if about[key] != stored.get(key)
+            f"{key}: {stored.get(key)!r} stored, {about.get(key)!r} asked"
+            for key in {**stored, **about}
+            if about.get(key) != stored.get(key)
         ]
         if differs:
             raise ValueError(
-                f"{self.path} holds scores of another {scorer_name(self.scorer)} ({'; '.join(differs)}): "
-                "remove that file and its .json to score anew, or give the scorer another name"
+                f"{self.path} holds scores of another {name} ({'; '.join(differs)}): {remedy} to score anew, "
+                "or give the scorer another name"
             )
+
+    def _about(self) -> dict:
+        return {**describe(get_scorer(self.scorer)), "pictures": self.pictures}
 
     @property
     def missing(self) -> list[tuple[int, int]]:
@@ -153,7 +189,8 @@ class _Table:
 
     def add(self, keys: Sequence[tuple[int, int]], values: np.ndarray) -> None:
         for key, value in zip(keys, values, strict=True):
-            self.rows[key] = (float(value), *_stamp(image_path(self.folder, *key)))
+            if np.isfinite(value):
+                self.rows[key] = (float(value), *(_stamp(image_path(self.folder, *key)) or (0, 0)))
         if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
             self.write()
 
@@ -161,10 +198,12 @@ class _Table:
         if len(self.rows) == self.written:
             return
         self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path.with_suffix(".json"), describe(get_scorer(self.scorer)))
-        rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
-        frame = pd.DataFrame(rows, columns=list(COLUMNS))
-        write_atomically(self.path, lambda part: frame.to_parquet(part, index=False))
+        with _held(self.path.parent):
+            self.rows = self._stored() | self.rows
+            write_json(self.path.with_suffix(".json"), self._about())
+            rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
+            frame = pd.DataFrame(rows, columns=list(COLUMNS))
+            write_atomically(self.path, lambda part: frame.to_parquet(part, index=False))
         self.written, self.last_write = len(self.rows), time.monotonic()
 
     def scores(self) -> np.ndarray:
@@ -172,16 +211,33 @@ class _Table:
         return values.reshape(len(self.prompts), self.images_per_prompt)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in ns."""
-    found = path.stat()
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Other processes that write scores there wait, and find what was written; the hold ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns; None if there is no such file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
     return found.st_size, found.st_mtime_ns
 
 
-def _perform(tasks: list[_Task], workers: int):
+def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarray]]:
+    """Tasks with their values as they come; the first failure is raised when nothing runs any more."""
     if workers < 2:
         for task in tasks:
-            yield task, _score_chunk(task)
+            values = _score_chunk(task)
+            yield task, values
+            _check(task, values)
         return
     for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
         _check_it_travels(scorer)
@@ -191,14 +247,21 @@ def _perform(tasks: list[_Task], workers: int):
         for done in as_completed(waiting):
             if done.cancelled():
                 continue
-            if done.exception() is None:
-                yield waiting[done], done.result()
-            elif failure is None:
-                failure = done.exception()
-                for future in waiting:
-                    future.cancel()
+            try:
+                values = done.result()
+                yield waiting[done], values
+                _check(waiting[done], values)
+            except Exception as error:
+                if failure is None:
+                    failure = error
+                    for future in waiting:
+                        future.cancel()
         if failure is not None:
             raise failure
+
+
+def _check(task: _Task, values: np.ndarray) -> None:
+    check_finite(task.scorer, values, [image_path(task.folder, *key) for key in task.keys])
 
 
 def _check_it_travels(scorer: str | Scorer) -> None:
@@ -213,5 +276,6 @@ def _check_it_travels(scorer: str | Scorer) -> None:
 
 
 def _score_chunk(task: _Task) -> np.ndarray:
+    """Values as the scorer returns them, those that are not finite among them."""
     images = [load_image(image_path(task.folder, *key)) for key in task.keys]
-    return score(task.scorer, images, [task.prompts[p] for p, _ in task.keys])
+    return raw_scores(task.scorer, images, [task.prompts[p] for p, _ in task.keys])

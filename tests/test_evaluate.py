@@ -64,6 +64,8 @@ def test_unequal_prompts_are_not_compared(folders):
     write_json(folders["red"] / "manifest.json", {**about, "prompts": prompts, "seed": 1})
     with pytest.raises(ValueError, match="cannot be compared: seed differ"):
         win_rate_table(folders, "red", ["plain"], ["world_redness"])
+    with pytest.raises(ValueError, match="cannot be compared: seed differ"):
+        mean_scores(folders, ["world_redness"])
     with pytest.raises(KeyError, match="unknown method 'blue'; known: plain, red"):
         win_rate_table(folders, "blue", ["plain"], ["world_redness"])
 
@@ -78,6 +80,8 @@ def test_every_style_gets_its_row(folders):
     metrics = flat_metrics(table)
     assert metrics[f"style_win_rate/red_vs_plain/world_redness/{styles[0]}"] == 1.0
     assert metrics["win_rate/red_vs_plain/world_redness/n"] == 6
+    with pytest.raises(ValueError, match="no style may be named 'all', the row of all prompts; prompt 2 has it"):
+        win_rate_table(folders, "red", ["plain"], ["world_redness"], [*styles[:2], "all", *styles[3:]])
     with pytest.raises(ValueError, match="styles must name one style for each of 6 prompts, got 1"):
         win_rate_table(folders, "red", ["plain"], ["world_redness"], ["icon"])
 

@@ -54,6 +54,42 @@ def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
     assert kept.stat().st_mtime_ns == stamp and lost.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", r"expected an object, got \[1\]"),
+        (
+            '{"prompts": ["a", 3], "images_per_prompt": 1, "seed": 0}',
+            r"prompts must be a list of texts, got \['a', 3\]",
+        ),
+        (
+            '{"prompts": ["a"], "images_per_prompt": 0, "seed": 0}',
+            "images_per_prompt must be a number of at least 1, got 0",
+        ),
+        ('{"prompts": ["a"], "images_per_prompt": 1}', "seed must be a whole number, got nothing"),
+    ],
+)
+def test_a_broken_manifest_is_named(tmp_path, text, sentence):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"manifest\.json is no manifest of generated images: {sentence}"):
+        read_manifest(tmp_path)
+
+
+def test_images_that_no_manifest_tells_of_are_not_taken(tiny_pipeline, tmp_path):
+    system = System(model=str(tiny_pipeline), steps=1)
+    folder = generate_images(system, tuple(PROMPTS), tmp_path / "x", images_per_prompt=1)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert generate_images(system, PROMPTS, folder, images_per_prompt=1) == folder, "a tuple is a list of prompts too"
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json should say what .*x holds, but cannot be read: Expecting"):
+        generate_images(system, PROMPTS, folder, images_per_prompt=1)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"x holds images but no manifest\.json that says what they were drawn for"):
+        generate_images(system, PROMPTS, folder, images_per_prompt=1)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+
+
 def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path):
     drawn = {}
     for precision in PRECISIONS:

@@ -42,10 +42,12 @@ def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
         key = f"win_rate/kto_vs_{opponent}/world_utility"
         assert 0 <= metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] <= 1 and metrics[f"{key}/n"] == 4
     page = (tmp_path / "report.html").read_text()
+    assert page == (tmp_path / "tiny" / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "metrics.json", "report.html", "tiny"}
     assert page.index("aims") < page.index("<h2") and "data:image/png;base64," in page
-    stamp = (tmp_path / f"{MAIN}.ipynb").stat().st_mtime_ns
+    stamp = (tmp_path / "tiny" / f"{MAIN}.ipynb").stat().st_mtime_ns
     assert run_paper(tmp_path, "tiny", settings_file=str(settings_file)) == metrics
-    assert (tmp_path / f"{MAIN}.ipynb").stat().st_mtime_ns == stamp
+    assert (tmp_path / "tiny" / f"{MAIN}.ipynb").stat().st_mtime_ns == stamp
     settings["settings"]["kto"]["beta"] = 7.0
     settings_file.write_text(json.dumps(settings))
     with pytest.raises(RuntimeError, match=r"runs/kto belongs to another configuration \(.*beta: .* stored, 7.0 asked"):

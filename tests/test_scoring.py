@@ -1,3 +1,5 @@
+import json
+import runpy
 import time
 
 import numpy as np
@@ -70,18 +72,19 @@ def test_a_second_call_scores_only_what_is_missing_or_was_drawn_again(folder):
 
 
 def test_what_was_scored_before_a_failure_is_kept(folder):
-    with pytest.raises(ValueError, match="scorer counting returned a value that is not finite for image"):
+    with pytest.raises(ValueError, match=r"scorer counting must return finite values, got nan for .*p00004-s1\.png"):
         score_images(folder, Counting(fail_at=9), batch_size=4)
-    assert len(pd.read_parquet(folder / "scores" / "counting.parquet")) == 8
+    assert len(pd.read_parquet(folder / "scores" / "counting.parquet")) == 11, "the others of its batch too"
     good = Counting()
     score_images(folder, good, batch_size=4)
-    assert good.seen == 4
+    assert good.seen == 1
 
 
 def test_a_failure_in_one_worker_keeps_what_the_others_scored(folder):
-    with pytest.raises(ValueError, match="scorer nan_at_nine returned a value that is not finite for image 0"):
+    with pytest.raises(ValueError, match=r"scorer nan_at_nine must return finite values, got nan for .*p00004-s1\.png"):
         score_images(folder, nan_at_nine, batch_size=3, num_processes=2)
-    assert pd.read_parquet(folder / "scores" / "nan_at_nine.parquet")["score"].tolist() == list(range(9))
+    stored = pd.read_parquet(folder / "scores" / "nan_at_nine.parquet")["score"].tolist()
+    assert set(range(9)) <= set(stored) and 9 not in stored and not np.isnan(stored).any()
 
 
 def test_a_wrong_number_of_scores_is_refused_and_nothing_scored_is_lost(folder):
@@ -99,6 +102,55 @@ def test_scores_of_another_model_are_not_mixed(folder):
     score_images(folder, Counting("one"))
     with pytest.raises(ValueError, match=r"scores of another counting \(model: 'one' stored, 'two' asked\)"):
         score_images(folder, Counting("two"))
+
+
+def test_an_edited_function_is_another_scorer_and_its_comments_are_not(folder, tmp_path):
+    def mine(text):
+        path = tmp_path / f"scorers_{len(list(tmp_path.glob('*.py')))}.py"
+        path.write_text(f"def mine(images, prompts):\n{text}\n")
+        return runpy.run_path(str(path))["mine"]
+
+    first = mine("    return [1.0] * len(images)")
+    assert (score_images(folder, first) == 1).all()
+    assert (score_images(folder, mine("    # the same\n    return [1.0]   * len(images)")) == 1).all()
+    with pytest.raises(ValueError, match=r"scores of another mine \(code: '\w+' stored, '\w+' asked\)"):
+        score_images(folder, mine("    return [2.0] * len(images)"))
+
+
+def test_scores_of_former_prompts_do_not_pass_for_missing_pictures(folder):
+    score_images(folder, brightness)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", {**manifest, "prompts": [f"other {p}" for p in range(6)]})
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"brightness\.parquet holds scores of other pictures .*manifest\.json names"):
+        score_images(folder, brightness)
+
+
+def test_two_scorers_of_one_name_are_refused_and_one_given_twice_is_scored_once(folder):
+    counting = Counting()
+    assert score_all({"grey": folder}, [counting, counting]).keys() == {("grey", "counting")} and counting.seen == 12
+    with pytest.raises(ValueError, match=r"two scorers are named 'counting': dkto\.scorers\.register_scorer gives one"):
+        score_all({"grey": folder}, [counting, Counting("two")])
+    with pytest.raises(
+        ValueError, match=r"name of a scorer must be letters.*got '<lambda>'; dkto\.scorers\.register_sc"
+    ):
+        score_images(folder, lambda images, prompts: [0.0] * len(images))
+
+
+def test_processes_that_score_one_folder_keep_each_others_rows(folder):
+    """Both read an empty folder; the one that ends last writes what the other has found as well."""
+
+    class Interrupted(Counting):
+        def __call__(self, images, prompts):
+            if not self.seen:
+                score_images(folder, Counting(), batch_size=4)  # another process, from beginning to end
+            return [100 + value for value in super().__call__(images, prompts)]
+
+    with pytest.raises(ValueError, match="must return finite values, got nan"):
+        score_images(folder, Interrupted(fail_at=4), batch_size=4)
+    stored = pd.read_parquet(folder / "scores" / "counting.parquet")["score"].tolist()
+    assert stored == [100, 101, 102, 103, 4, 105, 106, 107, 8, 9, 10, 11]
 
 
 def test_a_missing_image_is_named_before_anything_is_scored(folder):
@@ -120,8 +172,11 @@ def test_scores_outlive_their_images(folder):
 
 
 def test_a_scorer_that_cannot_travel_is_refused_before_workers_start(folder):
+    def local(images, prompts):
+        return [0.0] * len(images)
+
     with pytest.raises(ValueError, match=r"cannot be sent to another process .*: use num_processes=1"):
-        score_images(folder, lambda images, prompts: [0.0] * len(images), num_processes=2, batch_size=4)
+        score_images(folder, local, num_processes=2, batch_size=4)
 
 
 def test_several_methods_and_scorers_at_once(folder):
@@ -142,7 +197,7 @@ def test_names_and_registration(monkeypatch):
         register_scorer("../x", brightness)
     with pytest.raises(TypeError, match=r"scorer x must be callable with \(images, prompts\), got int"):
         register_scorer("x", 3)
-    assert describe(Counting()) == {"model": "one"} and describe(brightness) == {}
+    assert describe(Counting()) == {"model": "one"} and list(describe(brightness)) == ["code"]
     assert scorer_name(Counting()) == "counting"
 
 

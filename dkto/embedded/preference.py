@@ -37,7 +37,7 @@ from dkto.embedded.scenes import (
 )
 from dkto.embedded.tokenizer import MAX_LENGTH
 from dkto.embedded.truth import aesthetics, judge
-from dkto.records import write_json
+from dkto.records import write_atomically, write_json
 from dkto.scorers.preprocess import normalise
 
 ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
@@ -259,8 +259,6 @@ def _train(path: Path, embed: Embedder, loss, *, steps: int, lr: float, seed: in
         if time.monotonic() - saved > SAVE_SECONDS or step == steps:
             saved = time.monotonic()
             state = {"model": embed.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            part = path.with_suffix(".part")
-            torch.save(state, part)
-            part.replace(path)
+            write_atomically(path, lambda part, state=state: torch.save(state, part))
     bar.close()
     return embed.model.eval().requires_grad_(False)

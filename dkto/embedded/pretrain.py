@@ -23,6 +23,7 @@ from dkto.embedded.autoencoder import new_autoencoder
 from dkto.embedded.painter import IMAGE_SIZE, paint, random_finish
 from dkto.embedded.scenes import caption, parse, random_scene, split_of
 from dkto.embedded.tokenizer import MAX_LENGTH, build_tokenizer
+from dkto.records import write_atomically
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -90,9 +91,7 @@ def to_pixel_values(images: np.ndarray) -> torch.Tensor:
 
 def _save(state: dict, path: Path) -> None:
     """Write training state whole or not at all (our own file, read back with weights_only)."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    write_atomically(path, lambda part: torch.save(state, part))
 
 
 def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

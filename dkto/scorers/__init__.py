@@ -11,7 +11,11 @@ The scorers of the small world carry names of their own: none of them is PickSco
 LAION aesthetics score.
 """
 
+import ast
+import hashlib
+import inspect
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
@@ -69,13 +73,25 @@ def register_scorer(name: str, scorer: Scorer) -> None:
     array([8.])
     >>> del SCORERS["width"]
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"name of a scorer must be letters, digits, '_', '-' and '.', got {name!r}")
+    check_scorer_name(name)
     if not callable(scorer):
         raise TypeError(f"scorer {name} must be callable with (images, prompts), got {type(scorer).__name__}")
     if SCORERS.get(name, scorer) != scorer:
         raise ValueError(f"a scorer named {name!r} exists already; choose another name")
     SCORERS[name] = scorer
+
+
+def check_scorer_name(name: str) -> None:
+    """A scorer's name becomes a file name and a key of tables.
+
+    Raises:
+        ValueError: if it has other characters than letters, digits, `_`, `-` and `.`, as a lambda's has.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"name of a scorer must be letters, digits, '_', '-' and '.', got {name!r}; "
+            "dkto.scorers.register_scorer gives a scorer another name"
+        )
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:
@@ -131,8 +147,56 @@ def scorer_name(scorer: str | Scorer) -> str:
 
 
 def describe(scorer: Scorer) -> dict:
-    """What a scorer's values depend on, kept beside them: model, weights, scale."""
-    return dict(getattr(scorer, "about", {}))
+    """What a scorer's values depend on, kept beside them: model, weights, scale, or a hash of a plain function's code.
+
+    The hash is of the function's own statements: comments and layout do not count, and neither do functions that
+    it calls.
+
+    >>> list(describe(SCORERS["world_redness"]))
+    ['code']
+    """
+    if hasattr(scorer, "about") or not inspect.isfunction(scorer):
+        return dict(getattr(scorer, "about", {}))
+    try:
+        text = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(scorer))))
+    except (OSError, SyntaxError):  # typed in without a file, or a part of a longer line
+        text = repr((scorer.__code__.co_code, scorer.__code__.co_names, scorer.__code__.co_varnames))
+    return {"code": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """`score`, with values that are not finite left in.
+
+    Raises:
+        KeyError: if no scorer has that name.
+        ValueError: if images and prompts differ in number, or the scorer returns a wrong number of values.
+    """
+    name = scorer_name(scorer)
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts"
+        )
+    scores = np.asarray(get_scorer(scorer)(images, prompts), dtype=np.float64)
+    if scores.shape != (len(images),):
+        raise ValueError(f"scorer {name} must return {len(images)} scores, got shape {scores.shape}")
+    return scores
+
+
+def check_finite(scorer: str | Scorer, scores: np.ndarray, names: Sequence[object]) -> None:
+    """See to it that every score is a number.
+
+    Args:
+        scorer: whose scores they are.
+        scores: (N,).
+        names: what to call the N images.
+
+    Raises:
+        ValueError: if one is not finite; the sentence names its image.
+    """
+    wrong = np.flatnonzero(~np.isfinite(scores))
+    if len(wrong):
+        value, image = scores[wrong[0]], names[wrong[0]]
+        raise ValueError(f"scorer {scorer_name(scorer)} must return finite values, got {value} for image {image}")
 
 
 def score(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -151,15 +215,6 @@ def score(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence
         ValueError: if images and prompts differ in number, or the scorer returns a wrong number of
             values or one that is not finite.
     """
-    name = scorer_name(scorer)
-    if len(images) != len(prompts):
-        raise ValueError(
-            f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts"
-        )
-    scores = np.asarray(get_scorer(scorer)(images, prompts), dtype=np.float64)
-    if scores.shape != (len(images),):
-        raise ValueError(f"scorer {name} must return {len(images)} scores, got shape {scores.shape}")
-    if not np.isfinite(scores).all():
-        wrong = int(np.argmin(np.isfinite(scores)))
-        raise ValueError(f"scorer {name} returned a value that is not finite for image {wrong}")
+    scores = raw_scores(scorer, images, prompts)
+    check_finite(scorer, scores, range(len(images)))
     return scores

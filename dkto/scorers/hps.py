@@ -12,7 +12,7 @@ from dkto.scorers.clip import CLIP_H14, tokenizer_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
 from dkto.scorers.open_clip import VIT_H_14, open_clip_to_clip
 from dkto.scorers.preprocess import padded_pixels, to_pixels
-from dkto.scorers.weights import converted_sha256, fill, read_converted
+from dkto.scorers.weights import converted_about, fill, read_converted
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ class HPS(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str | bool]:
-        weights = {"weights": self.weights or self.name, **converted_sha256(self.name, self.weights)}
-        return {**weights, "tokenizer": self.tokenizer, "antialias": self.antialias, "scale": "cosine"}
+        return {
+            **converted_about(self.name, self.weights),
+            "tokenizer": self.tokenizer,
+            "antialias": self.antialias,
+            "scale": "cosine",
+        }
 
     def load(self) -> ClipWithTokenizer:
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dkto.scorers.network import NetworkScorer, aesthetics_head
 from dkto.scorers.preprocess import cropped_image, cropped_pixels
-from dkto.scorers.weights import converted_sha256, fill, model_folder, read_converted
+from dkto.scorers.weights import converted_about, fill, model_folder, read_converted
 
 BERT = "google-bert/bert-base-uncased"
 BERT_FILES, BERT_OPTIONAL = ("vocab.txt",), ("tokenizer*.json", "special_tokens_map.json")
@@ -93,8 +93,11 @@ class ImageReward(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        weights = {"weights": self.weights or self.name, **converted_sha256("image_reward", self.weights)}
-        return {**weights, "tokenizer": self.tokenizer, "scale": "(x - 0.167) / 1.033"}
+        return {
+            **converted_about("image_reward", self.weights),
+            "tokenizer": self.tokenizer,
+            "scale": "(x - 0.167) / 1.033",
+        }
 
     def load(self) -> ImageRewardModel:
         from transformers import BertTokenizer

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dkto.scorers.clip import CLIP_L14, clip_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer, aesthetics_head
-from dkto.scorers.weights import converted_sha256, fill, read_converted
+from dkto.scorers.weights import converted_about, fill, read_converted
 
 
 class AestheticsPredictor(nn.Module):
@@ -41,8 +41,7 @@ class LaionAesthetics(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        weights = {"weights": self.weights or self.name, **converted_sha256("laion_aesthetics", self.weights)}
-        return {**weights, "clip": self.clip, "scale": "head(unit embedding)"}
+        return {**converted_about("laion_aesthetics", self.weights), "clip": self.clip, "scale": "head(unit embedding)"}
 
     def load(self) -> AestheticsPredictor:
         head = read_converted("laion_aesthetics", self.weights)

@@ -156,21 +156,22 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
         )
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name} is a pickle, which is not loaded: run `{_command(name, path.name)}`")
-    expected = converted_sha256(name, weights).get("sha256")
+    expected = converted_about(name, weights).get("sha256")
     if not expected:
         raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
     check_sha256(path, expected)
     return load_file(path)
 
 
-def converted_sha256(name: str, weights: str = "") -> dict[str, str]:
-    """The hash of a converted file as {"sha256": ...}, from the note beside it; empty where there is none.
+def converted_about(name: str, weights: str = "") -> dict[str, str]:
+    """What a scorer tells of its converted weights: which they are and, where a note lies beside them, their hash.
 
     Args:
         name, weights: as in `read_converted`.
     """
     card = _converted(name, weights).with_suffix(".json")
-    return {"sha256": json.loads(card.read_text())["sha256"]} if card.is_file() else {}
+    found = {"sha256": json.loads(card.read_text())["sha256"]} if card.is_file() else {}
+    return {"weights": weights or name, **found}
 
 
 def _converted(name: str, weights: str) -> Path:
