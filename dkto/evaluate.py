@@ -32,8 +32,11 @@ def check_comparable(folders: Mapping[str, str | Path]) -> dict:
 
     Raises:
         FileNotFoundError: if a folder holds no images.
-        ValueError: if one of the three differs; the sentence names it, and the first prompt that differs.
+        ValueError: if one of the three differs (the sentence names it, and the first prompt that differs), or there is
+            no method.
     """
+    if not folders:
+        raise ValueError("folders must hold at least one method, got none")
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     first_name, first = next(iter(manifests.items()))
     for name, other in manifests.items():
@@ -61,6 +64,17 @@ def compare(ours: str | Path, theirs: str | Path, scorer: str | Scorer) -> WinRa
     """
     check_comparable({"ours": ours, "theirs": theirs})
     return win_rate(medians(ours, scorer), medians(theirs, scorer))
+
+
+def outcomes(ours: str | Path, theirs: str | Path, scorer: str | Scorer) -> np.ndarray:
+    """(P,) what each prompt counts in `compare`: 1 for a win of the median picture, a half for a tie, 0 for a loss.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    check_comparable({"ours": ours, "theirs": theirs})
+    gap = medians(ours, scorer) - medians(theirs, scorer)
+    return (np.sign(gap) + 1) / 2
 
 
 def win_rate_table(

@@ -8,7 +8,7 @@ ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,29 @@ class FeedbackTable:
         place = {prompt: _hash_place(prompt, seed) for prompt in set(self.prompts)}
         held_out = np.array([place[prompt] < held_out_fraction for prompt in self.prompts], dtype=bool)
         return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+
+    def flipped(self, rate: float, seed: int = 0) -> "FeedbackTable":
+        """The same pictures from a user who contradicts himself: each like, and each comparison, is turned by chance.
+
+        Args:
+            rate: share that is turned, in [0, 0.5].
+            seed: of the contradictions.
+
+        Raises:
+            ValueError: if the rate is outside its range; above a half he would mean the opposite.
+
+        >>> table = make_feedback(["a.png", "b.png"], ["a star"] * 2, [True, False])
+        >>> table.flipped(0.0).is_desirable.tolist()
+        [True, False]
+        """
+        if not 0 <= rate <= 0.5:
+            raise ValueError(f"rate must be in [0, 0.5], got {rate}")
+        turned = np.random.default_rng([seed, 0]).random(len(self)) < rate
+        comparisons = self.comparisons
+        if comparisons is not None:
+            swapped = np.random.default_rng([seed, 1]).random(len(comparisons)) < rate
+            comparisons = np.where(swapped[:, None], comparisons[:, ::-1], comparisons)
+        return replace(self, is_desirable=self.is_desirable ^ turned, comparisons=comparisons)
 
     def shuffled_likes(self, seed: int) -> "FeedbackTable":
         """The same images with their likes permuted: the control that carries no preference."""

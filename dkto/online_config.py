@@ -125,7 +125,7 @@ class OnlineConfig:
         """
         if not self.prompts_file.is_file():
             raise FileNotFoundError(f"prompts_file {self.prompts_file} does not exist")
-        prompts = [line.strip() for line in self.prompts_file.read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in self.prompts_file.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not prompts:
             raise ValueError(f"prompts_file {self.prompts_file} holds no prompt")
         return prompts

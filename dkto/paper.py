@@ -10,6 +10,7 @@ Called again, it goes on: a notebook that finished with the same parameters is n
 notebook runs, pictures and scores on disk are kept.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -160,9 +161,9 @@ def run_paper(
 def _run(
     step: Step, folder: Path, given: dict[str, object], settings: Mapping[str, object]
 ) -> tuple[dict[str, float], float]:
-    """Run one notebook, or read what it left when it finished with these cells, parameters and search result."""
+    """Run one notebook, or read what it left when it finished with these parameters, cells, code and search result."""
     notebook, done = NOTEBOOKS / f"{step.notebook}.ipynb", folder / step.name / "step.json"
-    told = {"parameters": given, "settings": settings, "cells": source_hash(notebook)}
+    told = {"parameters": given, "settings": settings, "cells": source_hash(notebook), "code": _code_hash()}
     if done.exists():
         stored = json.loads(done.read_text())
         if told.items() <= stored.items() and (folder / step.name / "metrics.json").exists():
@@ -172,6 +173,14 @@ def _run(
     took = round(time.monotonic() - began, 1)
     write_json(done, {**told, "seconds": took})
     return found, took
+
+
+def _code_hash() -> str:
+    """Hash over the package's modules: a notebook runs again with newer code, on the trainings and pictures it has."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:

@@ -103,11 +103,18 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
         Section(
             "What a win-rate does not show",
             [
-                "Drift from the base on the judged prompts and on neutral ones, in shares of the pixel range; spread "
-                "within a prompt, in the same unit; mean scores. For systems tuned on a scorer: whether that "
-                f"scorer rose, and which others fell meanwhile.{' Of the first seed.' if many else ''}"
+                "Drift from the base on the judged prompts, each system at its own guidance scale, and on neutral "
+                "ones, all at the plain scale, in shares of the pixel range; spread within a prompt, in the same unit; "
+                "mean scores. For systems tuned on a scorer: whether that scorer rose, and which others fell meanwhile."
+                f"{' Of the first seed.' if many else ''}"
             ],
-            [("", _read(main / "monitors.csv", _named))],
+            [
+                ("", _read(main / "monitors.csv", _named)),
+                (
+                    "Systems tuned on a scorer, at the scale at which they drew meanwhile",
+                    _read(main / "own_rewards.csv", _named),
+                ),
+            ],
         ),
     ]
     if (folder / "ablations").is_dir():

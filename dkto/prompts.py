@@ -4,6 +4,7 @@
     load_prompts("hps_v2")                    HPS v2 benchmark: anime, concept-art, paintings, photo
     load_prompts("parti_prompts")             PartiPrompts, its categories as styles
     load_prompts("pick_a_pic_test")           captions of the Pick-a-Pic test split, each once
+    load_prompts("pick_a_pic_validation")     those of its validation split, to choose settings on
     load_prompts("my/prompts.txt")            one a line; also .tsv, .csv, .json, .jsonl, .parquet, or a folder of them
 
 Sets of the hub are fetched once; another mirror is one argument away: `load_prompts("hps_v2", hub_id="ymhao/HPDv2")`.
@@ -125,8 +126,9 @@ HUB_SETS = {
     ),
     "parti_prompts": HubSet("nateraw/parti-prompts", ("PartiPrompts.tsv",)),
     "pick_a_pic_test": HubSet("pickapic-anonymous/pickapic_v1", ("data/test-*.parquet",)),
+    "pick_a_pic_validation": HubSet("pickapic-anonymous/pickapic_v1", ("data/validation-*.parquet",)),
 }
-WORLD_SETS = ("world_test", "world_validation", "world_neutral")
+WORLD_SETS = ("world_test", "world_validation", "world_neutral", "world_train")
 PROMPT_SETS = (*WORLD_SETS, "neutral", *HUB_SETS)
 
 
@@ -161,6 +163,29 @@ def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: s
     return found.take(count, seed)
 
 
+def check_disjoint(*, judged: Iterable[str], **others: Iterable[str]) -> None:
+    """See to it that no judged prompt was used before: settings that were chosen, or weights trained, on it know it.
+
+    Args:
+        judged: the prompts of a comparison.
+        others: prompts of validation or training, by what they were used for.
+
+    Raises:
+        ValueError: if a prompt is among both; the sentence names the first.
+
+    >>> check_disjoint(judged=["a star"], validation=["a ring"], training=["a dot"])
+    """
+    judged = list(dict.fromkeys(judged))
+    for name, prompts in others.items():
+        used = set(prompts)
+        shared = [prompt for prompt in judged if prompt in used]
+        if shared:
+            raise ValueError(
+                f"judged and {name} prompts must differ, but share {len(shared)} of {len(judged)}, "
+                f"the first {shared[0]!r}"
+            )
+
+
 def read_prompts(path: str | Path) -> PromptSet:
     """Prompts of a file, or of a folder whose files are the styles; formats as in `load_prompts`."""
     path = Path(path)
@@ -188,7 +213,7 @@ def _unique(name: str, rows: Iterable[tuple[str, str]], source: object) -> Promp
 
 
 def _world_prompts(name: str, count: int, seed: int) -> PromptSet:
-    """Test or validation prompts by style; the neutral ones are test prompts on grey without red or pink."""
+    """Prompts of a split by style; the neutral ones are test prompts on grey without red or pink."""
     neutral = name == "world_neutral"
     found = [prompt for prompt in prompts_for("test", WORLD_COUNT, seed) if _is_neutral(prompt)] if neutral else []
     most = len(found) if neutral else WORLD_MOST
@@ -270,8 +295,16 @@ def _table_rows(frame: pd.DataFrame, path: object) -> list[tuple[str, str]]:
         return []
     prompt = _find_column(frame.columns, PROMPT_COLUMNS, path)
     style = next((c for c in frame.columns if str(c).lower() in STYLE_COLUMNS), None)
-    styles = [""] * len(frame) if style is None else ["" if pd.isna(s) else str(s) for s in frame[style]]
+    styles = [""] * len(frame) if style is None else [_style(s, path, row) for row, s in enumerate(frame[style])]
     return [(_text(text, path, row), styles[row]) for row, text in enumerate(frame[prompt])]
+
+
+def _style(value: object, path: object, row: int) -> str:
+    if isinstance(value, str | int | np.integer):
+        return str(value)
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    raise ValueError(f"{path}, row {row}: style must be text, got {value!r}")
 
 
 def _find_column(columns: Iterable, wanted: tuple[str, ...], path: object) -> object:

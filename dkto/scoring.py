@@ -161,9 +161,15 @@ class _Table:
     def _check_source(self) -> None:
         """A folder's scores come from one model and are of one set of pictures; others are not mixed in."""
         path, name, remedy = self.path.with_suffix(".json"), scorer_name(self.scorer), "remove that file and its .json"
-        if not path.exists():
+        if not path.exists() and not self.path.exists():
             return
-        stored, about = json.loads(path.read_text()), self._about()
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} holds scores, but {path.name} does not say whose: {error}; {remedy}"
+            ) from error
+        about = self._about()
         if stored.pop("pictures", None) != about.pop("pictures"):
             raise ValueError(
                 f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "

@@ -18,6 +18,7 @@ from dkto.embedded.pool import TASTES, compare_pool, likes_of, make_pool
 from dkto.embedded.scenes import prompts_for
 from dkto.generate import System
 from dkto.models import SMALL_WORLD
+from dkto.scorers import RULES_ON_PIXELS, WORLD_SCORERS
 from dkto.search_config import SearchConfig
 from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
@@ -71,9 +72,11 @@ def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
 def online_settings(online_steps: int, reward: str) -> dict[str, dict[str, object]]:
     """What AlignProp and D3PO are always told on the small world: short chains, few steps.
 
-    AlignProp needs a reward with a gradient: the user's measure if it has one, its aesthetic part otherwise.
+    AlignProp needs a reward with a gradient: the user's measure if it has one. Of the small world's rules those that
+    have none (fidelity, utility) give way to the part that has, `world_aesthetics`.
     """
-    differentiable = reward if reward in ("world_redness", "world_aesthetics") else "world_aesthetics"
+    without = reward in WORLD_SCORERS and reward not in RULES_ON_PIXELS
+    differentiable = "world_aesthetics" if without else reward
     shared = {"max_train_steps": online_steps, "sampling_steps": 8, "warmup_steps": 0}
     return {
         "alignprop": {**shared, "batch_size": 16, "reward": differentiable},

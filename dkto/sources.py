@@ -112,7 +112,7 @@ def read_frame(source: Path) -> pd.DataFrame:
             case ".csv":
                 return pd.read_csv(source, dtype=str, keep_default_na=False)
             case ".jsonl":
-                lines = source.read_text().splitlines()
+                lines = source.read_text(encoding="utf-8").split("\n")
                 return pd.DataFrame([_object(line, row) for row, line in enumerate(lines, 1) if line.strip()])
             case ".parquet":
                 return pd.read_parquet(source)

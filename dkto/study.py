@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -100,9 +101,7 @@ def make_study(
     key, questions = output_dir / "key.json", output_dir / "questions.json"
     if key.exists():
         claim(key, {**about, **asked}, "a study")
-    elif questions.exists():
-        raise FileNotFoundError(f"{output_dir} holds a study whose key.json is missing: put it back")
-    salt = json.loads(key.read_text())["salt"] if key.exists() else secrets.randbits(64)
+    salt = _read_key(output_dir)["salt"] if key.exists() or questions.exists() else secrets.randbits(64)
     a_is_ours = np.random.default_rng([salt, 1]).random(len(rows)) < 0.5
     if not questions.exists():
         for folder in (output_dir / "images", output_dir / "answers"):
@@ -174,7 +173,7 @@ class StudySession:
             raise KeyError(f"the study has no judge {judge!r}; its judges: {', '.join(self.about['judges'])}")
         self.judge, self.plan = judge, self.about["judges"][judge]
         self.path = self.folder / "answers" / f"{judge}.jsonl"
-        self.lines = _read_answers(self.path)
+        self.lines = _read_answers(self.path, len(self.about["prompts"]))
 
     @property
     def question(self) -> str:
@@ -242,21 +241,43 @@ class StudySession:
 def _read_study(folder: Path) -> dict:
     if not (folder / "questions.json").is_file():
         raise FileNotFoundError(f"{folder} holds no study (questions.json is missing)")
-    return json.loads((folder / "questions.json").read_text())
+    return _read_json(folder / "questions.json")
 
 
-def _read_answers(path: Path) -> list[dict]:
-    """Every whole line; one that was cut short (no JSON at its end) is passed over."""
+def _read_key(folder: Path) -> dict:
+    if not (folder / "key.json").is_file():
+        raise FileNotFoundError(f"{folder} holds a study whose key.json is missing: put it back")
+    return _read_json(folder / "key.json")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): put back the file that make_study wrote") from error
+
+
+def _read_answers(path: Path, questions: int) -> list[dict]:
+    """Every whole line; one that a kill cut short is passed over with a warning."""
     if not path.exists():
         return []
     found = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not text:
+            continue
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            continue
-        if not isinstance(line, dict) or line.get("choice") not in (*SIDES, UNDONE) or "question" not in line:
-            raise ValueError(f"{path}, line {number}: expected an answer with question and choice, got {text!r}")
+            line = None
+            if text.startswith("{"):
+                warnings.warn(f"{path}, line {number} was cut short and is left out: {text!r:.80}", stacklevel=2)
+                continue
+        asked = line.get("question") if isinstance(line, dict) else None
+        if type(asked) is not int or not 0 <= asked < questions or line.get("choice") not in (*SIDES, UNDONE):
+            raise ValueError(
+                f"{path}, line {number}: expected a question in [0, {questions - 1}] and a choice of "
+                f"{', '.join((*SIDES, UNDONE))}, got {text!r:.80}"
+            )
         found.append(line)
     return found
 
@@ -269,7 +290,7 @@ def read_answers(study_dir: str | Path) -> pd.DataFrame:
         ValueError: if an answer on disk cannot be read.
     """
     folder = Path(study_dir)
-    about, key = _read_study(folder), json.loads((folder / "key.json").read_text())
+    about, key = _read_study(folder), _read_key(folder)
     rows = []
     for judge, plan in about["judges"].items():
         for number, side in sorted(StudySession(folder, judge).answers.items()):
@@ -330,7 +351,7 @@ def study_result(study_dir: str | Path) -> StudyResult:
         ValueError: if there is no answer yet.
     """
     folder = Path(study_dir)
-    about, key = _read_study(folder), json.loads((folder / "key.json").read_text())
+    about, key = _read_study(folder), _read_key(folder)
     answers = read_answers(folder)
     if answers.empty:
         raise ValueError(f"{folder} has no answer yet")

@@ -122,12 +122,18 @@ def share_data(
         seed: of the shuffled likes.
 
     Raises:
-        ValueError: if "dpo" is asked for without comparisons.
+        ValueError: if "dpo" is asked for without comparisons, or an online system with a prompt of several lines.
     """
     folder, names = Path(folder), check_systems(names)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = "\n".join(dict.fromkeys(table.prompts)) + "\n"
-    write_atomically(folder / "prompts.txt", lambda part: part.write_text(prompts))
+    prompts = list(dict.fromkeys(table.prompts))
+    broken = [prompt for prompt in prompts if "\n" in prompt]
+    if broken and set(names) & set(ONLINE):
+        raise ValueError(
+            f"systems that draw while they learn take one prompt a line, but {broken[0]!r} has a line break"
+        )
+    text = "\n".join(prompts) + "\n"
+    write_atomically(folder / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
     data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
     for style in CSFT_PREFIXES if "csft" in names else [None]:
         prepare_feedback(table, data.likes, model, csft=style)
@@ -309,9 +315,24 @@ def settings_origin(found: Mapping) -> str:
     if "tries" in search:
         tries, prompts, seed = (search[name] for name in ("tries", "validation_prompts", "seed"))
         found_by = f"Settings: the best of {tries} tries for every method on {prompts} validation prompts, seed {seed}."
-        return f"{found_by} {search.get('ranges', '')}".rstrip()
+        return " ".join(filter(None, [found_by, search.get("ranges", ""), _at_ends(search.get("tried", []))]))
     how = search.get("by_hand", "how is not recorded")
     return f"Settings: not from a search with equal budgets ({how}); `dkto paper-search` makes one."
+
+
+def _at_ends(tried: Sequence[Mapping]) -> str:
+    """Which chosen settings lie at an end of three or more values that were tried: the best may lie beyond."""
+    frame = pd.DataFrame([{"method": row["method"], "chosen": row["chosen"], **row["settings"]} for row in tried])
+    found: dict[str, list[str]] = {}
+    for method, rows in frame.groupby("method", sort=False) if len(frame) else ():
+        for knob in rows.columns.drop(["method", "chosen"]):
+            values = rows[knob].dropna()
+            chosen = values[rows.loc[values.index, "chosen"]]
+            ranged = pd.api.types.is_numeric_dtype(values) and values.nunique() > 2
+            if ranged and chosen.isin([values.min(), values.max()]).any():
+                found.setdefault(knob, []).append(str(method))
+    told = "; ".join(f"{knob} of {', '.join(methods)}" for knob, methods in found.items())
+    return f"Chosen at an end of the values tried, so that better ones may lie beyond: {told}." if told else ""
 
 
 def write_settings(path: str | Path, settings: Mapping, guidance: float, search: Mapping) -> Path:

@@ -4,7 +4,7 @@ from PIL import Image
 
 from dkto.embedded.scenes import parse, prompts_for
 from dkto.embedded.users import tint_red
-from dkto.evaluate import compare, flat_metrics, mean_scores, medians, scorer_agreement, win_rate_table
+from dkto.evaluate import compare, flat_metrics, mean_scores, medians, outcomes, scorer_agreement, win_rate_table
 from dkto.generate import image_path, read_manifest
 from dkto.records import write_json
 from dkto.scorers import score
@@ -48,6 +48,9 @@ def test_the_table_and_its_flat_keys(folders):
     assert metrics["win_rate/red_vs_plain/world_redness"] == 1.0
     assert metrics["win_rate/red_vs_plain/world_redness/n"] == 6
     assert metrics["win_rate/red_vs_plain/world_redness/low"] < 1.0
+    assert outcomes(folders["red"], folders["plain"], "world_redness").tolist() == [1.0] * 6
+    assert outcomes(folders["plain"], folders["red"], "world_redness").tolist() == [0.0] * 6
+    assert outcomes(folders["red"], folders["red"], "world_redness").tolist() == [0.5] * 6
     means = mean_scores(folders, ["world_redness"])
     assert means.loc["red", "world_redness"] > means.loc["plain", "world_redness"]
 
@@ -66,6 +69,8 @@ def test_unequal_prompts_are_not_compared(folders):
         win_rate_table(folders, "red", ["plain"], ["world_redness"])
     with pytest.raises(ValueError, match="cannot be compared: seed differ"):
         mean_scores(folders, ["world_redness"])
+    with pytest.raises(ValueError, match="folders must hold at least one method, got none"):
+        mean_scores({}, ["world_redness"])
     with pytest.raises(KeyError, match="unknown method 'blue'; known: plain, red"):
         win_rate_table(folders, "blue", ["plain"], ["world_redness"])
 

@@ -279,6 +279,21 @@ def test_tables_refuse_unequal_lengths():
         FeedbackTable((None,), ("a", "b"), np.array([True]), np.array([-1]))
 
 
+def test_a_user_who_contradicts_himself_turns_likes_and_comparisons():
+    likes = [True, False] * 500
+    table = make_feedback([f"{i}.png" for i in range(1000)], [f"p{i // 2}" for i in range(1000)], likes)
+    compared = replace(table, comparisons=np.arange(1000).reshape(500, 2))
+    turned = compared.flipped(0.3, seed=1)
+    share = (turned.is_desirable != compared.is_desirable).mean()
+    swapped = (turned.comparisons[:, 0] != compared.comparisons[:, 0]).mean()
+    assert 0.25 < share < 0.35 and 0.22 < swapped < 0.38
+    assert (np.sort(turned.comparisons, axis=1) == compared.comparisons).all() and turned.images == table.images
+    assert (compared.flipped(0.3, seed=1).is_desirable == turned.is_desirable).all()
+    assert (table.flipped(0.0).is_desirable == table.is_desirable).all() and table.flipped(0.3).comparisons is None
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 0\.5\], got 0\.6"):
+        table.flipped(0.6)
+
+
 def test_shuffled_likes_keep_images_and_class_sizes():
     table = make_feedback([f"{i}.png" for i in range(40)], ["p"] * 40, [i < 20 for i in range(40)])
     control = table.shuffled_likes(0)

@@ -64,6 +64,7 @@ SMALL: dict[str, dict[str, object]] = {
         "guidance_scales": [1.0, 3.0],
         "validation_prompts": 4,
         "sampling_steps": 3,
+        "neutral_set": "neutral",
         "processes": 0,
     },
     "51_ablations": {
@@ -88,6 +89,7 @@ SMALL: dict[str, dict[str, object]] = {
         "prompts": 4,
         "images_per_prompt": 2,
         "sampling_steps": 3,
+        "neutral_set": "neutral",
         "processes": 0,
     },
     "53_qualitative_grid": {"columns": 4},

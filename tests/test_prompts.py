@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dkto.embedded.scenes import STYLES, parse, prompts_for, split_of
-from dkto.prompts import HUB_SETS, PROMPT_SETS, WORLD_SETS, PromptSet, load_prompts, read_prompts
+from dkto.prompts import HUB_SETS, PROMPT_SETS, WORLD_SETS, PromptSet, check_disjoint, load_prompts, read_prompts
 
 
 def test_the_worlds_test_prompts_are_by_style_and_none_is_a_training_prompt():
@@ -141,6 +141,11 @@ def test_without_the_hub_one_sentence_says_what_to_do(hub, name):
         ("x.json", "3", r"x\.json must hold a list of prompts, a list of rows, or lists of prompts by style"),
         ("x.json", '["a", 3]', "must hold a list of prompts"),
         ("x.json", '{"toy": ["a", " "]}', "row 1: prompt must be text, got ' '"),
+        (
+            "x.json",
+            '[{"prompt": "a", "style": ["toy", "icon"]}]',
+            r"x\.json, row 0: style must be text, got \['toy', 'icon'\]",
+        ),
         ("x.txt", "\n \n", r"x\.txt holds no prompt"),
         ("x.csv", "", r"x\.csv holds no prompt"),
         (
@@ -179,6 +184,16 @@ def test_what_spreadsheets_write_is_read_as_it_stands(tmp_path):
 def test_a_world_set_says_how_many_prompts_it_has(name, count):
     with pytest.raises(ValueError, match=rf"count must be in \[0, \d+\] for prompt set {name}, .* got {count}"):
         load_prompts(name, count=count)
+
+
+def test_judged_prompts_were_not_used_before():
+    check_disjoint(judged=["a", "b"], validation=["c"], training=[])
+    with pytest.raises(ValueError, match="judged and validation prompts must differ, but share 2 of 3, the first 'b'"):
+        check_disjoint(judged=["a", "b", "b", "c"], validation=["c", "b"])
+    some, more = (load_prompts("world_validation", count=count, seed=0).prompts for count in (4, 8))
+    with pytest.raises(ValueError, match="judged and training prompts must differ, but share 4 of 8"):
+        check_disjoint(judged=more, validation=[], training=some)
+    assert {split_of(prompt) for prompt in load_prompts("world_train", count=40).prompts} == {"train"}
 
 
 def test_parquet_without_prompts_is_refused(tmp_path):

@@ -117,6 +117,41 @@ def test_an_edited_function_is_another_scorer_and_its_comments_are_not(folder, t
         score_images(folder, mine("    return [2.0] * len(images)"))
 
 
+def test_functions_of_one_text_that_close_over_different_values_are_different_scorers(folder):
+    def times(factor, shift=0.0):
+        def made(images, prompts, *, shift=shift):
+            return [factor * value + shift for value in brightness(images, prompts)]
+
+        return made
+
+    first = score_images(folder, times(1))
+    assert (score_images(folder, times(1)) == first).all()
+    for other in (times(100), times(1, shift=1.0)):
+        with pytest.raises(ValueError, match=r"scores of another made \(code: "):
+            score_images(folder, other)
+    with pytest.raises(ValueError, match="scorer made closes over something that cannot be hashed"):
+        score_images(folder, times(lambda value: value))
+
+
+def test_a_scorer_whose_scores_could_not_be_known_again_is_refused(folder):
+    class Silent:
+        def __call__(self, images, prompts):
+            return [0.0] * len(images)
+
+    with pytest.raises(
+        ValueError, match="scorer Silent needs an attribute `about`, a dict of what its values depend on"
+    ):
+        score_images(folder, Silent())
+    score_images(folder, brightness)
+    card = folder / "scores" / "brightness.json"
+    for damage in (lambda: card.write_text("{"), card.unlink):
+        damage()
+        with pytest.raises(
+            ValueError, match=r"brightness\.parquet holds scores, but brightness\.json does not say whose"
+        ):
+            score_images(folder, brightness)
+
+
 def test_scores_of_former_prompts_do_not_pass_for_missing_pictures(folder):
     score_images(folder, brightness)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -26,6 +26,8 @@ def test_alignprop_is_given_a_reward_that_has_a_gradient():
     assert online_settings(5, "world_utility")["alignprop"]["reward"] == "world_aesthetics"
     assert online_settings(5, "world_redness")["alignprop"]["reward"] == "world_redness"
     assert online_settings(5, "world_utility")["d3po"]["reward"] == "world_utility"
+    for own in ("pickscore", "laion_aesthetics", "world_preference"):
+        assert online_settings(5, own)["alignprop"]["reward"] == own
 
 
 def test_a_search_keeps_the_best_try_of_each_method(tmp_path):

@@ -291,6 +291,21 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
         study_result(study)
     with pytest.raises(FileNotFoundError, match=r"holds no study \(questions\.json is missing\)"):
         StudySession(tmp_path / "nothing", "ann")
-    (study / "answers" / "ann.jsonl").write_text('{"question": 0, "choice": "left"}\n{"vote": 3}\n')
-    with pytest.raises(ValueError, match=r"ann\.jsonl, line 2: expected an answer with question and choice"):
-        StudySession(study, "ann")
+    whole = '{"question": 0, "choice": "left"}\n'
+    wrong = ["-1", "20", '"3"', "1.0", "true", "[1]"]
+    for line in ('{"vote": 3}', "left", "[0]", *(f'{{"question": {value}, "choice": "left"}}' for value in wrong)):
+        (study / "answers" / "ann.jsonl").write_text(f"{whole}{line}\n")
+        with pytest.raises(
+            ValueError, match=r"ann\.jsonl, line 2: expected a question in \[0, 19\] and a choice of left"
+        ):
+            StudySession(study, "ann")
+    (study / "answers" / "ann.jsonl").write_text(whole)
+    for name, reader in (("key.json", read_answers), ("questions.json", lambda folder: StudySession(folder, "ann"))):
+        text = (study / name).read_text()
+        (study / name).write_text(text[:40])
+        with pytest.raises(ValueError, match=rf"{name} is damaged \(.*put back the file that make_study wrote"):
+            reader(study)
+        (study / name).write_text(text)
+    (study / "key.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds a study whose key\.json is missing: put it back"):
+        read_answers(study)

@@ -7,11 +7,12 @@ from dkto.config import TrainConfig
 from dkto.embedded.pool import compare_pool, likes_of, make_pool
 from dkto.embedded.scenes import prompts_for
 from dkto.feedback import make_feedback
-from dkto.generate import System
+from dkto.generate import System, read_manifest
 from dkto.models import load_model
 from dkto.online_config import OnlineConfig
 from dkto.prepare import PreparedFeedback
 from dkto.records import read_records
+from dkto.scoring import score_images
 from dkto.systems import (
     OFFLINE,
     ONLINE,
@@ -118,7 +119,14 @@ def test_settings_reach_the_kind_of_training_that_knows_them(data, tmp_path):
 def test_the_guidance_sweep_scores_every_scale(tmp_path, tiny_pipeline):
     systems = {"base": System(model=str(tiny_pipeline), steps=2), "kto": System(model=str(tiny_pipeline), steps=3)}
     found = sweep_guidance(systems, [1.0, 3.0], ["a star"], "world_redness", tmp_path)
-    assert list(found) == [1.0, 3.0] and list(found.index) == ["base", "kto"] and np.isfinite(found.to_numpy()).all()
+    assert list(found) == [1.0, 3.0] and list(found.index) == ["base", "kto"]
+    for name, system in systems.items():
+        for scale in found:
+            folder = tmp_path / f"{name}-{scale:g}"
+            drawn = read_manifest(folder)["system"]
+            assert (drawn["guidance"], drawn["steps"]) == (scale, system.steps)
+            assert found.loc[name, scale] == score_images(folder, "world_redness").mean()
+    assert found.loc["base", 1.0] != found.loc["base", 3.0]
 
 
 def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline, likes):
@@ -131,8 +139,23 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
     with pytest.raises(ValueError, match="'base_best_guidance' needs a scale"):
         sampled_as({}, ["base_best_guidance"], System())
     lonely = make_feedback(likes.images[:2], ["a", "b"], [True, False])
+    torn = make_feedback(likes.images[:2], ["a\nb", "b"], [True, False])
+    with pytest.raises(ValueError, match=r"take one prompt a line, but 'a\\nb' has a line break"):
+        share_data(torn, tmp_path, str(tiny_pipeline), ["d3po"])
     with pytest.raises(ValueError, match="system 'dpo' needs comparisons"):
         share_data(lonely, tmp_path, str(tiny_pipeline), ["dpo"])
+
+
+def test_settings_at_an_end_of_what_was_tried_are_named():
+    def tried(method, knob, values, chosen):
+        return [{"method": method, "settings": {knob: v, "style": "x"}, "chosen": v == chosen} for v in values]
+
+    rows = tried("sft", "learning_rate", (1, 2, 3), 3) + tried("kto", "learning_rate", (1, 2, 3), 2)
+    rows += tried("dpo", "beta", (1, 2, 3), 1) + tried("csft", "beta", (1, 2), 1)
+    told = settings_origin({"search": {"tries": 3, "validation_prompts": 4, "seed": 0, "tried": rows}})
+    assert told.endswith(" so that better ones may lie beyond: learning_rate of sft; beta of dpo.")
+    middle = {"tries": 3, "validation_prompts": 4, "seed": 0, "tried": tried("kto", "beta", (1, 2, 3), 2)}
+    assert "end of" not in settings_origin({"search": middle})
 
 
 def test_a_search_result_is_kept_and_read(tmp_path):

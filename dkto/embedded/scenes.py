@@ -14,6 +14,7 @@ no prompt is ever in two splits.
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -141,11 +142,16 @@ def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) 
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return list(_prompts_for(split, count, seed, two_things))
+
+
+@lru_cache(maxsize=32)
+def _prompts_for(split: str, count: int, seed: int, two_things: float) -> tuple[str, ...]:
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     wanted: dict[str, None] = {}
     for _ in range(200 * count + 2_000):
         if len(wanted) == count:
-            return list(wanted)
+            return tuple(wanted)
         scene = random_scene(rng, two_things)
         text = caption(scene)
         if scene.style == STYLES[len(wanted) % len(STYLES)] and split_of(text) == split:

@@ -14,6 +14,7 @@ LAION aesthetics score.
 import ast
 import hashlib
 import inspect
+import pickle
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dkto import quiet  # noqa: F401  (before transformers, which speaks while it is imported)
 from dkto.embedded.pixel_rules import aesthetics_pixels
 from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
 from dkto.scorers.hps import HPS
@@ -149,19 +151,35 @@ def scorer_name(scorer: str | Scorer) -> str:
 def describe(scorer: Scorer) -> dict:
     """What a scorer's values depend on, kept beside them: model, weights, scale, or a hash of a plain function's code.
 
-    The hash is of the function's own statements: comments and layout do not count, and neither do functions that
-    it calls.
+    The hash is of the function's own statements and of the values that it closes over: comments and layout do not
+    count, and neither do functions that it calls.
+
+    Raises:
+        ValueError: if a scorer that is no plain function does not tell; its scores could not be told from others'.
 
     >>> list(describe(SCORERS["world_redness"]))
     ['code']
     """
-    if hasattr(scorer, "about") or not inspect.isfunction(scorer):
-        return dict(getattr(scorer, "about", {}))
+    if hasattr(scorer, "about"):
+        return dict(scorer.about)
+    if not inspect.isfunction(scorer):
+        raise ValueError(
+            f"scorer {scorer_name(scorer)} needs an attribute `about`, a dict of what its values depend on: by it "
+            "stored scores are known again"
+        )
     try:
-        text = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(scorer))))
+        code: object = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(scorer))))
     except (OSError, SyntaxError):  # typed in without a file, or a part of a longer line
-        text = repr((scorer.__code__.co_code, scorer.__code__.co_names, scorer.__code__.co_varnames))
-    return {"code": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        code = (scorer.__code__.co_code, scorer.__code__.co_names, scorer.__code__.co_varnames)
+    closed = [cell.cell_contents for cell in scorer.__closure__ or ()]
+    try:
+        told = pickle.dumps((code, closed, scorer.__defaults__, scorer.__kwdefaults__), protocol=4)
+    except Exception as error:
+        raise ValueError(
+            f"scorer {scorer_name(scorer)} closes over something that cannot be hashed ({error}): give it an attribute "
+            "`about`, a dict of what its values depend on"
+        ) from error
+    return {"code": hashlib.sha256(told).hexdigest()[:16]}
 
 
 def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -111,8 +111,6 @@ class ClipWithTokenizer(nn.Module):
         """From transformers' layout, safetensors only."""
         from transformers import CLIPModel, CLIPTokenizer
 
-        from dkto import quiet  # noqa: F401  (no loading bars)
-
         model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         return cls(model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(tokenizer_folder))
 
