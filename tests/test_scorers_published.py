@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import published_models as published
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skimage import data
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
@@ -181,6 +183,17 @@ def test_pickscore_is_transformers_own_logit(tiny_clip, tokenizer, photographs):
     expected = logits(tiny_clip, tokenizer, photographs)
     np.testing.assert_allclose(score(scorer, photographs, PROMPTS), expected, rtol=1e-4, atol=1e-5)
     assert np.ptp(expected) > 0.05
+
+
+@pytest.mark.parametrize("kind", [PickScore, CLIPScore])
+def test_a_model_that_was_trained_anew_in_its_folder_is_another_scorer(kind, tiny_clip, tmp_path):
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "model"))
+    scorer = kind(model=str(folder))
+    before = scorer.about
+    assert before == scorer.about and "weights" not in kind().about, "a hub id says which weights"
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, folder / "model.safetensors")
+    assert scorer.about["weights"] != before["weights"]
 
 
 def test_clip_score_is_the_cosine(tiny_clip, tokenizer, photographs):

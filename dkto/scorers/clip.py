@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
-from dkto.scorers.weights import model_folder
+from dkto.scorers.weights import model_about, model_folder
 
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -36,7 +36,7 @@ class CLIPScore(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        return {"model": self.model, "scale": "cosine"}
+        return {**model_about(self.model), "scale": "cosine"}
 
     def load(self) -> ClipWithTokenizer:
         folder = clip_folder(self.model, self.name)

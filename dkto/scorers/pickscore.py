@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dkto.scorers.clip import CLIP_H14, MODEL_FILES, MODEL_INDEX, tokenizer_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
-from dkto.scorers.weights import model_folder
+from dkto.scorers.weights import model_about, model_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PickScore(NetworkScorer):
 
     @property
     def about(self) -> dict[str, str]:
-        return {"model": self.model, "tokenizer": self.tokenizer, "scale": "exp(logit_scale) * cosine"}
+        return {**model_about(self.model), "tokenizer": self.tokenizer, "scale": "exp(logit_scale) * cosine"}
 
     def load(self) -> ClipWithTokenizer:
         folder = model_folder(self.model, self.name, MODEL_FILES, MODEL_INDEX, "3.9 GB")

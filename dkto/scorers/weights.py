@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dkto.models.base import weights_fingerprint
 from dkto.records import write_atomically, write_json
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
@@ -127,6 +128,18 @@ def model_folder(
         if re.fullmatch(r"[0-9a-f]{64}", announced):
             check_sha256(path, announced)
     return folder
+
+
+def model_about(source: str) -> dict[str, str]:
+    """What a scorer tells of its model: which it is and, of a folder, a hash of its weights, which may be trained anew.
+
+    Args:
+        source: path or hub id.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"model": source}
+    return {"model": source, "weights": weights_fingerprint(sorted(folder.rglob("*.safetensors")))}
 
 
 def _announced_sha256(folder: Path, path: Path) -> str:
