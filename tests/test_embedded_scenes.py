@@ -53,5 +53,5 @@ def test_prompts_depend_on_the_seed_and_nothing_else():
 def test_unknown_split_and_too_many_prompts():
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         prompts_for("dev", 3)
-    with pytest.raises(ValueError, match="fewer than 2000 prompts"):
-        prompts_for("validation", 2_000, two_things=0.0)
+    with pytest.raises(ValueError, match="fewer than 400 prompts"):
+        prompts_for("validation", 400, two_things=0.0)

@@ -183,10 +183,12 @@ def test_a_killed_judge_loses_no_answer(study):
     whole = path.read_text().count("\n")
     with path.open("a") as stream:
         stream.write('{"question": 1, "cho')
-    session = StudySession(study, "ann")
+    with pytest.warns(UserWarning, match=rf"ann\.jsonl, line {whole + 1} was cut short and is left out"):
+        session = StudySession(study, "ann")
     assert len(session.answers) == whole >= 3
     finish(session, lambda pair: True)
-    assert len(StudySession(study, "ann").answers) == 20
+    with pytest.warns(UserWarning, match=rf"ann\.jsonl, line {whole + 1} was cut short"):
+        assert len(StudySession(study, "ann").answers) == 20
 
 
 def test_the_result_counts_prompts_by_majority_with_its_interval(study):
