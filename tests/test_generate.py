@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from dkto.generate import (
     PRECISIONS,
     System,
+    computes_bfloat16,
     draw,
     generate_all,
     generate_images,
@@ -90,7 +91,18 @@ def test_images_that_no_manifest_tells_of_are_not_taken(tiny_pipeline, tmp_path)
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
 
 
-def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path):
+def test_bfloat16_is_advised_against_where_the_processor_lacks_it(tiny_pipeline, tmp_path, monkeypatch):
+    system = System(model=str(tiny_pipeline), steps=1, precision="bfloat16")
+    for found, expected in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=found: found)
+        assert computes_bfloat16() == expected or torch.cuda.is_available()
+    monkeypatch.setattr("dkto.generate.computes_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="this processor does not compute in bfloat16: float32 is many times as fast"):
+        generate_images(system, PROMPTS[:1], tmp_path / "slow", images_per_prompt=1)
+
+
+def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.generate.computes_bfloat16", lambda: True)  # slow elsewhere, and the same
     drawn = {}
     for precision in PRECISIONS:
         system = System(model=str(tiny_pipeline), steps=4, precision=precision)
