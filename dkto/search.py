@@ -22,7 +22,7 @@ from dkto.scorers import RULES_ON_PIXELS, WORLD_SCORERS
 from dkto.search_config import SearchConfig
 from dkto.systems import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
 
-GUIDANCE_SCALES = (5.0, 7.5, 10.0, 15.0)
+GUIDANCE_SCALES = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
 CHECKPOINT_EVERY = 20
 _DROPPED = {"prompt_dropout": 0.2}
 _RATES, _ADAPTER_RATES = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
