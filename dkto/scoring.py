@@ -126,7 +126,8 @@ class _Table:
         self.prompts: list[str] = manifest["prompts"]
         self.images_per_prompt: int = manifest["images_per_prompt"]
         drawn = {key: manifest.get(key) for key in ("system", "weights", "prompts", "images_per_prompt", "seed")}
-        self.pictures = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
+        pictures = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
+        self.about = {**describe(get_scorer(scorer)), "pictures": pictures}  # once: it may hash a model's weights
         self.path = folder / "scores" / f"{scorer_name(scorer)}.parquet"
         self.rows: dict[tuple[int, int], tuple[float, int, int]] = {}
         self.written, self.last_write = 0, time.monotonic()
@@ -169,7 +170,7 @@ class _Table:
             raise ValueError(
                 f"{self.path} holds scores, but {path.name} does not say whose: {error}; {remedy}"
             ) from error
-        about = self._about()
+        about = dict(self.about)
         if stored.pop("pictures", None) != about.pop("pictures"):
             raise ValueError(
                 f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "
@@ -185,9 +186,6 @@ class _Table:
                 f"{self.path} holds scores of another {name} ({'; '.join(differs)}): {remedy} to score anew, "
                 "or give the scorer another name"
             )
-
-    def _about(self) -> dict:
-        return {**describe(get_scorer(self.scorer)), "pictures": self.pictures}
 
     @property
     def missing(self) -> list[tuple[int, int]]:
@@ -206,7 +204,7 @@ class _Table:
         self.path.parent.mkdir(exist_ok=True)
         with _held(self.path.parent):
             self.rows = self._stored() | self.rows
-            write_json(self.path.with_suffix(".json"), self._about())
+            write_json(self.path.with_suffix(".json"), self.about)
             rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
             frame = pd.DataFrame(rows, columns=list(COLUMNS))
             write_atomically(self.path, lambda part: frame.to_parquet(part, index=False))
