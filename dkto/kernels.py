@@ -1,19 +1,59 @@
-"""How a notebook's kernel is ended."""
+"""How a notebook's kernel is listened to, and how it is ended."""
 
 import asyncio
 import time
+from queue import Empty
 
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import AsyncKernelManager
 
 PATIENCE = 1.0  # seconds that a kernel has to end when asked, before it is interrupted
+LOOK_EVERY = 1.0  # seconds after which a channel that waits looks for itself whether something came
+
+
+class LookingChannel(AsyncZMQSocketChannel):
+    """A channel that does not miss an answer which came while something was sent.
+
+    A socket announces what came once. Whoever sends on it meanwhile takes that announcement, and Jupyter's own channel
+    then waits for ever for an answer that is there: a cell with sliders, whose state the runner sends back to the
+    kernel while it waits for the cell's end, can stop a notebook so (nbclient's issue 312).
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, object]:
+        """The next message.
+
+        Args:
+            timeout: seconds to wait for it; None waits for ever.
+
+        Raises:
+            queue.Empty: if none came in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, max(0.0, deadline - time.monotonic()))
+            try:
+                return await super().get_msg(left)
+            except Empty:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+
+
+class LookingClient(AsyncKernelClient):
+    """A kernel client that misses no answer, see `LookingChannel`."""
+
+    shell_channel_class = LookingChannel
 
 
 class AskingKernelManager(AsyncKernelManager):
     """A kernel manager for `papermill.execute_notebook(kernel_manager_class=...)` that asks before it interrupts.
 
     Jupyter's own interrupts a kernel first. The runner ends it on the answer to its last request, which
-    the kernel may still be leaving: on a busy machine it then reports an error of a run in which nothing failed.
+    the kernel may still be leaving: on a busy machine it then reports an error of a run in which nothing failed. Its
+    clients miss no answer (`LookingChannel`).
     """
+
+    client_factory = LookingClient
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
         """End the kernel; one that is still there after `PATIENCE`, with a cell that runs, is interrupted, then killed.

@@ -1,14 +1,18 @@
-"""`dkto.kernels`: a kernel that is done ends without a word, one that works on is interrupted."""
+"""`dkto.kernels`: no answer is missed; a kernel that is done ends without a word, one that works on is interrupted."""
 
 import asyncio
 import time
+from queue import Empty
 
 import nbformat
 import pytest
+import zmq
+import zmq.asyncio
+from jupyter_client.session import Session
 from jupyter_core.utils import run_sync
 from nbformat.v4 import new_code_cell, new_notebook
 
-from dkto.kernels import PATIENCE, AskingKernelManager
+from dkto.kernels import PATIENCE, AskingKernelManager, LookingChannel, LookingClient
 from dkto.notebooks import run_notebook
 
 BUSY = 0.1  # seconds that the kernel stays with a request after it answered it
@@ -68,3 +72,36 @@ finally:
     if not now:
         assert cleaned.exists()
         assert waited >= PATIENCE
+
+
+def test_an_answer_that_came_while_something_was_sent_is_not_missed():
+    """Sending takes the socket's only announcement of the answer before the one who waits for it sees it."""
+
+    async def run():
+        session, peer = Session(key=b"k"), zmq.Context.instance().socket(zmq.ROUTER)
+        port, own = peer.bind_to_random_port("tcp://127.0.0.1"), zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        own.setsockopt(zmq.IDENTITY, b"runner")
+        own.connect(f"tcp://127.0.0.1:{port}")
+        channel = LookingChannel(own, session)
+        try:
+            channel.send(session.msg("comm_open"))
+            peer.recv_multipart()
+            waiting = asyncio.create_task(channel.get_msg())
+            await asyncio.sleep(0.1)
+            session.send(peer, "execute_reply", ident=b"runner")
+            time.sleep(0.3)  # it arrives, and nobody looks: the loop stands still
+            channel.send(session.msg("comm_msg"))
+            found = await asyncio.wait_for(waiting, 30)
+            with pytest.raises(Empty):
+                await channel.get_msg(timeout=0.1)
+        finally:
+            channel.close()
+            peer.close(0)
+        return found["msg_type"]
+
+    assert run_sync(run)() == "execute_reply"
+
+
+def test_the_clients_of_a_kernel_look_for_themselves():
+    client = AskingKernelManager().client()
+    assert isinstance(client, LookingClient) and client.shell_channel_class is LookingChannel
