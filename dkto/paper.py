@@ -1,7 +1,7 @@
 """The paper replayed on the small world: notebooks through papermill, one table of numbers, one page to look at.
 
     make paper                     one seed, 50 prompts, ablations with three points, all users
-    make paper PROFILE=quick       the tables and the user who likes red
+    make paper PROFILE=quick       the systems of the paper's tables, their controls, and the user who likes red
     make paper PROFILE=full        a search with equal budgets, three seeds, 500 prompts
 
 Each profile works in a folder of its own; the numbers and the page of the last one lie beside these folders as well.
@@ -30,7 +30,7 @@ from dkto.report import write_report
 from dkto.run_record import source_hash
 from dkto.search import search_settings
 from dkto.search_config import SearchConfig
-from dkto.systems import read_settings, settings_origin
+from dkto.systems import CONTROLS, read_settings, settings_origin
 
 SETTINGS_FILE = "papermill_runs/paper_settings.json"
 
@@ -50,10 +50,11 @@ class Step:
     parameters: Mapping[str, object] = field(default_factory=dict)
 
 
-def _users(**parameters: object) -> list[Step]:
+def _users(others: Mapping[str, object], **parameters: object) -> list[Step]:
+    """The three users with the same parameters but for `others`, which the two get who do not like red."""
     return [
-        Step(f"user_{user}", "52_a_specific_user", {"user": user, **parameters})
-        for user in ("likes_red", "likes_vivid", "prompt_faithful")
+        Step(f"user_{user}", "52_a_specific_user", {"user": user, **parameters, **changes})
+        for user, changes in (("likes_red", {}), ("likes_vivid", others), ("prompt_faithful", others))
     ]
 
 
@@ -61,7 +62,10 @@ def _small(**parameters: object) -> dict[str, object]:
     return {"pool_prompts": 16, "train_steps": 2, "batch_size": 4, "prompts": 4, "images_per_prompt": 1, **parameters}
 
 
-_QUICK = {"train_steps": 80, "prompts": 40, "images_per_prompt": 3}
+_QUICK = {"train_steps": 60, "batch_size": 16, "prompts": 40, "images_per_prompt": 2, "validation_prompts": 8}
+_QUICK |= {"guidance_scales": [3.0, 7.5, 15.0]}
+_OF_THE_TABLES = ["base", *CONTROLS, "sft", "csft", "dpo", "kto", "alignprop"]
+_PLAIN_USER = {"flip_rates": [0.0], "doses": []}  # he neither contradicts himself nor says how many likes it takes
 _FULL = {"prompts": 500, "images_per_prompt": 5, "validation_prompts": 40, "precision": "bfloat16"}
 PROFILES: dict[str, list[Step]] = {
     "tiny": [
@@ -79,23 +83,25 @@ PROFILES: dict[str, list[Step]] = {
         ),
     ],
     "quick": [
-        Step(MAIN, "50_win_rate_tables", {**_QUICK, "pool_prompts": 120, "online_steps": 25}),
+        Step(
+            MAIN, "50_win_rate_tables", {**_QUICK, "systems": _OF_THE_TABLES, "pool_prompts": 120, "online_steps": 25}
+        ),
         Step(
             "user_likes_red",
             "52_a_specific_user",
-            {**_QUICK, "pool_prompts": 240, "user": "likes_red", "train_steps": 60, "flip_rates": [0.0], "doses": []},
+            {**_QUICK, "pool_prompts": 240, "user": "likes_red", **_PLAIN_USER},
         ),
     ],
     "default": [
         Step(MAIN, "50_win_rate_tables"),
         Step("ablations", "51_ablations"),
-        *_users(),
+        *_users(_PLAIN_USER),
         Step("qualitative_grid", "53_qualitative_grid"),
     ],
     "full": [
         Step(f"{MAIN}-0", "50_win_rate_tables", {**_FULL, "seed": 0}),
         Step("ablations", "51_ablations", {"prompts": 200}),
-        *_users(prompts=100, pool_prompts=500, doses=[10, 30, 100, 300, 1000]),
+        *_users({}, prompts=100, pool_prompts=500, doses=[10, 30, 100, 300, 1000]),
         Step("qualitative_grid", "53_qualitative_grid"),
         *(Step(f"{MAIN}-{seed}", "50_win_rate_tables", {**_FULL, "seed": seed}) for seed in (1, 2)),
     ],

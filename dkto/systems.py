@@ -194,6 +194,30 @@ def run_configs(configs: Sequence[AnyConfig], processes: int) -> None:
         (run_online if isinstance(config, OnlineConfig) else run_training)(config)
 
 
+def system_configs(
+    names: Sequence[str],
+    data: SharedData,
+    output_dir: str | Path,
+    common: Mapping[str, object],
+    own: Mapping[str, Mapping[str, object]],
+) -> dict[str, AnyConfig]:
+    """The trainings of systems, by name, for `run_configs`; those that have nothing to train are left out.
+
+    Args:
+        names: of `SYSTEMS`.
+        data: the pictures and likes that all share.
+        output_dir: run `name` lands in `output_dir/name`.
+        common: settings of all (steps, batch size, seed).
+        own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
+    """
+    configs = {}
+    for name in check_systems(names):
+        if name not in UNTRAINED:
+            mine = {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
+            configs[name] = make_config(name, data, Path(output_dir) / name, {**common, **mine})
+    return configs
+
+
 def train_systems(
     names: Sequence[str],
     data: SharedData,
@@ -206,21 +230,13 @@ def train_systems(
     """Train every system that has something to train, some side by side; finished runs are kept.
 
     Args:
-        names: of `SYSTEMS`.
-        data: the pictures and likes that all share.
-        output_dir: run `name` lands in `output_dir/name`.
-        common: settings of all (steps, batch size, seed).
-        own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
+        names, data, output_dir, common, own: see `system_configs`.
         processes: see `run_configs`.
 
     Returns:
         The run's folder of each trained system.
     """
-    configs = {}
-    for name in check_systems(names):
-        if name not in UNTRAINED:
-            mine = {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
-            configs[name] = make_config(name, data, Path(output_dir) / name, {**common, **mine})
+    configs = system_configs(names, data, output_dir, common, own)
     costly_first = sorted(configs, key=lambda name: name not in ONLINE)
     run_configs([configs[name] for name in costly_first], processes)
     return {name: config.output_dir for name, config in configs.items()}
