@@ -62,8 +62,8 @@ def _small(**parameters: object) -> dict[str, object]:
     return {"pool_prompts": 16, "train_steps": 2, "batch_size": 4, "prompts": 4, "images_per_prompt": 1, **parameters}
 
 
-_QUICK = {"train_steps": 60, "batch_size": 16, "prompts": 40, "images_per_prompt": 2, "validation_prompts": 8}
-_QUICK |= {"guidance_scales": [3.0, 7.5, 15.0]}
+_QUICK = {"train_steps": 40, "batch_size": 16, "prompts": 32, "images_per_prompt": 2, "validation_prompts": 8}
+_QUICK |= {"guidance_scales": [3.0, 7.5, 15.0], "sampling_steps": 10}
 _OF_THE_TABLES = ["base", *CONTROLS, "sft", "csft", "dpo", "kto", "alignprop"]
 _PLAIN_USER = {"flip_rates": [0.0], "doses": []}  # he neither contradicts himself nor says how many likes it takes
 _FULL = {"prompts": 500, "images_per_prompt": 5, "validation_prompts": 40, "precision": "bfloat16"}
@@ -84,12 +84,12 @@ PROFILES: dict[str, list[Step]] = {
     ],
     "quick": [
         Step(
-            MAIN, "50_win_rate_tables", {**_QUICK, "systems": _OF_THE_TABLES, "pool_prompts": 120, "online_steps": 25}
+            MAIN, "50_win_rate_tables", {**_QUICK, "systems": _OF_THE_TABLES, "pool_prompts": 100, "online_steps": 20}
         ),
         Step(
             "user_likes_red",
             "52_a_specific_user",
-            {**_QUICK, "pool_prompts": 240, "user": "likes_red", **_PLAIN_USER},
+            {**_QUICK, "pool_prompts": 200, "user": "likes_red", **_PLAIN_USER},
         ),
     ],
     "default": [

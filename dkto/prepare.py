@@ -244,14 +244,15 @@ class _Job:
         return shard, list(_too_long(_flat(self.text[:1]), prompts))
 
     def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
-        paths = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])["image"].to_pylist()
+        table = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])
+        rows = table["image"].to_pylist()
+        paths = list(dict.fromkeys(rows))  # of a picture that was compared several times, one is encoded
         shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
-        reasons: list[tuple[int, str]] = []
+        reasons: dict[str, str] = {}
         for start, batch in _decoded(paths, self.model.image_size, self.batch_size):
             good = [start + i for i, (pixels, _) in enumerate(batch) if pixels is not None]
-            reasons += [(start + i, why) for i, (pixels, why) in enumerate(batch) if pixels is None]
-            if reasons and self.strict:
-                raise ValueError(reasons[0][1])
+            reasons |= {paths[start + i]: why for i, (pixels, why) in enumerate(batch) if pixels is None}
+            self._refuse(reasons)
             if not good:
                 continue
             pixel_values = torch.stack([pixels for pixels, _ in batch if pixels is not None]).to(self.device)
@@ -261,10 +262,16 @@ class _Job:
                 for name, values in zip(("mean", "std"), self.model.encode_images(self.vae, side), strict=True):
                     whole = shard.setdefault(prefix + name, torch.zeros(len(paths), *values.shape[1:]).half())
                     whole[good] = values.half().cpu()
-        bad = [(row, f"image {paths[row]}: the VAE's output is not finite") for row in _not_finite(shard)]
-        if bad and self.strict:
-            raise ValueError(bad[0][1])
-        return shard, reasons + bad
+        reasons |= {paths[i]: f"image {paths[i]}: the VAE's output is not finite" for i in _not_finite(shard)}
+        self._refuse(reasons)
+        place = {path: i for i, path in enumerate(paths)}
+        index = torch.tensor([place[path] for path in rows])
+        notes = [(row, reasons[path]) for row, path in enumerate(rows) if path in reasons]
+        return {name: values[index] for name, values in shard.items()}, notes
+
+    def _refuse(self, reasons: dict[str, str]) -> None:
+        if reasons and self.strict:
+            raise ValueError(next(iter(reasons.values())))
 
 
 _worker_job: _Job | None = None

@@ -304,6 +304,7 @@ def test_the_demo_leaves_what_it_promises(outputs, capsys):
     assert (outputs / "train_with_likes" / "before_after.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_second_call_of_the_demo_trains_and_draws_nothing_again(outputs):
     weights = outputs / "train_with_likes" / "kto" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before = json.loads((outputs / "metrics.json").read_text())["metrics"]
@@ -452,19 +453,20 @@ def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published
     assert {"mean/world_fidelity/ours", "mean/world_fidelity/base"} <= metrics.keys()
 
 
-def test_solutions_hold(outputs, paper_outputs, tmp_path):
+TRAINS = ("30_train_with_likes", "33_train")  # solutions that start four and six trainings, each a process
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in TRAINS)) for path in SOLUTIONS]
+)
+def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
     """Every solution carries its own asserts; one that fails names its cell."""
-    inputs = {
-        "solutions/30_train_with_likes": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
-        "solutions/40_win_rates": {"lesson_dir": str(outputs / "win_rates")},
-        "solutions/32_one_training_step": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
-        "solutions/33_train": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
-    }
+    prepared = {"prepared_dir": str(outputs / "train_with_likes" / "prepared")}
+    inputs = dict.fromkeys((*TRAINS, "32_one_training_step"), prepared)
+    inputs |= {"40_win_rates": {"lesson_dir": str(outputs / "win_rates")}}
     lessons = ("50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid")
-    inputs |= {f"solutions/{name}": {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}
-    for path in SOLUTIONS:
-        name = f"solutions/{path.stem}"
-        assert run_small(name, tmp_path, **inputs.get(name, {})), name
+    inputs |= {name: {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}
+    assert run_small(f"solutions/{path.stem}", tmp_path, **inputs.get(path.stem, {}))
 
 
 KILLED = """

@@ -45,6 +45,28 @@ def test_latents_are_the_vaes_own(prepared, likes, tiny_pipeline):
     assert data.is_desirable.tolist() == likes.is_desirable.tolist() and len(data) == 12
 
 
+def test_a_picture_that_was_compared_several_times_is_encoded_once(likes, tiny_pipeline, tmp_path, monkeypatch):
+    decoded = []
+
+    def load(path):
+        decoded.append(path)
+        if Path(path) == likes.images[3]:
+            raise ValueError(f"image {path} is broken")
+        return load_image(path)
+
+    monkeypatch.setattr("dkto.prepare.load_image", load)
+    twice = make_feedback([*likes.images] * 2, [*likes.prompts] * 2, [*likes.is_desirable, *~likes.is_desirable])
+    with pytest.warns(UserWarning, match="2 of 24 images are set aside"):
+        folder = prepare_feedback(twice, tmp_path, str(tiny_pipeline))
+    assert len(decoded) == len(likes) == 12
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in skipped] == [4, 16]
+    data = PreparedFeedback(folder, load_model(str(tiny_pipeline)))
+    first, second = data.latents(np.arange(11))[0], data.latents(np.arange(11, 22))[0]
+    assert torch.equal(first, second) and len(first.unique(dim=0)) == 11
+    assert (data.is_desirable[:11] != data.is_desirable[11:]).all()
+
+
 def test_prompts_are_encoded_once_with_the_empty_one_first(prepared, likes, tiny_pipeline):
     model = load_model(str(tiny_pipeline))
     stored = load_file(prepared / "prompts-00000.safetensors")["encoder_hidden_states"]

@@ -60,9 +60,9 @@ def measure(
     return {part: float(np.mean(values)) for part, values in found.items()}
 
 
-def card_figures(folder: Path) -> dict[str, float]:
+def card_figures(folder: Path, prompts: int = 200) -> dict[str, float]:
     """The card's prompt fidelity of a pipeline folder: 200 test prompts x 2 images, guidance 3, 15 steps, seed 0."""
-    return measure(System(model=str(folder)), prompts_for("test", 200), 2)
+    return measure(System(model=str(folder)), prompts_for("test", prompts), 2)
 
 
 def read_card_figures(folder: Path) -> dict[str, float]:
