@@ -18,14 +18,14 @@ NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 6 minutes on 2 cores)"
 	@echo "make test      the tests (under 15 minutes on 2 cores)"
-	@echo "make test-all  the tests with the slow and browser ones"
+	@echo "make test-all  the tests with the slow and browser ones, and what they cover"
 	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
 	@echo "make bench     the benchmarks"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
-	@echo "make paper     the paper's tables on the small world (about 45 minutes; PROFILE=quick make paper: 12 minutes)"
+	@echo "make paper     the paper's tables on the small world (up to an hour on 2 cores; PROFILE=quick make paper: up to 13 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
 
@@ -50,7 +50,7 @@ demo: $(READY)
 	$(BIN)/dkto demo
 
 test: $(READY)
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not browser" $(COVERAGE)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not browser"
 
 test-all: $(READY)
 	$(PYTEST) $(COVERAGE)
