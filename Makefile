@@ -25,7 +25,7 @@ help:
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
-	@echo "make paper     the paper's tables on the small world (up to an hour on 2 cores; PROFILE=quick make paper: up to 13 minutes)"
+	@echo "make paper     the paper's tables on the small world (about an hour on 2 old cores; PROFILE=quick make paper: 13 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
 

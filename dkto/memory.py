@@ -189,7 +189,6 @@ def _give_shapes(module: nn.Module) -> None:
                 part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
-@cache
 def step_memory(
     name: str,
     batch: int = 1,
@@ -296,7 +295,7 @@ def memory_row(
         mixed_precision, gradient_checkpointing: as in `TrainConfig`.
     """
     options = {"mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing}
-    memory = partial(step_memory, name, lora_rank=lora_rank, **options)
+    memory = cache(partial(step_memory, name, lora_rank=lora_rank, **options))
     largest = {card: largest_batch(memory, card - overhead_gb) for card in cards}
     pair = make_policy(build_denoiser(name), lora_rank, seed=0)
     counts = [sum(p.numel() for p in group) / 1e6 for group in (pair.policy.parameters(), pair.trainable().values())]
