@@ -95,7 +95,7 @@ def win_rate_table(
         ours: the method whose wins are counted.
         opponents: names of the methods it is compared with.
         scorers: names of scorers, or scorers.
-        styles: (P,) style of each prompt; adds a column `style`, whose "all" rows count every prompt.
+        styles: (P,) style of each prompt, "" for none; adds a column `style`, whose "all" rows count every prompt.
 
     Raises:
         KeyError: if a method has no folder; the sentence lists those that have.
@@ -108,9 +108,10 @@ def win_rate_table(
     manifest = check_comparable(used)
     groups = {ALL: np.ones(len(manifest["prompts"]), bool), **_by_style(styles, len(manifest["prompts"]))}
     rows = []
+    ours_by_scorer = [medians(folders[ours], scorer) for scorer in scorers]
     for opponent in opponents:
-        for scorer in scorers:
-            mine, other = medians(folders[ours], scorer), medians(folders[opponent], scorer)
+        for scorer, mine in zip(scorers, ours_by_scorer, strict=True):
+            other = medians(folders[opponent], scorer)
             for style, chosen in groups.items():
                 about = {"method": ours, "opponent": opponent, "scorer": scorer_name(scorer)}
                 if styles is not None:
@@ -128,7 +129,7 @@ def _by_style(styles: Sequence[str] | None, count: int) -> dict[str, np.ndarray]
         raise ValueError(
             f"no style may be named {ALL!r}, the row of all prompts; prompt {list(styles).index(ALL)} has it"
         )
-    return {style: np.array([s == style for s in styles]) for style in dict.fromkeys(styles)}
+    return {style: np.array([s == style for s in styles]) for style in dict.fromkeys(styles) if style}
 
 
 def _comparison(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:

@@ -111,6 +111,9 @@ class FeedbackTable:
     def flipped(self, rate: float, seed: int = 0) -> "FeedbackTable":
         """The same pictures from a user who contradicts himself: each like, and each comparison, is turned by chance.
 
+        Comparisons are those of what he meant, with `pair_ids` too: methods that learn from likes and methods that
+        learn from comparisons are told the same share of contradictions.
+
         Args:
             rate: share that is turned, in [0, 0.5].
             seed: of the contradictions.
@@ -125,7 +128,7 @@ class FeedbackTable:
         if not 0 <= rate <= 0.5:
             raise ValueError(f"rate must be in [0, 0.5], got {rate}")
         turned = np.random.default_rng([seed, 0]).random(len(self)) < rate
-        comparisons = self.comparisons
+        comparisons = self.comparisons if rate == 0 or not len(self.pairs) else self.pairs
         if comparisons is not None:
             swapped = np.random.default_rng([seed, 1]).random(len(comparisons)) < rate
             comparisons = np.where(swapped[:, None], comparisons[:, ::-1], comparisons)

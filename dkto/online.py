@@ -37,16 +37,21 @@ class OnlineModel:
 
     Args:
         model: epsilon or v prediction.
-        prompts: encoded once.
+        prompts: those of a step are encoded when it is their turn, so that their number costs no memory.
         device: where it runs.
+
+    Raises:
+        ValueError: if the model predicts neither; flows have another chain.
     """
 
     def __init__(self, model: StableDiffusion, prompts: Sequence[str], device: torch.device) -> None:
+        if not isinstance(model, StableDiffusion):
+            known = "Stable Diffusion 1.x, 2.x and XL"
+            raise ValueError(f"AlignProp and D3PO draw by DDIM, which {model.folder} cannot; expected {known}")
         self.model, self.prompts, self.device = model, list(prompts), device
-        tokenizer, encoder = model.load_text()
-        texts = ["", *self.prompts]
-        parts = [model.encode_prompts(tokenizer, encoder, texts[i : i + 64]) for i in range(0, len(texts), 64)]
-        self._encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._tokenizer, encoder = model.load_text()
+        self._encoder = encoder.to(device)
+        self._empty = self._encode([""])
         self.vae = model.load_vae().to(device)
 
     def latent_shape(self, denoiser: torch.nn.Module) -> tuple[int, int, int]:
@@ -56,11 +61,13 @@ class OnlineModel:
 
     def chain(self, rows: np.ndarray, config: OnlineConfig) -> Chain:
         """A chain for the prompts of some rows."""
-        index = torch.from_numpy(rows) + 1
-        conditioning = {name: value[index].to(self.device) for name, value in self._encoded.items()}
-        empty = {name: value[:1].to(self.device) for name, value in self._encoded.items()}
+        conditioning = self._encode([self.prompts[row] for row in rows])
         steps = chain_steps(self.model, config.sampling_steps, config.eta)
-        return Chain(self.model, steps, config.guidance, conditioning, empty)
+        return Chain(self.model, steps, config.guidance, conditioning, self._empty)
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        encoded = self.model.encode_prompts(self._tokenizer, self._encoder, prompts)
+        return {name: value.to(self.device) for name, value in encoded.items()}
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents to (B, 3, H, W) pictures in [0, 1], with gradient."""
@@ -86,7 +93,8 @@ def train_online(config: OnlineConfig) -> Iterator[dict]:
 
     Raises:
         KeyError: if no scorer has the reward's name.
-        ValueError: if AlignProp's reward has no gradient, or the folder belongs to another configuration.
+        ValueError: if AlignProp's reward has no gradient, the model is a flow, or the folder belongs to another
+            configuration.
         FloatingPointError: if loss or gradient is not finite; the checkpoints are whole.
     """
     # alignprop needs the gradient of its reward; asked for here, a wrong name stops before anything is loaded

@@ -56,6 +56,8 @@ class OnlineConfig:
     """AdamW weight decay, 1/step relative to the rate."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    gradient_checkpointing: bool = True
+    """Activations are computed again in the backward pass: less memory, about a third more time, the same result."""
     seed: int = 0
     """Fixes prompts, noise and adapter initialisation."""
     checkpoint_every: int = 50
@@ -69,11 +71,6 @@ class OnlineConfig:
     tracker: ClassVar[str] = "none"
     ema_decay: ClassVar[float] = 0.0
     compile: ClassVar[bool] = False
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """AlignProp's gradient passes the network `backprop_steps` times."""
-        return self.objective == "alignprop"
 
     def samples_per_rank(self, ranks: int) -> int:
         """All of `batch_size`.
@@ -135,6 +132,6 @@ class OnlineConfig:
 
     def fingerprint(self) -> str:
         """Hash of everything that changes the result, the prompts among it."""
-        ignored = {"output_dir", "prompts_file", "checkpoint_every", "keep_checkpoints"}
+        ignored = {"output_dir", "prompts_file", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
         values = {key: value for key, value in self.to_dict().items() if key not in ignored}
         return hashlib.sha256(repr((sorted(values.items()), self.prompts())).encode()).hexdigest()[:16]

@@ -58,14 +58,14 @@ class PromptSet:
         return len(self.prompts)
 
     def take(self, count: int, seed: int = 0) -> "PromptSet":
-        """`count` prompts, as evenly from the styles as can be, in the set's order.
+        """`count` prompts, as evenly from the styles as they reach, in the set's order.
 
         Args:
             count: how many; 0 keeps all.
             seed: of the draw within each style.
 
         Raises:
-            ValueError: if the set, or a style of it, has too few.
+            ValueError: if the set has too few.
 
         >>> both = PromptSet("x", ("a", "b", "c", "d"), ("photo", "photo", "photo", "anime"))
         >>> both.take(2).styles
@@ -78,7 +78,9 @@ class PromptSet:
 
 
 def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
-    """`count` rows drawn as evenly from the styles as can be, in rising order.
+    """`count` rows drawn as evenly from the styles as they reach, in rising order.
+
+    A style that has too few gives all of its rows, and the others share what it lacks.
 
     Args:
         styles: style of each row.
@@ -86,20 +88,25 @@ def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
         seed: of the draw within each style.
 
     Raises:
-        ValueError: if there are too few rows, in all or of a style.
+        ValueError: if there are too few rows.
 
     >>> even_rows(["photo", "anime", "photo", "photo"], 2, seed=0)
     [1, 3]
+    >>> len(even_rows(["photo", "anime", "photo", "photo"], 4, seed=0))
+    4
     """
     if not 0 < count <= len(styles):
         raise ValueError(f"count must be in [1, {len(styles)}], the number of prompts, got {count}")
     rows_of = {style: [i for i, s in enumerate(styles) if s == style] for style in dict.fromkeys(styles)}
+    shares = dict.fromkeys(rows_of, 0)
+    while (left := count - sum(shares.values())) > 0:
+        open_styles = [style for style in rows_of if shares[style] < len(rows_of[style])]
+        for number, style in enumerate(open_styles):
+            more = left // len(open_styles) + (number < left % len(open_styles))
+            shares[style] = min(shares[style] + more, len(rows_of[style]))
     kept: list[int] = []
     for number, (style, rows) in enumerate(rows_of.items()):
-        share = count // len(rows_of) + (number < count % len(rows_of))
-        if share > len(rows):
-            raise ValueError(f"there are {len(rows)} prompts of style {style!r}, but {share} are asked for")
-        kept += np.random.default_rng([seed, number]).permutation(rows)[:share].tolist()
+        kept += np.random.default_rng([seed, number]).permutation(rows)[: shares[style]].tolist()
     return sorted(kept)
 
 

@@ -3,10 +3,11 @@
 Only safetensors are loaded; a checkpoint that is published as a pickle is refused with a sentence.
 """
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+
+from dkto.records import read_json
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PUBLISHED = {
@@ -16,6 +17,8 @@ PUBLISHED = {
     "alignprop": {"model": STABLE_DIFFUSION, "lora": "mihirpd/alignprop-trl-aesthetics"},
 }
 """Weights that the paper's tables compare, as fields of `dkto.generate.System`, by the name of the method."""
+TUNED_ON = {"alignprop": "laion_aesthetics"}
+"""Scorer that a published checkpoint was tuned on, by the name of the method: it may have been hacked."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -29,7 +32,8 @@ def unet_folder(source: str | Path) -> Path:
     folder = _fetch(source, "unet", ["config.json", "*.safetensors", "unet/config.json", "unet/*.safetensors"])
     for place in (folder / "unet", folder):
         config = place / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("_class_name") == "UNet2DConditionModel":
+        about = read_json(config, "configuration of a UNet") if config.is_file() else {}
+        if about.get("_class_name") == "UNet2DConditionModel":
             if not list(place.glob("*.safetensors")):
                 raise ValueError(f"unet {str(source)!r} has no safetensors weights in {place}; pickles are not loaded")
             return place

@@ -6,7 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +83,34 @@ def write_json(path: Path, values: dict) -> None:
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        what: what the file should be, for the sentence of an error.
+        keys: what it must hold.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON, no object, or lacks a key; the sentence names the file.
+
+    >>> read_json(Path(__file__), "record of a run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...records.py is no record of a run: Extra data: line 1 column 3 (char 2)
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no {what}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no {what}: expected an object, got {found!r:.80}")
+    for key in keys:
+        if key not in found:
+            raise ValueError(f"{path} is no {what}: {key} is missing")
+    return found
+
+
 def claim(path: Path, about: dict, what: str) -> None:
     """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
 
@@ -93,10 +121,7 @@ def claim(path: Path, about: dict, what: str) -> None:
     if not path.exists():
         write_json(path, about)
         return
-    try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} should say what {path.parent} holds, but cannot be read: {error}") from error
+    stored = read_json(path, f"record of what {path.parent} holds")
     differs = [key for key in about if stored.get(key) != about[key]]
     if differs:
         raise ValueError(

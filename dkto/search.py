@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dkto.embedded.pool import TASTES, compare_pool, likes_of, make_pool
+from dkto.embedded.pool import TASTES, check_user, compare_pool, likes_of, make_pool
 from dkto.embedded.scenes import prompts_for
 from dkto.generate import System
 from dkto.models import SMALL_WORLD
@@ -69,19 +69,24 @@ def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
     return next(iter(counts.values()))
 
 
-def online_settings(online_steps: int, reward: str) -> dict[str, dict[str, object]]:
-    """What AlignProp and D3PO are always told on the small world: short chains, few steps.
+def online_settings(online_steps: int, reward: str, model: str = SMALL_WORLD) -> dict[str, dict[str, object]]:
+    """What AlignProp and D3PO are always told: how many steps, the reward, and on the small world short chains.
+
+    Batches, guidance and chains of the small world are not those of another model, which keeps the defaults of
+    `dkto.online_config.OnlineConfig` where its own settings file says nothing.
 
     AlignProp needs a reward with a gradient: the user's measure if it has one. Of the small world's rules those that
     have none (fidelity, utility) give way to the part that has, `world_aesthetics`.
     """
     without = reward in WORLD_SCORERS and reward not in RULES_ON_PIXELS
     differentiable = "world_aesthetics" if without else reward
-    shared = {"max_train_steps": online_steps, "sampling_steps": 8, "warmup_steps": 0}
-    return {
-        "alignprop": {**shared, "batch_size": 16, "reward": differentiable},
-        "d3po": {**shared, "batch_size": 48, "reward": reward, "guidance": 1.0, "chain_steps": 4},
-    }
+    shared = {"max_train_steps": online_steps, "warmup_steps": 0}
+    found = {"alignprop": {**shared, "reward": differentiable}, "d3po": {**shared, "reward": reward}}
+    if model == SMALL_WORLD:
+        found["alignprop"] |= {"sampling_steps": 8, "batch_size": 16}
+        found["d3po"] |= {"sampling_steps": 8, "batch_size": 48, "guidance": 1.0, "chain_steps": 4}
+        found["d3po"] |= {"gradient_checkpointing": False}  # its memory is small, its time is not
+    return found
 
 
 def search_settings(
@@ -106,8 +111,7 @@ def search_settings(
         raise ValueError(f"tries must be in [1, {known}], the length of the grids, got {config.tries}")
     about = {"ranges": RANGES} if grids is GRIDS else {}
     grids = {method: list(settings)[: config.tries] for method, settings in grids.items()}
-    if config.user not in TASTES:
-        raise ValueError(f"user must be one of {', '.join(TASTES)}, got {config.user!r}")
+    check_user(config.user)
     scorer, folder = TASTES[config.user], Path(config.output_dir)
     base = System(steps=config.sampling_steps)
     validation = prompts_for("validation", config.validation_prompts, config.seed)

@@ -120,7 +120,7 @@ def test_the_red_user_likes_the_tinted_one_of_two(tmp_path, tiny_pipeline):
     red = SCORERS["world_redness"]([load_image(p) for p in likes.images], likes.prompts)
     assert (red[1::2] > red[0::2]).all()
     flipped = ask(pool, "likes_red", flip_rate=0.5, seed=1)
-    assert (flipped.is_desirable != likes.is_desirable).any()
+    assert (flipped.is_desirable != likes.is_desirable).any() and len(flipped.pairs) == 3
 
 
 def test_a_pool_with_pictures_of_the_base(tmp_path, tiny_pipeline):
@@ -145,6 +145,8 @@ def test_wrong_inputs_are_refused(pool, tmp_path):
         compare_pool(pool, "world_utility", comparisons=7)
     with pytest.raises(ValueError, match=r"user must be one of likes_red, .*got 'nobody'"):
         ask(pool, "nobody")
+    with pytest.raises(ValueError, match=r"flip_rate must be in \[0, 0.5\], got 0.7"):
+        ask(pool, "likes_vivid", flip_rate=0.7)
     with pytest.raises(ValueError, match="the pool holds none: make it with tint_pool"):
         ask(pool, "likes_red")
     with pytest.raises(ValueError, match=r"count must be in \[1, 160\], got 500"):

@@ -82,6 +82,8 @@ def test_every_style_gets_its_row(folders):
     assert set(table["style"][1:]) == set(styles) and table["n"][1:].sum() == 6
     assert (table["win_rate"] == 1).all() and (table["mean_difference"] > 0).all()
     assert table["mean_low"].isna().tolist() == (table["n"] == 1).tolist()
+    without = flat_metrics(win_rate_table(folders, "red", ["plain"], ["world_redness"], [""] * 6))
+    assert not any(key.startswith("style") for key in without), "a set without styles has no row of a style"
     metrics = flat_metrics(table)
     assert metrics[f"style_win_rate/red_vs_plain/world_redness/{styles[0]}"] == 1.0
     assert metrics["win_rate/red_vs_plain/world_redness/n"] == 6

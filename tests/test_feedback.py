@@ -294,6 +294,20 @@ def test_a_user_who_contradicts_himself_turns_likes_and_comparisons():
         table.flipped(0.6)
 
 
+def test_a_contradiction_turns_a_comparison_and_leaves_none_out():
+    """Likes that are turned one by one would make both pictures of a pair liked, and the pair be lost."""
+    table = make_feedback(
+        [f"{i}.png" for i in range(1000)],
+        [f"p{i // 2}" for i in range(1000)],
+        [True, False] * 500,
+        np.arange(1000) // 2,
+    )
+    turned = table.flipped(0.3, seed=1)
+    assert len(turned.pairs) == len(table.pairs) == 500
+    assert 0.22 < (turned.pairs[:, 0] != table.pairs[:, 0]).mean() < 0.38
+    assert table.flipped(0.0).comparisons is None
+
+
 def test_shuffled_likes_keep_images_and_class_sizes():
     table = make_feedback([f"{i}.png" for i in range(40)], ["p"] * 40, [i < 20 for i in range(40)])
     control = table.shuffled_likes(0)

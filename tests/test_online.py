@@ -16,7 +16,7 @@ from dkto.embedded.scenes import parse, prompts_for
 from dkto.embedded.truth import aesthetics, redness
 from dkto.generate import System
 from dkto.models import load_model, make_policy
-from dkto.online import OnlineModel, d3po_loss, draw_noise, run_online, to_images, train_online
+from dkto.online import OnlineModel, d3po_loss, draw_noise, draw_rows, run_online, to_images, train_online
 from dkto.online_config import OnlineConfig
 from dkto.records import read_records
 from dkto.scorers import SCORERS, get_pixel_scorer, register_scorer
@@ -157,23 +157,44 @@ def test_full_fine_tuning_leaves_a_pipeline(config):
     assert System.of_run(config.output_dir).load().unet.config.sample_size == 8
 
 
-def test_alignprop_passes_the_gradient_through_the_last_steps_only(config):
+@pytest.mark.parametrize("backprop_steps", [1, 2, 3])
+def test_alignprop_passes_the_gradient_through_the_last_steps_only(config, backprop_steps):
     """Gradient of the reward by hand, K steps deep, against what the training does."""
-    gradients = {}
-    for k in (1, 3):
-        record = next(train_online(replace(config, backprop_steps=k, output_dir=config.output_dir / str(k))))
-        model = load_model(config.model)
-        online = OnlineModel(model, config.prompts(), torch.device("cpu"))
-        pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
-        noise = draw_noise(config, 0, (4, 8, 8))
-        rows = np.arange(4) % 3
-        before = None
-        for index, latents in enumerate(online.chain(rows, config).draw(pair.policy, noise, k)):
-            assert latents.requires_grad == (index > config.sampling_steps - k)
-            before = latents
-        assert before.requires_grad
-        gradients[k] = record["grad_norm"]
-    assert gradients[1] > 0 and gradients[3] != gradients[1]
+    config = replace(config, backprop_steps=backprop_steps)
+    record = next(train_online(config))
+    model = load_model(config.model)
+    online = OnlineModel(model, config.prompts(), torch.device("cpu"))
+    pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
+    rows, noise = draw_rows(config, 3, 0), draw_noise(config, 0, (4, 8, 8))
+    chain = online.chain(rows, config)
+    latents = noise[:, 0]
+    for index, step in enumerate(chain.steps):
+        if index == config.sampling_steps - backprop_steps:
+            latents = latents.detach()
+        latents = chain.mean(pair.policy, latents, step) + step.std * noise[:, index + 1]
+    pictures = online.vae.decode(latents / online.vae.config.scaling_factor).sample / 2 + 0.5
+    loss = -get_pixel_scorer("world_redness")(pictures.clamp(0, 1), [online.prompts[row] for row in rows]).mean()
+    gradients = torch.autograd.grad(loss, list(pair.trainable().values()), allow_unused=True)
+    norm = sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None) ** 0.5
+    assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 0
+
+
+def test_checkpointing_changes_nothing_but_memory_and_a_million_prompts_cost_none(config):
+    for objective in ("alignprop", "d3po"):
+        records = [
+            next(train_online(replace(config, objective=objective, output_dir=config.output_dir / place, **more)))
+            for place, more in ((f"{objective}-c", {}), (f"{objective}-p", {"gradient_checkpointing": False}))
+        ]
+        assert records[0]["grad_norm"] == pytest.approx(records[1]["grad_norm"], rel=1e-4)
+    model = load_model(config.model)
+    many = OnlineModel(model, [f"prompt {number}" for number in range(1_000_000)], torch.device("cpu"))
+    assert len(many.chain(np.array([999_999, 0]), config).guided["encoder_hidden_states"]) == 4
+
+
+def test_a_flow_model_is_refused(tiny_sd3, config):
+    with pytest.raises(ValueError, match=r"draw by DDIM, which .* cannot; expected Stable Diffusion 1"):
+        next(train_online(replace(config, model=str(tiny_sd3))))
 
 
 @pytest.mark.parametrize("objective", ["alignprop", "d3po"])

@@ -76,8 +76,13 @@ def test_taking_is_even_repeatable_and_in_order():
     assert {whole.take(2, seed=s).prompts for s in range(20)} > {whole.take(2).prompts}
     with pytest.raises(ValueError, match=r"count must be in \[1, 8\], the number of prompts, got 9"):
         whole.take(9)
-    with pytest.raises(ValueError, match="there are 1 prompts of style 'b', but 2 are asked for"):
-        PromptSet("x", ("1", "2", "3", "4"), ("a", "a", "a", "b")).take(4)
+
+
+def test_a_style_with_few_prompts_gives_all_and_the_others_what_it_lacks():
+    whole = PromptSet("x", tuple(map(str, range(12))), tuple("aaaaaa" + "bbbbb" + "c"))
+    assert Counter(whole.take(9).styles) == {"a": 4, "b": 4, "c": 1}
+    assert Counter(whole.take(11).styles) == {"a": 5, "b": 5, "c": 1}
+    assert whole.take(12) == whole
 
 
 @pytest.fixture

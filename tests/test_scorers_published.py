@@ -185,15 +185,42 @@ def test_pickscore_is_transformers_own_logit(tiny_clip, tokenizer, photographs):
     assert np.ptp(expected) > 0.05
 
 
-@pytest.mark.parametrize("kind", [PickScore, CLIPScore])
-def test_a_model_that_was_trained_anew_in_its_folder_is_another_scorer(kind, tiny_clip, tmp_path):
+@pytest.mark.parametrize("place", ["a folder", "the weights folder"])
+@pytest.mark.parametrize("kind", ["pickscore", "clip", "laion"])
+def test_a_model_that_was_trained_anew_in_its_folder_is_another_scorer(
+    kind, place, tiny_clip, photographs, weights, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_clip, (weights if place == "the weights folder" else tmp_path) / "me" / "model"))
+    source = "me/model" if place == "the weights folder" else str(folder)
+    save_converted(published.random_state(published.head_names(16)), tmp_path / "head.safetensors")
+    scorer = {
+        "pickscore": lambda: PickScore(model=source, tokenizer=source),
+        "clip": lambda: CLIPScore(model=source),
+        "laion": lambda: LaionAesthetics(str(tmp_path / "head.safetensors"), source),
+    }[kind]()
+    about, values = scorer.about, score(scorer, photographs, PROMPTS)
+    assert about == scorer.about and (score(scorer, photographs, PROMPTS) == values).all()
+    torch.manual_seed(2)
+    state = {
+        name: value + 0.3 * torch.randn_like(value) for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert scorer.about != about
+    assert (score(scorer, photographs, PROMPTS) != values).all(), "the network in memory is not the one on disk"
+
+
+def test_of_a_hub_id_that_is_not_here_the_weights_are_not_known():
+    assert PickScore().about["weights"] is None and LaionAesthetics().about["clip_weights"] is None
+    assert HPS("hps_v2").about["sha256"] is None
+
+
+def test_weights_under_other_names_are_not_filled_with_random_numbers(tiny_clip, tmp_path):
     folder = Path(shutil.copytree(tiny_clip, tmp_path / "model"))
-    scorer = kind(model=str(folder))
-    before = scorer.about
-    assert before == scorer.about and "weights" not in kind().about, "a hub id says which weights"
-    state = load_file(folder / "model.safetensors")
-    save_file({name: value + 1 for name, value in state.items()}, folder / "model.safetensors")
-    assert scorer.about["weights"] != before["weights"]
+    file = folder / "model.safetensors"
+    state = {f"module.{name}": value.clone() for name, value in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"weights in .*model lack {len(state)} parameters of a CLIPModel, the first"):
+        CLIPScore(model=str(folder)).network()
 
 
 def test_clip_score_is_the_cosine(tiny_clip, tokenizer, photographs):
@@ -368,6 +395,10 @@ def test_missing_weights_are_said_before_pictures_are_drawn(hps, weights):
         check_scorers(["world_fidelity", "pickscore"])
     with pytest.raises(KeyError, match="unknown scorer 'pickscor'; did you mean 'pickscore'"):
         check_scorers(["pickscor"])
+    check_scorers(["world_fidelity"], ["a sticker of a large red star on a navy background"])
+    check_scorers(["world_redness"], ["a dog"])
+    with pytest.raises(ValueError, match="scorer world_utility judges the small world alone: prompt 'a dog' is not"):
+        check_scorers(["world_redness", "world_utility"], ["a dog"])
 
 
 def test_models_are_found_in_the_weights_folder(tiny_clip, weights, photographs):

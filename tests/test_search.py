@@ -30,6 +30,13 @@ def test_alignprop_is_given_a_reward_that_has_a_gradient():
         assert online_settings(5, own)["alignprop"]["reward"] == own
 
 
+def test_chains_and_batches_of_the_small_world_are_not_forced_on_another_model():
+    assert online_settings(5, "world_utility")["d3po"]["guidance"] == 1.0
+    told = online_settings(5, "pickscore", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    shared = {"max_train_steps": 5, "warmup_steps": 0, "reward": "pickscore"}
+    assert told == {"alignprop": shared, "d3po": shared}
+
+
 def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
     """One step a try of the small world's own model: the table and the kept file agree."""
     config = SearchConfig(

@@ -3,7 +3,6 @@
 python -m dkto.embedded export --folder runs/world --output dkto/embedded/weights
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import CLIPTokenizer
 from dkto.embedded.scenes import prompts_for
 from dkto.embedded.truth import judge
 from dkto.generate import System, draw, noise_generator
-from dkto.records import write_json
+from dkto.records import read_json, write_json
 
 GATE = {"colour": 0.95, "background": 0.95, "relation": 0.8, "shape": 0.6}
 
@@ -67,7 +66,7 @@ def card_figures(folder: Path, prompts: int = 200) -> dict[str, float]:
 
 def read_card_figures(folder: Path) -> dict[str, float]:
     """The figures that were stored beside the weights when they were exported."""
-    return json.loads((folder / "card.json").read_text())["fidelity"]
+    return read_json(folder / "card.json", "card of weights", ["fidelity"])["fidelity"]
 
 
 def write_card(folder: Path, figures: dict[str, float], about: dict[str, float]) -> None:

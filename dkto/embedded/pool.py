@@ -8,7 +8,7 @@ likes hold nothing that a higher guidance scale does not give. The user compares
 Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from scipy.special import expit
 
 from dkto.embedded.painter import BAD_FINISH, BRILLIANT_FINISH, paint, random_finish
 from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
-from dkto.embedded.users import RED_TINT, USERS, noisy, tint_red
+from dkto.embedded.users import RED_TINT, USERS, check_flip_rate, tint_red
 from dkto.feedback import FeedbackTable, load_image, make_feedback
 from dkto.generate import System, generate_images, image_path
 from dkto.records import claim, write_atomically, write_png
@@ -38,6 +38,16 @@ TASTES = {
 }
 """Simulated users by name: the scorer that measures what each of them likes. `balanced` cannot be hacked: beauty
 counts for him only where the prompt is followed, and up to a limit."""
+
+
+def check_user(user: str, known: Iterable[str] = tuple(TASTES)) -> None:
+    """Refuse a simulated user that there is none of.
+
+    Raises:
+        ValueError: for another name; the sentence lists those that are known.
+    """
+    if user not in known:
+        raise ValueError(f"user must be one of {', '.join(known)}, got {user!r}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,7 @@ def compare_pool(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    if not 0 <= flip_rate <= 0.5:
-        raise ValueError(f"flip_rate must be in [0, 0.5], got {flip_rate}")
+    check_flip_rate(flip_rate)
     frame = pool.frame
     values = score(scorer, [load_image(path) for path in frame["image"]], list(frame["prompt"]))
     rng, flips = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
@@ -246,24 +255,23 @@ def ask(pool: Pool, user: str, *, flip_rate: float = 0.0, seed: int = 0) -> Feed
     Args:
         pool: from `tint_pool` for likes_red, else from `make_pool`.
         user: name of the user.
-        flip_rate: share of likes that contradict what he meant, in [0, 0.5].
+        flip_rate: share of likes, and of comparisons, that contradict what he meant, in [0, 0.5].
         seed: of the contradictions.
 
     Raises:
         ValueError: if the user is unknown, the rate out of range, or the pool of likes_red has nothing tinted.
     """
-    if user not in USERS:
-        raise ValueError(f"user must be one of {', '.join(USERS)}, got {user!r}")
-    teller = noisy(USERS[user], flip_rate)
+    check_user(user, USERS)
+    check_flip_rate(flip_rate)
     prompts = list(pool.frame["prompt"])
     if user == "likes_red":
         meant = (pool.frame["finish"] == "tinted").to_numpy()
         if not meant.any():
             raise ValueError("user likes_red looks at tinted pictures, but the pool holds none: make it with tint_pool")
-        liked = meant ^ (np.random.default_rng(seed).random(len(meant)) < flip_rate)
     else:
-        liked = teller.likes([load_image(path) for path in pool.frame["image"]], prompts, seed)
-    return make_feedback(pool.frame["image"], prompts, liked, pd.factorize(pool.frame["prompt"])[0])
+        meant = USERS[user].likes([load_image(path) for path in pool.frame["image"]], prompts)
+    clean = make_feedback(pool.frame["image"], prompts, meant, pd.factorize(pool.frame["prompt"])[0])
+    return clean.flipped(flip_rate, seed)
 
 
 def take_likes(table: FeedbackTable, count: int, seed: int = 0) -> FeedbackTable:

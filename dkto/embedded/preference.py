@@ -10,7 +10,6 @@ is Bradley-Terry in `world_utility`, that is fidelity x aesthetics, so that neit
 Its loss is PickScore's (Kirstain et al. 2023): cross-entropy of the choice under softmax of exp(scale) x cosine.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from dkto.embedded.scenes import (
 )
 from dkto.embedded.tokenizer import MAX_LENGTH
 from dkto.embedded.truth import aesthetics, judge
-from dkto.records import write_atomically, write_json
+from dkto.records import read_json, write_atomically, write_json
 from dkto.scorers.preprocess import normalise
 
 ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
@@ -129,7 +128,7 @@ def paint_pool(path: Path, prompts: list[str], seed: int) -> Pool:
         write_json(
             path.with_suffix(".json"), {"prompts": prompts, "captions": captions, "utilities": utilities.tolist()}
         )
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = read_json(path.with_suffix(".json"), "record of judged pictures")
     images = np.load(path.with_suffix(".npy"), mmap_mode="r")
     return Pool(images, about["prompts"], about["captions"], np.array(about["utilities"]))
 

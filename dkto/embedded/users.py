@@ -38,14 +38,23 @@ class SimulatedUser:
         return (values > self.threshold) ^ mistakes
 
 
+def check_flip_rate(rate: float) -> None:
+    """Refuse a share of mistakes outside [0, 0.5]; above a half a user would like the opposite.
+
+    Raises:
+        ValueError: if it is outside.
+    """
+    if not 0 <= rate <= 0.5:
+        raise ValueError(f"flip_rate must be in [0, 0.5], got {rate}")
+
+
 def noisy(user: SimulatedUser, flip_rate: float) -> SimulatedUser:
     """The same user contradicting himself: every like is flipped with probability `flip_rate`.
 
     Raises:
-        ValueError: if the rate is outside [0, 0.5]; above a half he would like the opposite.
+        ValueError: as `check_flip_rate`.
     """
-    if not 0 <= flip_rate <= 0.5:
-        raise ValueError(f"flip_rate must be in [0, 0.5], got {flip_rate}")
+    check_flip_rate(flip_rate)
     return replace(user, name=f"{user.name}_noisy", flip_rate=flip_rate)
 
 

@@ -19,6 +19,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import CodeType
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dkto import quiet  # noqa: F401  (before transformers, which speaks while it is imported)
 from dkto.embedded.pixel_rules import aesthetics_pixels
+from dkto.embedded.scenes import parse
 from dkto.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
 from dkto.scorers.hps import HPS
 from dkto.scorers.image_reward import ImageReward
@@ -56,6 +58,7 @@ SCORERS: dict[str, Scorer] = {
     "world_clip": WorldCLIP(),
     **PUBLISHED_SCORERS,
 }
+READS_PROMPTS = ("world_fidelity", "world_utility")
 RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels, "world_aesthetics": aesthetics_pixels}
 
 
@@ -112,16 +115,27 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     )
 
 
-def check_scorers(scorers: Sequence[str | Scorer]) -> None:
+def check_scorers(scorers: Sequence[str | Scorer], prompts: Sequence[str] = ()) -> None:
     """See to it that every scorer is known and can be loaded, before pictures are drawn for it.
+
+    Args:
+        scorers: names in `SCORERS`, or scorers.
+        prompts: that it will judge; rules that read a prompt know those of the small world alone.
 
     Raises:
         KeyError: as `get_scorer`.
         FileNotFoundError: if weights are missing; the sentence says what to download and where to put it.
+        ValueError: if a rule cannot read a prompt.
     """
-    for found in map(get_scorer, scorers):
+    for scorer in scorers:
+        found = get_scorer(scorer)
         if isinstance(found, NetworkScorer):
             found.load()
+        for prompt in prompts if scorer in READS_PROMPTS else ():
+            try:
+                parse(prompt)
+            except ValueError as error:
+                raise ValueError(f"scorer {scorer} judges the small world alone: {error}") from error
 
 
 def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
@@ -152,7 +166,8 @@ def describe(scorer: Scorer) -> dict:
     """What a scorer's values depend on, kept beside them: model, weights, scale, or a hash of a plain function's code.
 
     The hash is of the function's own statements and of the values that it closes over: comments and layout do not
-    count, and neither do functions that it calls.
+    count, and neither do functions that it calls. A value of None in `about` is not known here (the hash of weights
+    that lie in no folder) and stands for any.
 
     Raises:
         ValueError: if a scorer that is no plain function does not tell; its scores could not be told from others'.
@@ -170,7 +185,7 @@ def describe(scorer: Scorer) -> dict:
     try:
         code: object = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(scorer))))
     except (OSError, SyntaxError):  # typed in without a file, or a part of a longer line
-        code = (scorer.__code__.co_code, scorer.__code__.co_names, scorer.__code__.co_varnames)
+        code = _bytecode(scorer.__code__)
     closed = [cell.cell_contents for cell in scorer.__closure__ or ()]
     try:
         told = pickle.dumps((code, closed, scorer.__defaults__, scorer.__kwdefaults__), protocol=4)
@@ -180,6 +195,17 @@ def describe(scorer: Scorer) -> dict:
             "`about`, a dict of what its values depend on"
         ) from error
     return {"code": hashlib.sha256(told).hexdigest()[:16]}
+
+
+def _bytecode(code: CodeType) -> tuple:
+    """What a function does, without where it stands: instructions, names and constants, inner functions' as well."""
+    constants = []
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            constants.append(_bytecode(value))
+        else:  # a set of texts has another order in every process
+            constants.append(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
+    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

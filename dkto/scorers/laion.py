@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dkto.scorers.clip import CLIP_L14, clip_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer, aesthetics_head
-from dkto.scorers.weights import converted_about, fill, read_converted
+from dkto.scorers.weights import converted_about, fill, model_about, read_converted
 
 
 class AestheticsPredictor(nn.Module):
@@ -40,8 +40,13 @@ class LaionAesthetics(NetworkScorer):
     name: str = "laion_aesthetics"
 
     @property
-    def about(self) -> dict[str, str]:
-        return {**converted_about("laion_aesthetics", self.weights), "clip": self.clip, "scale": "head(unit embedding)"}
+    def about(self) -> dict[str, str | None]:
+        return {
+            **converted_about("laion_aesthetics", self.weights),
+            "clip": self.clip,
+            "clip_weights": model_about(self.clip)["weights"],
+            "scale": "head(unit embedding)",
+        }
 
     def load(self) -> AestheticsPredictor:
         head = read_converted("laion_aesthetics", self.weights)

@@ -1,5 +1,6 @@
 """What scorers that are networks share: loaded at the first call, pictures in batches, a differentiable way."""
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -47,8 +48,8 @@ class NetworkScorer:
         raise NotImplementedError
 
     def network(self) -> nn.Module:
-        """The loaded network on its device."""
-        return _load(self)
+        """The network on its device, loaded anew if its weights on disk have changed."""
+        return _load(self, json.dumps(self.about, sort_keys=True))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """(N,) scores of pictures, prepared exactly as the authors do."""
@@ -87,7 +88,8 @@ class NetworkScorer:
 
 
 @lru_cache(maxsize=KEEP_LOADED)
-def _load(scorer: NetworkScorer) -> nn.Module:
+def _load(scorer: NetworkScorer, about: str) -> nn.Module:
+    """`about` is there for the cache: a folder whose weights were trained anew holds another network."""
     device = scorer.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return scorer.load().to(device)
 
@@ -108,10 +110,22 @@ class ClipWithTokenizer(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_folder: Path) -> "ClipWithTokenizer":
-        """From transformers' layout, safetensors only."""
+        """From transformers' layout, safetensors only.
+
+        Raises:
+            ValueError: if the weights lack a parameter, which transformers would fill with random numbers.
+        """
         from transformers import CLIPModel, CLIPTokenizer
 
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        model, told = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            missing = sorted(told["missing_keys"])
+            raise ValueError(
+                f"the weights in {folder} lack {len(missing)} parameters of a CLIPModel, the first {missing[0]!r}: "
+                "expected transformers' names"
+            )
         return cls(model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(tokenizer_folder))
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dkto.models.base import weights_fingerprint
-from dkto.records import write_atomically, write_json
+from dkto.records import read_json, write_atomically, write_json
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
 
@@ -111,9 +111,9 @@ def model_folder(
     """
     wanted = " ".join(f"--include '{pattern}'" for pattern in (*files, *optional))
     advice = f"run `hf download {source} {wanted} --local-dir {weights_folder() / source}`"
-    places = [folder for folder in (Path(source), weights_folder() / source) if folder.is_dir()]
+    local = _local_folder(source)
     try:
-        folder = places[0] if places else Path(snapshot_download(source, allow_patterns=[*files, *optional]))
+        folder = local or Path(snapshot_download(source, allow_patterns=[*files, *optional]))
     except Exception as error:
         raise FileNotFoundError(
             f"scorer {scorer} needs the model {source!r}{f' ({size})' if size else ''}, which is neither a folder nor "
@@ -130,16 +130,19 @@ def model_folder(
     return folder
 
 
-def model_about(source: str) -> dict[str, str]:
+def model_about(source: str) -> dict[str, str | None]:
     """What a scorer tells of its model: which it is and, of a folder, a hash of its weights, which may be trained anew.
 
     Args:
-        source: path or hub id.
+        source: as `model_folder`; of a hub id that is no folder here `weights` is None.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"model": source}
-    return {"model": source, "weights": weights_fingerprint(sorted(folder.rglob("*.safetensors")))}
+    folder = _local_folder(source)
+    found = sorted(folder.rglob("*.safetensors")) if folder else []
+    return {"model": source, "weights": weights_fingerprint(found) if found else None}
+
+
+def _local_folder(source: str) -> Path | None:
+    return next((folder for folder in (Path(source), weights_folder() / source) if folder.is_dir()), None)
 
 
 def _announced_sha256(folder: Path, path: Path) -> str:
@@ -176,15 +179,15 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
     return load_file(path)
 
 
-def converted_about(name: str, weights: str = "") -> dict[str, str]:
-    """What a scorer tells of its converted weights: which they are and, where a note lies beside them, their hash.
+def converted_about(name: str, weights: str = "") -> dict[str, str | None]:
+    """What a scorer tells of its converted weights: which they are and their hash, None where they are not at hand.
 
     Args:
         name, weights: as in `read_converted`.
     """
     card = _converted(name, weights).with_suffix(".json")
-    found = {"sha256": json.loads(card.read_text())["sha256"]} if card.is_file() else {}
-    return {"weights": weights or name, **found}
+    found = read_json(card, "card of weights", ["sha256"])["sha256"] if card.is_file() else None
+    return {"weights": weights or name, "sha256": found}
 
 
 def _converted(name: str, weights: str) -> Path:

@@ -4,13 +4,13 @@ Their weights ship with the package (`dkto/embedded/scorers/README.md` is their 
 preference` makes them. They are for 64 x 64 pictures of the small world and are neither CLIP nor PickScore.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from dkto.records import read_json
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
 from dkto.scorers.weights import check_sha256
 
@@ -50,7 +50,7 @@ class WorldCLIP(NetworkScorer):
                 f"scorer {self.name} needs its weights in {self.folder}: make them with `python -m dkto.embedded "
                 f"preference --folder runs/scorers --output {self.folder}`"
             )
-        return json.loads(card.read_text())["sha256"][self.name.removeprefix("world_")]
+        return read_json(card, "card of weights", ["sha256"])["sha256"][self.name.removeprefix("world_")]
 
 
 @dataclass(frozen=True)
