@@ -1,7 +1,6 @@
 """Run the plan of a sweep with Snakemake: what is done stays, failures are gathered, one page tells of all runs."""
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import psutil
 
 from dkto.processes import following, has_writer, sole_writer
 from dkto.progress import QUIET_VARIABLE
-from dkto.records import write_json
+from dkto.records import read_json, write_json
 from dkto.run_record import RECORD_NAME, accelerators, source_hash
 from dkto.sweeps import Plan, PlannedRun, plan_to_dict
 from dkto.yaml12 import read_yaml
@@ -56,7 +55,7 @@ def _state(plan: Plan, run: PlannedRun) -> State:
     path = folder / RECORD_NAME
     if not path.is_file():
         return State("missing")
-    record = json.loads(path.read_text())
+    record = read_json(path, "record of a run", ["status"])
     if record["status"] == "running":
         return State("running") if has_writer(folder) else State("killed", "it ended without a word; out of memory?")
     if record["status"] == "failed":
@@ -226,7 +225,7 @@ def _tell(plan: Plan, todo: list[PlannedRun], engine: subprocess.Popen) -> None:
             path = plan.folder / run.name / RECORD_NAME
             if run.name in told or not path.is_file() or path.stat().st_mtime < began - 1:
                 continue
-            record = json.loads(path.read_text())
+            record = read_json(path, "record of a run", ["status"])
             if record["status"] != "running":
                 told.add(run.name)
                 end = f": {record['error']}" if record["error"] else ""

@@ -7,7 +7,6 @@ counts no more; where it is far below, the utility is a straight line and its sh
 with the training and with the model, so beta is measured, not remembered.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dkto.config import TrainConfig
 from dkto.losses import effective_weight, reference_point
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
-from dkto.records import write_json
+from dkto.records import read_json, write_json
 from dkto.rewards import error_gaps, load_run
 from dkto.trainer import train
 from dkto.utilities import get_utility
@@ -218,4 +217,4 @@ def calibrate(
 
 def read_calibration(folder: str | Path) -> dict:
     """The values of a `calibration.json`."""
-    return json.loads((Path(folder) / "calibration.json").read_text())
+    return read_json(Path(folder) / "calibration.json", "calibration")

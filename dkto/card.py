@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 
 from dkto.config import TrainConfig
 from dkto.models import SMALL_WORLD, DiffusionModel
-from dkto.records import read_records, versions
+from dkto.records import read_json, read_records, versions
 
 SHOWN = ("loss", "reward/margin", "implicit_accuracy/sample", "implicit_accuracy/pair", "mean_abs_reward")
 FIELDS = (
@@ -95,7 +95,7 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
         data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
     else:
         prepared = Path(config.prepared_dir) / "prepared.json"
-        rows = json.loads(prepared.read_text())["rows"] if prepared.exists() else 0
+        rows = read_json(prepared, "record of prepared feedback", ["rows"])["rows"] if prepared.exists() else 0
         data = f"{rows} rated images"
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}

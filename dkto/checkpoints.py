@@ -23,7 +23,7 @@ from dkto.card import write_card
 from dkto.config import TrainConfig
 from dkto.engine import Engine, make_ema
 from dkto.models import DiffusionModel, read_weights, write_weights
-from dkto.records import git_commit, hardware, versions, write_json
+from dkto.records import git_commit, hardware, read_json, versions, write_json
 
 ENGINE_STATE = "engine"  # what DeepSpeed writes for itself
 
@@ -55,7 +55,7 @@ class CheckpointStore:
         path = self.folder / "run.json"
         if not path.exists():
             return False
-        about = json.loads(path.read_text())
+        about = read_json(path, "record of a training")
         if not about.get("finished"):
             return False
         self._check_same(self.folder, about)
@@ -115,7 +115,7 @@ class CheckpointStore:
         if not found:
             engine.start()
             return
-        state = json.loads((found[-1] / "state.json").read_text())
+        state = read_json(found[-1] / "state.json", "state of a checkpoint")
         self._check_same(found[-1], state)
         self.state = {name: state[name] for name in self.state}
         read_weights(engine.pair, found[-1])

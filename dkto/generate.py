@@ -9,7 +9,6 @@ noise, and batch size or number of processes change no more than the last digits
 float32, two or three in bfloat16).
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from dkto.prepared import CSFT_PREFIXES
 from dkto.processes import worker_pool
 from dkto.progress import progress
 from dkto.published import PUBLISHED, lora_file, unet_folder
-from dkto.records import claim, write_png
+from dkto.records import claim, read_json, write_png
 
 MANIFEST = "manifest.json"
 CHUNK = 50  # images per task handed to a worker
@@ -105,7 +104,7 @@ class System:
         record, parts = folder / "run.json", [part for part in ("model", "lora") if (folder / part).is_dir()]
         if not record.is_file() or not parts:
             raise FileNotFoundError(f"{folder} holds no finished training (run.json and model/ or lora/)")
-        config = json.loads(record.read_text())["config"]
+        config = read_json(record, "record of a training", ["config"])["config"]
         found = {"model": config["model"], parts[0]: str(folder / parts[0])}
         if config.get("objective") == "csft":
             liked, disliked = CSFT_PREFIXES[config["csft_style"]]
@@ -125,7 +124,7 @@ class System:
         would do so for a base but not for what was tuned from it, whose pipeline is written without one.
         """
         folder = pipeline_folder(self.model)
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_json(folder / "model_index.json", "index of a pipeline")
         empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
         absent = dict.fromkeys(empty | (index.keys() & set(LEFT_OUT)))
         if "safety_checker" in absent:
@@ -201,8 +200,8 @@ def generate_images(
         `output_dir`.
 
     Raises:
-        ValueError: if the folder holds images of another system, prompt list or seed, or of other weights, or images
-            that no manifest tells of.
+        ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
+            of another system, prompt list or seed, or of other weights, or images that no manifest tells of.
     """
     output_dir = Path(output_dir)
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
@@ -221,12 +220,22 @@ def generate_all(
     num_processes: int = 1,
 ) -> dict[str, Path]:
     """`generate_images` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("prompts must hold at least one, got none")
+    for name, value, least in (
+        ("images_per_prompt", images_per_prompt, 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     folders = {name: Path(output_dir) / name for name in systems}
     sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
     weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
     if any(system.precision == "bfloat16" for system in systems.values()) and not computes_bfloat16():
         warnings.warn("this processor does not compute in bfloat16: float32 is many times as fast here", stacklevel=2)
-    prompts, tasks = list(prompts), []
+    tasks = []
     for name, system in systems.items():
         folder = folders[name]
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,12 +291,7 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no generated images ({MANIFEST} is missing)")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no manifest of generated images: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no manifest of generated images: expected an object, got {found!r:.80}")
+    found = read_json(path, "manifest of generated images")
     for key, (holds, expected) in _MANIFEST_HOLDS.items():
         if key not in found or not holds(found[key]):
             got = f"{found[key]!r:.80}" if key in found else "nothing"

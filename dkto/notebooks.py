@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dkto.processes import sole_writer
 from dkto.progress import QUIET_VARIABLE
-from dkto.records import versions, write_json
+from dkto.records import read_json, versions, write_json
 from dkto.run_record import PeakMemory, recorded
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def run_notebook(
         _execute(path, output, checked, progress, memory)
         if not result.is_file():
             raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
-        return json.loads(result.read_text())["metrics"]
+        return read_json(result, "table of metrics", ["metrics"])["metrics"]
 
 
 def _execute(path: Path, output: Path, parameters: Mapping[str, object], progress: bool, memory: PeakMemory) -> None:

@@ -11,7 +11,6 @@ notebook runs, pictures and scores on disk are kept.
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from dkto.generate import computes_bfloat16
 from dkto.notebooks import run_notebook, write_metrics
 from dkto.paper_page import MAIN, PREFERENCE, aims_sentence, make_report
 from dkto.paper_seeds import pool_values, read_seed, write_pooled
-from dkto.records import write_json
+from dkto.records import read_json, write_json
 from dkto.report import write_report
 from dkto.run_record import source_hash
 from dkto.search import search_settings
@@ -94,9 +93,9 @@ PROFILES: dict[str, list[Step]] = {
         ),
     ],
     "default": [
-        Step(MAIN, "50_win_rate_tables", _ONE_HOUR),
-        Step("ablations", "51_ablations", {**_ONE_HOUR, "batch_size": 16}),
-        *_users(_PLAIN_USER, **_ONE_HOUR, train_steps=60, batch_size=16, images_per_prompt=2),
+        Step(MAIN, "50_win_rate_tables", {**_ONE_HOUR, "train_steps": 100}),
+        Step("ablations", "51_ablations", {**_ONE_HOUR, "train_steps": 60, "batch_size": 16}),
+        *_users(_PLAIN_USER, **_ONE_HOUR, train_steps=50, batch_size=16, images_per_prompt=2),
         Step("qualitative_grid", "53_qualitative_grid"),
     ],
     "full": [
@@ -173,11 +172,12 @@ def _run(
 ) -> tuple[dict[str, float], float]:
     """Run one notebook, or read what it left when it finished with these parameters, cells, code and search result."""
     notebook, done = NOTEBOOKS / f"{step.notebook}.ipynb", folder / step.name / "step.json"
+    result = folder / step.name / "metrics.json"
     told = {"parameters": given, "settings": settings, "cells": source_hash(notebook), "code": _code_hash()}
     if done.exists():
-        stored = json.loads(done.read_text())
-        if told.items() <= stored.items() and (folder / step.name / "metrics.json").exists():
-            return json.loads((folder / step.name / "metrics.json").read_text())["metrics"], stored["seconds"]
+        stored = read_json(done, "record of a finished notebook")
+        if told.items() <= stored.items() and result.exists():
+            return read_json(result, "table of metrics", ["metrics"])["metrics"], stored["seconds"]
     began = time.monotonic()
     found = run_notebook(notebook, folder / f"{step.name}.ipynb", given)
     took = round(time.monotonic() - began, 1)

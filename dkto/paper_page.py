@@ -84,7 +84,9 @@ def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: 
             [
                 "An aim is reached when the whole 95 % interval lies on its side of the line: one half, or no change. "
                 "AlignProp and D3PO are held against the base at the guidance scale at which they drew while they were "
-                "tuned; in all other tables each system draws at the scale that serves it best on validation prompts."
+                "tuned; in the tables of win-rates every system draws at the scale that serves it best on validation "
+                "prompts, but `base`, which draws at the plain one. For ablations and single users all draw at the "
+                "plain scale, but `base_best_guidance`."
             ],
             [("", aims(metrics))],
         ),
@@ -159,7 +161,10 @@ def _win_rates(main: Path, pooled: Path | None) -> Section:
 def _ablations(folder: Path) -> Section:
     return Section(
         "Ablations",
-        ["One setting of Diffusion-KTO moves at a time; the gap to the centre is paired by prompt."],
+        [
+            "One setting of Diffusion-KTO moves at a time; the gap to the centre is paired by prompt. All draw at the "
+            "plain guidance scale."
+        ],
         [("", _read(folder / "ablations.csv"))],
         _pictures(folder, {"ablations.png": f"Mean {PREFERENCE} with its 95 % interval"}),
     )
@@ -197,8 +202,13 @@ def _user(folder: Path) -> Section:
     tables = [(f"Win-rates under {scorer}", rates), (moved, monitors)]
     if (folder / "noise.csv").exists():
         noise = _read(folder / "noise.csv", lambda frame: _named(frame, "method/flipped"))
-        tables.insert(0, ("Win-rate over the base on clean likes and on likes of which a share is flipped", noise))
-    text = [f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts."]
+        tables.insert(
+            0, ("Win-rate over the base on clean answers and where a share of likes and comparisons is turned", noise)
+        )
+    text = [
+        f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts. All "
+        "systems draw at the plain guidance scale, but `base_best_guidance` at the one that this user likes best."
+    ]
     text += fidelity_sentences(monitors, rates)
     return Section(f"A specific user: {user}", text, tables, _pictures(folder, captions))
 

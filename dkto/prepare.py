@@ -42,7 +42,7 @@ from dkto.models import DiffusionModel, load_model
 from dkto.prepared import CSFT_PREFIXES, PreparedFeedback, csft_set, model_fingerprint, shard_path
 from dkto.processes import start_worker
 from dkto.progress import progress
-from dkto.records import claim, write_atomically, write_json
+from dkto.records import claim, read_json, write_atomically, write_json
 
 __all__ = ["CSFT_PREFIXES", "PreparedFeedback", "prepare_feedback", "to_pixel_values"]
 
@@ -180,7 +180,7 @@ def _feedback_hash(feedback: FeedbackTable) -> str:
 
 def _all_tasks(folder: Path, csft: str | None) -> list[tuple[str, int]]:
     """Every shard that should be there: its set and number."""
-    about = json.loads((folder / "prepared.json").read_text())
+    about = read_json(folder / "prepared.json", "record of prepared feedback")
     sets = {"prompts"} | ({csft_set(csft, liked) for liked in (True, False)} if csft else set())
     tasks = [(name, n) for name in sorted(sets) for n in range(-(-about["prompts"] // about["prompt_shard_rows"]))]
     return tasks + [("latents", n) for n in range(-(-about["rows"] // about["shard_rows"]))]
@@ -215,7 +215,7 @@ class _Job:
 
     @cached_property
     def about(self) -> dict:
-        return json.loads((self.folder / "prepared.json").read_text())
+        return read_json(self.folder / "prepared.json", "record of prepared feedback")
 
     @cached_property
     def model(self) -> DiffusionModel:
@@ -345,7 +345,7 @@ def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]
 
 def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     """Gather what the shards say of their rows, and write the index of those that can be trained on."""
-    about = json.loads((folder / "prepared.json").read_text())
+    about = read_json(folder / "prepared.json", "record of prepared feedback")
     reasons = dict(_notes(folder, "latents", about["shard_rows"]))
     kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)
     lines = [{"row": row + 1, "image": str(feedback.images[row]), "reason": why} for row, why in reasons.items()]

@@ -1,6 +1,5 @@
 """Read access to what `dkto.prepare` wrote: an index in memory, latents and embeddings mapped from disk row by row."""
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dkto.models import DiffusionModel, weights_fingerprint
+from dkto.records import read_json
 
 # what CSFT writes before the prompt of a liked and of a disliked image: the paper's 5.1.2; HPS v1's released code
 CSFT_PREFIXES = {"prefix": ("good image, ", "bad image, "), "negative": ("", "Weird image. ")}
@@ -55,14 +55,15 @@ class PreparedFeedback:
         self.folder, self._model = Path(folder), model
         if not (self.folder / "prepared.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no prepared feedback (prepared.json is missing): run prepare")
-        self._about = json.loads((self.folder / "prepared.json").read_text())
+        shards = (("latents", "rows", "shard_rows"), ("prompts", "prompts", "prompt_shard_rows"))
+        keys = ("model", "flip", *(key for _, *counts in shards for key in counts))
+        self._about = read_json(self.folder / "prepared.json", "record of prepared feedback", keys)
         if self._about["model"] != (mine := model_fingerprint(model)):
             raise ValueError(
                 f"{self.folder} was prepared with the VAE and text encoder {self._about['model']}, "
                 f"but {model.folder} has {mine}: prepare again with this model"
             )
         there = set(os.listdir(self.folder))
-        shards = (("latents", "rows", "shard_rows"), ("prompts", "prompts", "prompt_shard_rows"))
         needed = [
             shard_path(self.folder, kind, number).name
             for kind, rows, per_shard in shards

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dkto.batch_engine import run_sweep
 from dkto.notebooks import Parameter, declared_parameters
+from dkto.records import read_json
 from dkto.run_record import RECORD_NAME, source_hash
 from dkto.sweeps import Plan, PlannedRun, Resources, read_sweep
 
@@ -42,7 +43,7 @@ def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
         kept = root / "papermill_runs" / "reference" / path.stem / RECORD_NAME
         if not kept.is_file():
             found[path.stem] = "no reference run"
-        elif json.loads(kept.read_text())["source_hash"] != source_hash(path):
+        elif read_json(kept, "record of a run", ["source_hash"])["source_hash"] != source_hash(path):
             found[path.stem] = "its cells have changed since its reference ran"
     return found
 
@@ -129,7 +130,7 @@ def make_reference(root: Path = ROOT) -> list[str]:
         for name in names:
             folder = plan.folder / _run_name(name)
             record = folder / RECORD_NAME
-            if record.is_file() and json.loads(record.read_text())["status"] == "finished":
+            if record.is_file() and read_json(record, "record of a run", ["status"])["status"] == "finished":
                 keep(folder, reference / name)
                 made.append(name)
     return made
@@ -144,7 +145,7 @@ def _make_example(root: Path, kept: Path) -> None:
     hashes = {run.name: source_hash(run.notebook) for run in plan.runs}
     records = [kept / name / RECORD_NAME for name in hashes]
     if all(p.is_file() for p in records):
-        stored = [json.loads(path.read_text())["source_hash"] for path in records]
+        stored = [read_json(path, "record of a run", ["source_hash"])["source_hash"] for path in records]
         if stored == list(hashes.values()):
             return
     run_sweep(plan, redo=True)

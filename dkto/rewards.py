@@ -1,6 +1,5 @@
 """Implicit rewards of a trained policy on any prepared feedback: what held-out margins and `dkto calibrate` rest on."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from dkto.config import TrainConfig
 from dkto.losses import denoising_error
 from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy, read_weights
 from dkto.prepare import PreparedFeedback
+from dkto.records import read_json
 
 
 def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAndReference]:
@@ -23,7 +23,7 @@ def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAnd
         FileNotFoundError: if the folder holds no finished run.
     """
     folder = Path(folder)
-    about = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    about = read_json(folder / "run.json", "record of a training") if (folder / "run.json").exists() else {}
     if not about.get("finished"):
         raise FileNotFoundError(f"{folder} holds no finished training (run.json is missing or says so)")
     config = TrainConfig(**about["config"])

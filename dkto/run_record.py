@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from dkto.records import git_commit, largest_resident_mb, versions, write_json
+from dkto.records import git_commit, largest_resident_mb, read_json, versions, write_json
 
 RECORD_NAME = "run.json"
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
@@ -122,7 +122,7 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
         ValueError: if the folder holds the record of something else, a training, which would be lost.
     """
     path = folder / RECORD_NAME
-    if path.exists() and "notebook" not in json.loads(path.read_text()):
+    if path.exists() and "notebook" not in read_json(path, "record of a run"):
         raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
     began = time.monotonic()
     record = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dkto.records import read_records
+from dkto.records import read_json, read_records
 from dkto.run_record import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
         if not folder.is_dir():
             raise FileNotFoundError(f"folder of runs {folder} does not exist")
         for path in sorted(folder.rglob(RECORD_NAME)):
-            record = json.loads(path.read_text())
+            record = read_json(path, "record of a run")
             if "notebook" in record:
                 name = path.parent.relative_to(folder)
                 rows.setdefault(path.resolve(), _row(str(name) if name.parts else folder.name, path, record))
@@ -73,7 +73,7 @@ def _row(name: str, path: Path, record: dict) -> dict:
     row = {key: record.get(key) for key in FIRST_COLUMNS} | {"run": name}
     metrics = {}
     if record["status"] == "finished" and (path.parent / "metrics.json").is_file():
-        metrics = json.loads((path.parent / "metrics.json").read_text())["metrics"]
+        metrics = read_json(path.parent / "metrics.json", "table of metrics", ["metrics"])["metrics"]
     parts = {"parameter": record["parameters"], "metric": metrics}
     parts |= {kind: record[kind] for kind in ("versions", "hardware")}
     return row | {f"{kind}.{key}": value for kind, values in parts.items() for key, value in values.items()}

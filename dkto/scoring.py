@@ -25,7 +25,7 @@ from dkto.feedback import load_image
 from dkto.generate import image_path, read_manifest
 from dkto.processes import worker_pool
 from dkto.progress import progress
-from dkto.records import write_atomically, write_json
+from dkto.records import read_json, write_atomically, write_json
 from dkto.scorers import Scorer, check_finite, check_scorer_name, describe, get_scorer, raw_scores, scorer_name
 
 COLUMNS = ("prompt", "image", "score", "bytes", "changed")
@@ -77,6 +77,8 @@ def score_all(
     Raises:
         FileNotFoundError, KeyError, ValueError: as `score_images`; also if two scorers have one name.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     scorers = _distinct(scorers)
     tables = [_Table.open(name, Path(folder), scorer) for scorer in scorers for name, folder in folders.items()]
     tasks = []
@@ -160,13 +162,16 @@ class _Table:
         return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
 
     def _check_source(self) -> None:
-        """A folder's scores come from one model and are of one set of pictures; others are not mixed in."""
+        """A folder's scores come from one model and are of one set of pictures; others are not mixed in.
+
+        A hash of weights that is not known here is None and stands for any; one that is stored is kept.
+        """
         path, name, remedy = self.path.with_suffix(".json"), scorer_name(self.scorer), "remove that file and its .json"
         if not path.exists() and not self.path.exists():
             return
         try:
-            stored = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            stored = read_json(path, "record of what gave scores")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.path} holds scores, but {path.name} does not say whose: {error}; {remedy}"
             ) from error
@@ -176,16 +181,18 @@ class _Table:
                 f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "
                 f"than {self.folder / 'manifest.json'} names: {remedy} to score anew"
             )
+        unknown = {key for key, value in about.items() if value is None or stored.get(key) is None}
         differs = [
             f"{key}: {stored.get(key)!r} stored, {about.get(key)!r} asked"
             for key in {**stored, **about}
-            if about.get(key) != stored.get(key)
+            if about.get(key) != stored.get(key) and key not in unknown
         ]
         if differs:
             raise ValueError(
                 f"{self.path} holds scores of another {name} ({'; '.join(differs)}): {remedy} to score anew, "
                 "or give the scorer another name"
             )
+        self.about |= {key: stored[key] for key in unknown & stored.keys() if self.about[key] is None}
 
     @property
     def missing(self) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from dkto.feedback import load_image
 from dkto.generate import image_path
 from dkto.metrics import MeanDifference, WinRate, paired_bootstrap, wilson_interval, win_rate
 from dkto.prompts import even_rows
-from dkto.records import claim, write_json, write_png
+from dkto.records import claim, read_json, write_json, write_png
 
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")
@@ -81,7 +81,8 @@ def make_study(
 
     Raises:
         ValueError: if there are not two methods, they drew different prompts, a style has too few prompts, a judge's
-            name is taken twice or has other characters, or the folder holds another study.
+            name is taken twice or has other characters, `chosen` names no image of a prompt, or the folder holds
+            another study.
         FileNotFoundError: if an image is missing, or the key of the study that the folder holds.
     """
     if len(folders) != 2:
@@ -91,8 +92,16 @@ def make_study(
     prompts = manifest["prompts"]
     if len(styles) != len(prompts):
         raise ValueError(f"styles must name one style for each of {len(prompts)} prompts, got {len(styles)}")
+    styles = list(styles)
     if per_style < 1:
         raise ValueError(f"per_style must be at least 1, got {per_style}")
+    for style in dict.fromkeys(styles):
+        if styles.count(style) < per_style:
+            raise ValueError(
+                f"there are {styles.count(style)} prompts of style {style!r}, but {per_style} are asked for (per_style)"
+            )
+    if chosen is not None:
+        _check_chosen(chosen, list(folders), manifest)
     rows = even_rows(styles, per_style * len(set(styles)), seed)
     output_dir, methods = Path(output_dir), list(folders)
     asked = {"prompts": [prompts[row] for row in rows], "styles": [styles[row] for row in rows]}
@@ -118,6 +127,16 @@ def make_study(
     if plans != known:
         write_json(questions, {"question": QUESTION, **asked, "judges": plans})
     return output_dir
+
+
+def _check_chosen(chosen: Mapping[str, Sequence[int]], methods: Sequence[str], manifest: dict) -> None:
+    wanted, last = len(manifest["prompts"]), manifest["images_per_prompt"] - 1
+    for name in methods:
+        numbers = list(chosen.get(name, ()))
+        if len(numbers) != wanted or not all(0 <= number <= last for number in numbers):
+            raise ValueError(
+                f"chosen[{name!r}] must name an image in [0, {last}] for each of {wanted} prompts, got {numbers!r:.80}"
+            )
 
 
 def _check_judges(judges: Sequence[str]) -> None:
@@ -252,9 +271,9 @@ def _read_key(folder: Path) -> dict:
 
 def _read_json(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): put back the file that make_study wrote") from error
+        return read_json(path, "part of a study")
+    except ValueError as error:
+        raise ValueError(f"{error}; put back the file that make_study wrote") from error
 
 
 def _read_answers(path: Path, questions: int) -> list[dict]:

@@ -12,7 +12,6 @@ Settings (learning rate, beta ...) come per system from a search with the same n
 (`dkto.search`).
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -28,7 +27,7 @@ from dkto.launch import AnyConfig, run_trainings
 from dkto.online import run_online
 from dkto.online_config import OnlineConfig
 from dkto.prepare import CSFT_PREFIXES, prepare_feedback
-from dkto.records import write_atomically, write_json
+from dkto.records import read_json, write_atomically, write_json
 from dkto.scoring import score_all
 from dkto.trainer import run_training
 
@@ -186,11 +185,15 @@ def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping
 
 
 def run_configs(configs: Sequence[AnyConfig], processes: int) -> None:
-    """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process."""
+    """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process.
+
+    Those that draw while they learn take longest and begin first, so that none is left to run alone at the end.
+    """
+    costly_first = sorted(configs, key=lambda config: not isinstance(config, OnlineConfig))
     if processes:
-        run_trainings(configs, processes=processes)
+        run_trainings(costly_first, processes=processes)
         return
-    for config in configs:
+    for config in costly_first:
         (run_online if isinstance(config, OnlineConfig) else run_training)(config)
 
 
@@ -237,8 +240,7 @@ def train_systems(
         The run's folder of each trained system.
     """
     configs = system_configs(names, data, output_dir, common, own)
-    costly_first = sorted(configs, key=lambda name: name not in ONLINE)
-    run_configs([configs[name] for name in costly_first], processes)
+    run_configs(list(configs.values()), processes)
     return {name: config.output_dir for name, config in configs.items()}
 
 
@@ -314,11 +316,7 @@ def read_settings(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"settings file {path} does not exist: `dkto paper-search` writes one")
-    found = json.loads(path.read_text())
-    for key in ("settings", "guidance", "search"):
-        if not isinstance(found, dict) or key not in found:
-            raise ValueError(f"{path} is no search result: {key} is missing")
-    return found
+    return read_json(path, "search result", ("settings", "guidance", "search"))
 
 
 def settings_origin(found: Mapping) -> str:

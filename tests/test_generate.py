@@ -83,7 +83,7 @@ def test_images_that_no_manifest_tells_of_are_not_taken(tiny_pipeline, tmp_path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert generate_images(system, PROMPTS, folder, images_per_prompt=1) == folder, "a tuple is a list of prompts too"
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json should say what .*x holds, but cannot be read: Expecting"):
+    with pytest.raises(ValueError, match=r"manifest\.json is no record of what .*x holds: Expecting"):
         generate_images(system, PROMPTS, folder, images_per_prompt=1)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"x holds images but no manifest\.json that says what they were drawn for"):
@@ -115,6 +115,22 @@ def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path, monkey
     assert 0 < max(apart) < other / 4
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'float8'"):
         System(precision="float8")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"images_per_prompt": 0}, "images_per_prompt must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"prompts": []}, "prompts must hold at least one, got none"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_the_folder_is_claimed(tiny_pipeline, tmp_path, change, sentence):
+    arguments = {"prompts": PROMPTS, **change}
+    with pytest.raises(ValueError, match=sentence):
+        generate_images(System(model=str(tiny_pipeline)), output_dir=tmp_path / "x", **arguments)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_another_run_is_refused(tiny_pipeline, tmp_path):

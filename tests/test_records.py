@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dkto.records import claim, hardware, keep_records, peak_memory_mb, read_records, versions, write_json
+from dkto.records import claim, hardware, keep_records, peak_memory_mb, read_json, read_records, versions, write_json
 
 
 def test_json_is_whole_or_absent(tmp_path):
@@ -13,6 +13,26 @@ def test_json_is_whole_or_absent(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"a": 1', "Expecting ',' delimiter"),
+        ("\xff", "'utf-8' codec can't decode"),
+        ("[1]", r"expected an object, got \[1\]"),
+        ('{"b": 1}', "a is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_said_with_its_name(text, problem, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"run\.json is no record of a run: {problem}"):
+        read_json(path, "record of a run", ["a"])
+    path.write_text('{"a": 1}')
+    assert read_json(path, "record of a run", ["a"]) == {"a": 1}
+    with pytest.raises(FileNotFoundError, match=r"no\.json"):
+        read_json(tmp_path / "no.json", "record of a run")
 
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):

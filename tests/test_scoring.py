@@ -104,6 +104,36 @@ def test_scores_of_another_model_are_not_mixed(folder):
         score_images(folder, Counting("two"))
 
 
+def test_what_was_scored_can_be_read_where_the_weights_are_not_at_hand(folder):
+    """Their hash is not known there (None); the model still must be the same, and what is known is kept."""
+    there, here = Counting(), Counting()
+    there.about, here.about = {"model": "one", "sha256": "ab"}, {"model": "one", "sha256": None}
+    first = score_images(folder, there)
+    assert (score_images(folder, here) == first).all() and here.seen == 0
+    image_path(folder, 0, 0).touch()
+    score_images(folder, here)
+    assert here.seen == 1 and json.loads((folder / "scores" / "counting.json").read_text())["sha256"] == "ab"
+    for about in ({"model": "two", "sha256": None}, {"model": "one"}, {"model": "one", "sha256": "cd"}):
+        here.about = about
+        with pytest.raises(ValueError, match="scores of another counting"):
+            score_images(folder, here)
+
+
+def test_a_batch_of_none_is_refused(folder):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        score_images(folder, brightness, batch_size=-1)
+
+
+def test_functions_without_a_file_are_told_apart_by_their_constants():
+    def typed(text):
+        found = {}
+        exec(f"def mine(images, prompts):\n    {text}", found)
+        return describe(found["mine"])["code"]
+
+    body = "return [({} if p in {{'x', 'y'}} else 0.0) for p in prompts]"
+    assert typed(body.format(1.0)) == typed(body.format(1.0)) != typed(body.format(2.0))
+
+
 def test_an_edited_function_is_another_scorer_and_its_comments_are_not(folder, tmp_path):
     def mine(text):
         path = tmp_path / f"scorers_{len(list(tmp_path.glob('*.py')))}.py"

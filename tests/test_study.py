@@ -264,7 +264,9 @@ def test_the_same_study_is_left_as_it_is_and_another_refused(study, folders, sty
         ({"judges": ["ann", "ann"]}, "every judge is named once, got ann more often"),
         ({"styles": ["photo"]}, "styles must name one style for each of 24 prompts, got 1"),
         ({"per_style": 0}, "per_style must be at least 1, got 0"),
-        ({"per_style": 7}, r"count must be in \[1, 24\], the number of prompts, got 28"),
+        ({"per_style": 7}, r"there are 6 prompts of style '\w+', but 7 are asked for \(per_style\)"),
+        ({"chosen": {"kto": [0] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\] for each of 24 prompts"),
+        ({"chosen": {"kto": [0] * 24, "base": [2] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\]"),
     ],
 )
 def test_wrong_arguments_raise_their_sentence(folders, styles, tmp_path, change, sentence):
@@ -305,7 +307,9 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
     for name, reader in (("key.json", read_answers), ("questions.json", lambda folder: StudySession(folder, "ann"))):
         text = (study / name).read_text()
         (study / name).write_text(text[:40])
-        with pytest.raises(ValueError, match=rf"{name} is damaged \(.*put back the file that make_study wrote"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is no part of a study: .*; put back the file that make_study wrote"
+        ):
             reader(study)
         (study / name).write_text(text)
     (study / "key.json").unlink()

@@ -71,6 +71,28 @@ def test_undo_comes_back_and_a_second_key_for_the_same_pair_counts_once(study):
     assert judge.message == "not kept: side must be left or right, got 'middle'"
 
 
+def test_an_answer_is_kept_though_the_next_picture_is_damaged_and_no_pair_is_shown_under_anothers_number(study):
+    judge = Judge(study, "ann")
+    following = judge.session.plan["order"][1]
+    for letter in "ab":
+        (study / "images" / f"q{following:03d}-{letter}.png").write_bytes(b"no picture")
+    judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "left"}, [])
+    assert judge.message.startswith("all answers are kept, but the next pair cannot be shown: image ")
+    assert (judge.number, judge.prompt, judge.left, judge.right, judge.answered) == (-1, "", b"", b"", 1)
+    judge._on_message(judge, {"type": "undo"}, [])
+    assert judge.message == "" and judge.number == judge.session.plan["order"][0]
+
+
+def test_a_judge_without_the_key_keeps_all_answers_and_learns_no_result(study):
+    (study / "key.json").unlink()
+    judge = Judge(study, "ann")
+    for _ in range(6):
+        judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "left"}, [])
+    assert judge.answered == 6 == len(StudySession(study, "ann").answers) and judge.result == {}
+    assert "all answers are kept, but the result cannot be shown" in judge.message
+    assert "key.json is missing" in Judge(study, "ann").message
+
+
 def test_a_judge_goes_on_where_he_stopped(study):
     Judge(study, "ann").answer("right")
     assert Judge(study, "ann").answered == 1 and len(StudySession(study, "bob").answers) == 0

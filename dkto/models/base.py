@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dkto.records import read_json
+
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
 SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "embedded" / "weights"
@@ -156,8 +158,9 @@ class DiffusionModel(ABC):
     @property
     def image_size(self) -> int:
         """Side in pixels of the square images the model was trained on."""
-        denoiser = json.loads((self.folder / self.denoiser_part / "config.json").read_text())
-        vae = json.loads((self.folder / "vae" / "config.json").read_text())
+        place = self.folder / self.denoiser_part / "config.json"
+        denoiser = read_json(place, "configuration of a denoiser", ["sample_size"])
+        vae = read_json(self.folder / "vae" / "config.json", "configuration of a VAE", ["block_out_channels"])
         return denoiser["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
     @torch.no_grad()
@@ -200,7 +203,7 @@ class DiffusionModel(ABC):
             weights: its weights, if they are not to be found in it as a whole.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        index = json.loads((self.folder / "model_index.json").read_text())
+        index = read_json(self.folder / "model_index.json", "index of a pipeline")
         index |= {name: [None, None] for name in LEFT_OUT if name in index}
         if "safety_checker" in index:
             index["requires_safety_checker"] = False

@@ -1,6 +1,5 @@
 """Rectified flows: Stable Diffusion 3 and its like. A transformer predicts the velocity from picture to noise."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from dkto.models.base import DiffusionModel, PipelineText
+from dkto.records import read_json
 
 T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
 
@@ -40,13 +40,13 @@ class StableDiffusion3(DiffusionModel):
         return self.scheduler.config.num_train_timesteps
 
     def load_text(self) -> tuple[tuple, PipelineText]:
-        index = json.loads((self.folder / "model_index.json").read_text())
+        index = read_json(self.folder / "model_index.json", "index of a pipeline")
         absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             self.folder, **absent | {"transformer": None, "vae": None}, use_safetensors=True, dtype=torch.float32
         )
         # a pipeline without T5 pads with zeros and asks the transformer, which is not loaded here, for their width
-        config = json.loads((self.folder / "transformer" / "config.json").read_text())
+        config = read_json(self.folder / "transformer" / "config.json", "configuration of a transformer")
         object.__setattr__(pipeline, "transformer", SimpleNamespace(config=SimpleNamespace(**config)))
         encoder = PipelineText(pipeline)
         return encoder.tokenizers, encoder

@@ -1,11 +1,11 @@
 """From a name to a model."""
 
-import json
 from pathlib import Path
 
 from dkto.models.base import DiffusionModel, pipeline_folder
 from dkto.models.flow import StableDiffusion3
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from dkto.records import read_json
 
 MODEL_CLASSES: dict[str, type[DiffusionModel]] = {
     kind.pipeline_class.__name__: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
@@ -19,7 +19,7 @@ def load_model(source: str | Path) -> DiffusionModel:
         ValueError: if the pipeline is of a class that no face is written for.
     """
     folder = pipeline_folder(source)
-    kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    kind = read_json(folder / "model_index.json", "index of a pipeline").get("_class_name")
     if kind not in MODEL_CLASSES:
         raise ValueError(f"{folder} is a {kind}; supported: {', '.join(MODEL_CLASSES)}")
     return MODEL_CLASSES[kind](folder)

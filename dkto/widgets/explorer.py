@@ -29,7 +29,7 @@ from dkto.plotting import (
     plot_slopes,
     plot_utilities,
 )
-from dkto.records import read_records
+from dkto.records import read_json, read_records
 from dkto.sources import parse_label
 from dkto.utilities import UTILITIES, define_utility, get_utility
 from dkto.widgets.base import ROLE_COLOURS, script, style
@@ -106,7 +106,7 @@ class Explorer(anywidget.AnyWidget):
         for name in ("metrics.jsonl", "run.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
-        config = json.loads((folder / "run.json").read_text())["config"]
+        config = read_json(folder / "run.json", "record of a training", ["config"])["config"]
         rewards, labels = rewards_of_records(read_records(folder / "metrics.jsonl"))
         known = {"beta": config["beta"], "utility": get_utility(config["utility"]).name}
         return cls(rewards, labels, source=f"step means of {folder.name}", **(known | settings))

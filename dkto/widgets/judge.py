@@ -66,15 +66,20 @@ class Judge(anywidget.AnyWidget):
         return plot_preferences([(*result.methods, result.by_prompt)]).figure
 
     def _show(self) -> None:
-        pair = self.session.next()
-        with self.hold_sync():
-            self.answered = len(self.session.answers)
+        """The next pair, or the result; where it cannot be shown an empty page and a sentence, never another pair."""
+        pair, result, pictures, self.message = self.session.next(), {}, (b"", b""), ""
+        try:
             if pair is None:
-                self.number, self.prompt, self.left, self.right = -1, "", b"", b""
-                self.result = self._result()
+                result = self._result()
             else:
-                self.number, self.prompt, self.result = int(pair.number), pair.prompt, {}
-                self.left, self.right = (png_bytes(load_image(path)) for path in (pair.left, pair.right))
+                pictures = tuple(png_bytes(load_image(path)) for path in (pair.left, pair.right))
+        except (ValueError, OSError) as trouble:
+            what = "the result" if pair is None else "the next pair"
+            pair, self.message = None, f"all answers are kept, but {what} cannot be shown: {trouble}"
+        with self.hold_sync():
+            self.answered, self.result = len(self.session.answers), result
+            self.number, self.prompt = (-1, "") if pair is None else (int(pair.number), pair.prompt)
+            self.left, self.right = pictures
 
     def _result(self) -> dict:
         found = self.study_result()
@@ -89,11 +94,11 @@ class Judge(anywidget.AnyWidget):
         }
 
     def _on_message(self, _, content: dict, buffers: list) -> None:
-        self.message = ""
         try:
             if content.get("type") == "undo":
                 self.undo()
             elif content.get("type") == "answer" and content.get("number") == self.number:
+                self.message = ""
                 self.answer(str(content.get("side")))  # a key that was pressed twice answers once
         except (ValueError, OSError) as refusal:
             self.message = f"not kept: {refusal}"
