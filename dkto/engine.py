@@ -1,5 +1,8 @@
 """What a run trains with: processes, precision, policy and reference, optimiser, weight average."""
 
+from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
+
+# isort: split
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace

@@ -9,6 +9,9 @@ noise, and batch size or number of processes change no more than the last digits
 float32, two or three in bfloat16).
 """
 
+from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
+
+# isort: split
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +27,6 @@ from diffusers import (
 )
 from PIL import Image
 
-from dkto import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder, weights_fingerprint
 from dkto.prepared import CSFT_PREFIXES
 from dkto.processes import worker_pool

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from dkto.embedded.painter import (
 )
 from dkto.embedded.scenes import BACKGROUNDS, SHAPES, Scene, Thing, caption, parse, random_scene
 from dkto.embedded.truth import aesthetics, judge, recognise_shape, redness
-from dkto.embedded.users import USERS, noisy, tint_red
+from dkto.embedded.users import USERS, tint_red
 
 
 def scenes_and_pictures(count, finish=None, seed=0):
@@ -149,7 +151,7 @@ def test_a_noisy_user_contradicts_himself_at_the_stated_rate():
     scenes, pictures = scenes_and_pictures(300)
     images, prompts = [Image.fromarray(p) for p in pictures], [caption(s) for s in scenes]
     user = USERS["likes_vivid"]
-    flips = user.likes(images, prompts) != noisy(user, 0.3).likes(images, prompts, seed=1)
+    flips = user.likes(images, prompts) != replace(user, flip_rate=0.3).likes(images, prompts, seed=1)
     assert abs(flips.mean() - 0.3) < 4 * (0.21 / 300) ** 0.5
     with pytest.raises(ValueError, match=r"flip_rate must be in \[0, 0.5\], got 0.7"):
-        noisy(user, 0.7)
+        replace(user, flip_rate=0.7)

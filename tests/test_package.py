@@ -49,6 +49,12 @@ def test_the_objective_needs_torch_alone():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["dkto.generate", "dkto.engine"])
+def test_what_imports_diffusers_first_is_quiet(module):
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 @pytest.mark.parametrize("name", dkto.__all__)
 def test_every_exported_name_is_there_and_is_no_module(name):
     """Also after the module of a similar name was imported: `from dkto import x` must not give a module."""

@@ -264,7 +264,7 @@ def test_the_same_study_is_left_as_it_is_and_another_refused(study, folders, sty
         ({"judges": ["ann", "ann"]}, "every judge is named once, got ann more often"),
         ({"styles": ["photo"]}, "styles must name one style for each of 24 prompts, got 1"),
         ({"per_style": 0}, "per_style must be at least 1, got 0"),
-        ({"per_style": 7}, r"there are 6 prompts of style '\w+', but 7 are asked for \(per_style\)"),
+        ({"per_style": 7}, r"there are 6 prompts of style 'anime', but 7 are asked for \(per_style\)"),
         ({"chosen": {"kto": [0] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\] for each of 24 prompts"),
         ({"chosen": {"kto": [0] * 24, "base": [2] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\]"),
     ],

@@ -5,7 +5,7 @@ The others look at pictures as they are and like those above a threshold of thei
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -13,29 +13,6 @@ from PIL import Image
 from dkto.embedded.truth import aesthetics, judge, redness
 
 RED_TINT = 0.15  # strength of the red filter, 0 = none, 1 = pure red
-
-
-@dataclass(frozen=True)
-class SimulatedUser:
-    """A user whose likes follow a measure of the picture.
-
-    Attributes:
-        name: how tables call the user.
-        measure: (image as (H, W, 3) uint8, prompt) -> value.
-        threshold: pictures with a higher value are liked.
-        flip_rate: share of likes given by mistake, in [0, 0.5].
-    """
-
-    name: str
-    measure: Callable[[np.ndarray, str], float]
-    threshold: float
-    flip_rate: float = 0.0
-
-    def likes(self, images: Sequence[Image.Image], prompts: Sequence[str], seed: int = 0) -> np.ndarray:
-        """(N,) bool: whether this user likes each picture; mistakes depend on `seed` alone."""
-        values = np.array([self.measure(np.asarray(i), p) for i, p in zip(images, prompts, strict=True)])
-        mistakes = np.random.default_rng(seed).random(len(values)) < self.flip_rate
-        return (values > self.threshold) ^ mistakes
 
 
 def check_flip_rate(rate: float) -> None:
@@ -48,14 +25,33 @@ def check_flip_rate(rate: float) -> None:
         raise ValueError(f"flip_rate must be in [0, 0.5], got {rate}")
 
 
-def noisy(user: SimulatedUser, flip_rate: float) -> SimulatedUser:
-    """The same user contradicting himself: every like is flipped with probability `flip_rate`.
+@dataclass(frozen=True)
+class SimulatedUser:
+    """A user whose likes follow a measure of the picture.
+
+    Attributes:
+        name: how tables call the user.
+        measure: (image as (H, W, 3) uint8, prompt) -> value.
+        threshold: pictures with a higher value are liked.
+        flip_rate: share of likes given by mistake, in [0, 0.5].
 
     Raises:
-        ValueError: as `check_flip_rate`.
+        ValueError: if the rate is outside its range.
     """
-    check_flip_rate(flip_rate)
-    return replace(user, name=f"{user.name}_noisy", flip_rate=flip_rate)
+
+    name: str
+    measure: Callable[[np.ndarray, str], float]
+    threshold: float
+    flip_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_flip_rate(self.flip_rate)
+
+    def likes(self, images: Sequence[Image.Image], prompts: Sequence[str], seed: int = 0) -> np.ndarray:
+        """(N,) bool: whether this user likes each picture; mistakes depend on `seed` alone."""
+        values = np.array([self.measure(np.asarray(i), p) for i, p in zip(images, prompts, strict=True)])
+        mistakes = np.random.default_rng(seed).random(len(values)) < self.flip_rate
+        return (values > self.threshold) ^ mistakes
 
 
 USERS = {

@@ -35,7 +35,7 @@ class CLIPScore(NetworkScorer):
     device: str = ""
 
     @property
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | None]:
         return {**model_about(self.model), "scale": "cosine"}
 
     def load(self) -> ClipWithTokenizer:

@@ -39,7 +39,7 @@ class HPS(NetworkScorer):
     antialias: bool = True
 
     @property
-    def about(self) -> dict[str, str | bool]:
+    def about(self) -> dict[str, str | bool | None]:
         return {
             **converted_about(self.name, self.weights),
             "tokenizer": self.tokenizer,

@@ -92,7 +92,7 @@ class ImageReward(NetworkScorer):
     name: str = "image_reward"
 
     @property
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | None]:
         return {
             **converted_about("image_reward", self.weights),
             "tokenizer": self.tokenizer,

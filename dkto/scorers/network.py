@@ -27,8 +27,8 @@ class NetworkScorer:
     device: str
 
     @property
-    def about(self) -> dict[str, str]:
-        """What the values depend on."""
+    def about(self) -> dict[str, str | bool | None]:
+        """What the values depend on; None for a hash of weights that lie in no folder here."""
         raise NotImplementedError
 
     def load(self) -> nn.Module:

@@ -30,7 +30,7 @@ class PickScore(NetworkScorer):
     name: str = "pickscore"
 
     @property
-    def about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str | None]:
         return {**model_about(self.model), "tokenizer": self.tokenizer, "scale": "exp(logit_scale) * cosine"}
 
     def load(self) -> ClipWithTokenizer:

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -33,7 +34,8 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def figure_bytes(figure) -> bytes:
-    """A matplotlib figure as PNG."""
+    """A matplotlib figure as PNG; the figure is closed, or the notebook's cell would show it a second time."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
     return buffer.getvalue()

@@ -98,7 +98,6 @@ class Judge(anywidget.AnyWidget):
             if content.get("type") == "undo":
                 self.undo()
             elif content.get("type") == "answer" and content.get("number") == self.number:
-                self.message = ""
                 self.answer(str(content.get("side")))  # a key that was pressed twice answers once
         except (ValueError, OSError) as refusal:
             self.message = f"not kept: {refusal}"
