@@ -31,7 +31,7 @@ _HOME = {
     "score_images": "scoring",
     "StudySession": "study",
     "make_study": "study",
-    "study_result": "study",
+    "study_result": "study_answers",
     "run_training": "trainer",
     "train": "trainer",
     "UTILITIES": "utilities",

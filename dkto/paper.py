@@ -94,8 +94,8 @@ PROFILES: dict[str, list[Step]] = {
     ],
     "default": [
         Step(MAIN, "50_win_rate_tables", {**_ONE_HOUR, "train_steps": 100}),
-        Step("ablations", "51_ablations", {**_ONE_HOUR, "train_steps": 60, "batch_size": 16}),
-        *_users(_PLAIN_USER, **_ONE_HOUR, train_steps=50, batch_size=16, images_per_prompt=2),
+        Step("ablations", "51_ablations", {**_ONE_HOUR, "train_steps": 50, "batch_size": 16}),
+        *_users(_PLAIN_USER, **_ONE_HOUR, train_steps=40, batch_size=16, images_per_prompt=2),
         Step("qualitative_grid", "53_qualitative_grid"),
     ],
     "full": [

@@ -24,7 +24,7 @@ ROOMS = (
     ("calibrate",),
     ("embedded", "scorers"),
     ("scoring", "prompts", "online"),
-    ("evaluate", "monitors", "study", "page"),
+    ("evaluate", "monitors", "study", "study_answers", "page"),
     ("systems", "paper_tables"),
     ("search", "report", "batch_engine", "paper_seeds"),
     ("paper_page",),

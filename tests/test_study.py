@@ -5,35 +5,18 @@ import signal
 import sys
 import time
 
-import krippendorff
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
+from tiny_study import STYLES, draw_folders, finish, is_ours
 
 from dkto.generate import image_path
-from dkto.metrics import win_rate
-from dkto.records import write_json
-from dkto.study import QUESTION, StudySession, judge_agreement, make_study, read_answers, study_result
-
-STYLES = ("anime", "concept-art", "paintings", "photo")
-OURS, THEIRS = (255, 0, 0), (0, 0, 255)
+from dkto.study import QUESTION, StudySession, make_study, read_key
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two methods' folders for 6 prompts of each style: ours draws red pictures, theirs blue ones, two each."""
-    found = {}
-    for name, colour in (("kto", OURS), ("base", THEIRS)):
-        folder = tmp_path / name
-        folder.mkdir()
-        prompts = [f"prompt {p}" for p in range(24)]
-        write_json(folder / "manifest.json", {"system": {}, "prompts": prompts, "images_per_prompt": 2, "seed": 0})
-        for p in range(24):
-            for i in range(2):
-                Image.new("RGB", (2, 2), (colour[0], 5 * i, colour[2])).save(image_path(folder, p, i))
-        found[name] = folder
-    return found
+    return draw_folders(tmp_path)
 
 
 @pytest.fixture
@@ -44,16 +27,6 @@ def styles():
 @pytest.fixture
 def study(folders, styles, tmp_path):
     return make_study(folders, tmp_path / "study", ["ann", "bob", "cid"], styles, per_style=5)
-
-
-def is_ours(path):
-    return Image.open(path).getpixel((0, 0))[0] > 100
-
-
-def finish(session, prefers_ours):
-    """Answer what is left; `prefers_ours(pair)` says whether the red picture is taken."""
-    while (pair := session.next()) is not None:
-        session.answer(pair.number, "left" if is_ours(pair.left) == prefers_ours(pair) else "right")
 
 
 def test_every_style_has_its_share_and_each_pair_shows_both_methods(study):
@@ -191,55 +164,6 @@ def test_a_killed_judge_loses_no_answer(study):
         assert len(StudySession(study, "ann").answers) == 20
 
 
-def test_the_result_counts_prompts_by_majority_with_its_interval(study):
-    for judge, prefers in (("ann", lambda pair: True), ("bob", lambda pair: True), ("cid", lambda pair: False)):
-        finish(StudySession(study, judge), prefers)
-    result = study_result(study)
-    assert result.by_prompt == win_rate(np.ones(20), np.zeros(20)) and result.methods == ("kto", "base")
-    assert result.votes.mean == pytest.approx(2 / 3) and (result.answered, result.asked) == (60, 60)
-    assert result.judges["cid"].rate == 0.0 and result.styles["photo"].n == 5
-    assert result.left.low < 0.5 < result.left.high
-    assert str(result).startswith("kto is preferred to base on 100 % [84, 100] n=20; 60 of 60 answers by 3 judges")
-    metrics = result.to_metrics()
-    assert metrics["study/kto_vs_base"] == 1.0 and metrics["study/kto_vs_base/n"] == 20
-    assert metrics["study/kto_vs_base/anime/n"] == 5 and metrics["study/kto_vs_base/alpha"] == result.alpha
-    answers = read_answers(study)
-    assert set(answers["chosen"]) == {"kto", "base"} and len(answers) == 60
-
-
-def test_split_judges_tie_and_unfinished_ones_count_with_what_they_said(study):
-    finish(StudySession(study, "ann"), lambda pair: True)
-    session = StudySession(study, "bob")
-    for _ in range(6):
-        pair = session.next()
-        session.answer(pair.number, "right" if is_ours(pair.left) else "left")
-    result = study_result(study)
-    assert (result.by_prompt.ties, result.by_prompt.wins, result.answered, result.asked) == (6, 14, 26, 60)
-
-
-def test_agreement_is_krippendorffs_alpha_over_shared_prompts():
-    ours = {"ann": [1, 0, 1, 1], "bob": [1, 0, 0, None], "cid": [1, 0, 1, None]}
-    rows = [
-        {"judge": judge, "question": q, "ours": bool(v)}
-        for judge, values in ours.items()
-        for q, v in enumerate(values)
-        if v is not None
-    ]
-    expected = krippendorff.alpha([[1, 0, 1], [1, 0, 0], [1, 0, 1]], level_of_measurement="nominal")
-    assert judge_agreement(pd.DataFrame(rows)) == pytest.approx(expected)
-    assert judge_agreement(pd.DataFrame(rows[:4])) is None
-    assert judge_agreement(pd.DataFrame([{**row, "ours": True} for row in rows])) is None
-
-
-def test_judges_who_look_at_sides_only_are_seen(study):
-    for judge in ("ann", "bob"):
-        session = StudySession(study, judge)
-        while (pair := session.next()) is not None:
-            session.answer(pair.number, "left")
-    result = study_result(study)
-    assert result.left.mean == 1.0 and result.by_prompt.rate == 0.5 and result.alpha < 0
-
-
 def test_the_median_image_can_be_shown(folders, styles, tmp_path):
     chosen = {"kto": [1] * 24, "base": [0] * 24}
     study = make_study(folders, tmp_path / "s", ["ann"], styles, per_style=2, chosen=chosen)
@@ -291,8 +215,6 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
         session.answer(20, "left")
     with pytest.raises(ValueError, match="side must be left or right, got 'up'"):
         session.answer(0, "up")
-    with pytest.raises(ValueError, match="has no answer yet"):
-        study_result(study)
     with pytest.raises(FileNotFoundError, match=r"holds no study \(questions\.json is missing\)"):
         StudySession(tmp_path / "nothing", "ann")
     whole = '{"question": 0, "choice": "left"}\n'
@@ -304,7 +226,7 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
         ):
             StudySession(study, "ann")
     (study / "answers" / "ann.jsonl").write_text(whole)
-    for name, reader in (("key.json", read_answers), ("questions.json", lambda folder: StudySession(folder, "ann"))):
+    for name, reader in (("key.json", read_key), ("questions.json", lambda folder: StudySession(folder, "ann"))):
         text = (study / name).read_text()
         (study / name).write_text(text[:40])
         with pytest.raises(
@@ -314,4 +236,4 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
         (study / name).write_text(text)
     (study / "key.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds a study whose key\.json is missing: put it back"):
-        read_answers(study)
+        read_key(study)

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from dkto.feedback import load_image
 from dkto.plotting import plot_preferences
-from dkto.study import StudyResult, StudySession, study_result
+from dkto.study import StudySession
+from dkto.study_answers import StudyResult, study_result
 from dkto.widgets.base import figure_bytes, png_bytes, script, style
 
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from dkto.records import write_json
-from dkto.study import make_study, study_result
+from dkto.study import make_study
+from dkto.study_answers import study_result
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 ATTACK = "<img src=x onerror=alert(1)>"
