@@ -14,8 +14,8 @@ def read_answers(study_dir: str | Path) -> pd.DataFrame:
     """Every standing answer, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
 
     Raises:
-        FileNotFoundError: if the folder holds no study.
-        ValueError: if an answer on disk cannot be read.
+        FileNotFoundError: if the folder holds no study, or its key is missing.
+        ValueError: if its files or an answer on disk cannot be read.
     """
     folder = Path(study_dir)
     about, key = read_questions(folder), read_key(folder)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_study import STYLES, draw_folders, finish, is_ours
+from tiny_study import PROMPT_STYLES, STYLES, draw_folders, finish, is_ours
 
 from dkto.generate import image_path
 from dkto.study import QUESTION, StudySession, make_study, read_key
@@ -21,7 +21,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def styles():
-    return [STYLES[p % 4] for p in range(24)]
+    return PROMPT_STYLES
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import krippendorff
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_study import STYLES, draw_folders, finish, is_ours
+from tiny_study import PROMPT_STYLES, draw_folders, finish, is_ours
 
 from dkto.metrics import win_rate
 from dkto.study import StudySession, make_study
@@ -12,8 +12,7 @@ from dkto.study_answers import judge_agreement, read_answers, study_result
 @pytest.fixture
 def study(tmp_path):
     """Five prompts of each style for three judges."""
-    styles = [STYLES[p % 4] for p in range(24)]
-    return make_study(draw_folders(tmp_path), tmp_path / "study", ["ann", "bob", "cid"], styles, per_style=5)
+    return make_study(draw_folders(tmp_path), tmp_path / "study", ["ann", "bob", "cid"], PROMPT_STYLES, per_style=5)
 
 
 def test_the_result_counts_prompts_by_majority_with_its_interval(study):
@@ -68,6 +67,11 @@ def test_judges_who_look_at_sides_only_are_seen(study):
 def test_what_cannot_be_counted_raises_its_sentence(study):
     with pytest.raises(ValueError, match="has no answer yet"):
         study_result(study)
+    (study / "key.json").write_text((study / "key.json").read_text()[:40])
+    with pytest.raises(
+        ValueError, match=r"key\.json is no part of a study: .*; put back the file that make_study wrote"
+    ):
+        read_answers(study)
     (study / "key.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds a study whose key\.json is missing: put it back"):
         read_answers(study)

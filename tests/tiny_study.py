@@ -6,6 +6,7 @@ from dkto.generate import image_path
 from dkto.records import write_json
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
+PROMPT_STYLES = [*STYLES] * 6  # of the 24 prompts
 OURS, THEIRS = (255, 0, 0), (0, 0, 255)
 
 
