@@ -3,7 +3,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dkto.embedded.scenes import SPLITS, STYLES, caption, parse, prompts_for, random_scene, split_of
+from dkto.embedded.scenes import (
+    ATTRIBUTES,
+    SPLITS,
+    STYLES,
+    caption,
+    changed,
+    parse,
+    prompts_for,
+    random_scene,
+    split_of,
+)
+
+PAIR = "an icon of a red star left of a blue ring on a grey background"
+LONE = "a toy of a large red star on a navy background"
 
 
 @given(seed=st.integers(0, 10**9))
@@ -27,6 +40,34 @@ def test_captions_read_back_as_their_scene(seed):
 def test_other_prompts_are_refused_with_an_example(text):
     with pytest.raises(ValueError, match="is not a caption of the small world; expected for example"):
         parse(text)
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_one_attribute_is_changed_and_nothing_else(attribute):
+    rng = np.random.default_rng(0)
+    for prompt in (PAIR, LONE):
+        scene = parse(prompt)
+        other = changed(scene, attribute, rng)
+        if other is None:
+            assert (attribute, prompt) in {("size", PAIR), ("relation", LONE)}
+            continue
+        assert other != scene and parse(caption(other)) == other
+        same = {
+            "shape": [t.shape for t in scene.things] == [t.shape for t in other.things],
+            "colour": [t.colour for t in scene.things] == [t.colour for t in other.things],
+            "background": scene.background == other.background,
+            "style": scene.style == other.style,
+            "size": scene.things[0].size == other.things[0].size,
+        }
+        if attribute == "relation":
+            assert other.things == scene.things[::-1] and other.relation == scene.relation
+        else:
+            assert [name for name, kept in same.items() if not kept] == [attribute]
+
+
+def test_an_attribute_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"attribute must be one of shape, colour, .*, size, got 'hue'"):
+        changed(parse(PAIR), "hue", np.random.default_rng(0))
 
 
 def test_splits_are_disjoint_and_styles_take_turns():

@@ -90,9 +90,9 @@ def test_sizes_that_are_not_known_are_named():
 
 def test_the_command_prints_a_table(capsys):
     arguments = ["memory", "--models", "small-world", "--lora-ranks", "4", "--cards", "80"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--overhead-gb", "80"]) == 0
     said = capsys.readouterr().out
-    assert "largest batch, 80 GB" in said and "LoRA of rank 4" in said
+    assert "largest batch, 80 GB" in said and "LoRA of rank 4" in said and "does not fit" in said
     assert main(["memory", "--models", "small-world", "--lora-ranks", "0", "--measure"]) == 0
     assert "computed 0.0" in capsys.readouterr().out
 

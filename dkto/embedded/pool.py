@@ -9,7 +9,7 @@ Bradley-Terry noise (paper eq. 4-5); comparisons become likes by the paper's rul
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.special import expit
 
 from dkto.embedded.painter import BAD_FINISH, BRILLIANT_FINISH, paint, random_finish
-from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, parse
+from dkto.embedded.scenes import Scene, changed, parse
 from dkto.embedded.users import RED_TINT, USERS, check_flip_rate, tint_red
 from dkto.feedback import FeedbackTable, load_image, make_feedback
 from dkto.generate import System, generate_images, image_path
@@ -68,18 +68,7 @@ class Pool:
 
 def unfaithful(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with one thing wrong: the colour or the shape of its first thing, or the background."""
-    first, others = scene.things[0], scene.things[1:]
-
-    def other(known: Sequence[str], *taken: str) -> str:
-        return str(rng.choice([name for name in known if name not in taken]))
-
-    match rng.integers(3):
-        case 0:
-            colours = [thing.colour for thing in scene.things]
-            return replace(scene, things=(replace(first, colour=other(list(COLOURS), *colours)), *others))
-        case 1:
-            return replace(scene, things=(replace(first, shape=other(SHAPES, first.shape)), *others))
-    return replace(scene, background=other(list(BACKGROUNDS), scene.background))
+    return changed(scene, ("colour", "shape", "background")[rng.integers(3)], rng)
 
 
 def make_pool(

@@ -12,7 +12,7 @@ Its loss is PickScore's (Kirstain et al. 2023): cross-entropy of the choice unde
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +23,12 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from dkto.embedded.painter import BAD_FINISH, GOOD_FINISH, IMAGE_SIZE, paint, random_finish
-from dkto.embedded.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    SIZES,
-    STYLES,
-    Scene,
-    caption,
-    parse,
-    random_scene,
-)
+from dkto.embedded.scenes import ATTRIBUTES, Scene, caption, changed, parse, random_scene
 from dkto.embedded.tokenizer import MAX_LENGTH
 from dkto.embedded.truth import aesthetics, judge
 from dkto.records import read_json, write_atomically, write_json
 from dkto.scorers.preprocess import normalise
 
-ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
 CHOICE_SHARPNESS = 10.0  # Bradley-Terry: chance of a choice = sigmoid(sharpness x difference of utilities)
 SAVE_SECONDS = 30.0
 PAINTING = 5  # the stream of random numbers that pictures are painted from
@@ -54,31 +43,6 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
     vision |= {"image_size": IMAGE_SIZE, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text | tower, vision_config=vision | tower, projection_dim=64))
-
-
-def changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene | None:
-    """The scene with one attribute another, or None where it has none such.
-
-    A relation is broken by letting the things swap places; a size needs a lone thing.
-    """
-    first, *others = scene.things
-    if attribute == "relation":
-        return replace(scene, things=scene.things[::-1]) if scene.relation else None
-    if attribute == "size":
-        return replace(scene, things=(replace(first, size=_other(SIZES, first.size, rng)),)) if first.size else None
-    if attribute == "shape":
-        return replace(scene, things=(replace(first, shape=_other(SHAPES, first.shape, rng)), *others))
-    if attribute == "colour":
-        taken = {thing.colour for thing in others}
-        free = [colour for colour in COLOURS if colour not in taken]
-        return replace(scene, things=(replace(first, colour=_other(free, first.colour, rng)), *others))
-    if attribute == "background":
-        return replace(scene, background=_other(BACKGROUNDS, scene.background, rng))
-    return replace(scene, style=_other(STYLES, scene.style, rng))
-
-
-def _other(known, now: str, rng: np.random.Generator) -> str:
-    return str(rng.choice([name for name in known if name != now]))
 
 
 @dataclass(frozen=True)

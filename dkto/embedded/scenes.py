@@ -13,8 +13,8 @@ no prompt is ever in two splits.
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,6 +38,7 @@ BACKGROUNDS = {
 STYLES = ("icon", "toy", "sticker", "painting")
 SIZES = {"small": (22, 26), "large": (32, 40)}
 RELATIONS = ("left of", "above")
+ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
 SPLITS = ("train", "validation", "test")
 
 
@@ -78,6 +79,40 @@ def random_scene(rng: np.random.Generator, two_things: float = 0.5) -> Scene:
 
 def _one(rng: np.random.Generator, names: Sequence[str]) -> str:
     return names[rng.integers(len(names))]  # `rng.choice` makes an array of the names first, ten times the work
+
+
+def changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene | None:
+    """The scene with one attribute (of `ATTRIBUTES`) another, or None where it has none such.
+
+    A relation is broken by letting the things swap places; a size needs a lone thing. Shape and colour are the first
+    thing's, and no two things get one colour.
+
+    >>> scene = parse("an icon of a large red star on a navy background")
+    >>> caption(changed(scene, "size", np.random.default_rng(0)))
+    'an icon of a small red star on a navy background'
+
+    Raises:
+        ValueError: if `attribute` is unknown.
+    """
+    if attribute not in ATTRIBUTES:
+        raise ValueError(f"attribute must be one of {', '.join(ATTRIBUTES)}, got {attribute!r}")
+    first, *others = scene.things
+
+    def another(known: Iterable[str], *taken: str) -> str:
+        return _one(rng, [name for name in known if name not in taken])
+
+    if attribute == "relation":
+        return replace(scene, things=scene.things[::-1]) if scene.relation else None
+    if attribute == "size":
+        return replace(scene, things=(replace(first, size=another(SIZES, first.size)),)) if first.size else None
+    if attribute == "shape":
+        return replace(scene, things=(replace(first, shape=another(SHAPES, first.shape)), *others))
+    if attribute == "colour":
+        other = another(COLOURS, *(thing.colour for thing in scene.things))
+        return replace(scene, things=(replace(first, colour=other), *others))
+    if attribute == "background":
+        return replace(scene, background=another(BACKGROUNDS, scene.background))
+    return replace(scene, style=another(STYLES, scene.style))
 
 
 def _with_article(words: str) -> str:

@@ -9,17 +9,15 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from dkto import quiet  # noqa: F401  (no loading bars)
 from dkto.embedded.preference import (
-    ATTRIBUTES,
     CHOICE_SHARPNESS,
     Embedder,
     Pool,
-    changed,
     paint_pool,
     to_pixel_values,
     train_clip,
     train_preference,
 )
-from dkto.embedded.scenes import caption, parse, prompts_for
+from dkto.embedded.scenes import ATTRIBUTES, caption, changed, parse, prompts_for
 from dkto.embedded.tokenizer import build_tokenizer
 from dkto.metrics import wilson_interval
 from dkto.records import write_json
