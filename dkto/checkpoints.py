@@ -50,7 +50,7 @@ class CheckpointStore:
         """Whether this very configuration was trained to its end here.
 
         Raises:
-            ValueError: if another one was; the sentence names the fields that differ.
+            ValueError: if another one was, or on other feedback; the sentence names what differs.
         """
         path = self.folder / "run.json"
         if not path.exists():
@@ -63,7 +63,11 @@ class CheckpointStore:
 
     def describe(self, num_processes: int, **more) -> None:
         """Write run.json."""
-        about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint()}
+        about = {
+            "config": self.config.to_dict(),
+            "fingerprint": self.config.fingerprint(),
+            "feedback": self._feedback(),
+        }
         about |= {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
         write_json(self.folder / "run.json", {**about, "num_processes": num_processes, **more})
 
@@ -109,7 +113,7 @@ class CheckpointStore:
         """Load the last complete checkpoint, if there is one, into an engine that has not started, and start it.
 
         Raises:
-            ValueError: if it belongs to another configuration; the sentence names the fields that differ.
+            ValueError: if it belongs to another configuration or other feedback; the sentence names what differs.
         """
         found = self.checkpoints()
         if not found:
@@ -136,6 +140,17 @@ class CheckpointStore:
         if stored["fingerprint"] != self.config.fingerprint():
             difference = self.config.difference(stored["config"]) or "its prompts or the fields of a configuration"
             raise ValueError(f"{place} belongs to another configuration ({difference}): choose another output_dir")
+        before, now = stored.get("feedback"), self._feedback()
+        if None not in (before, now) and before != now:
+            raise ValueError(
+                f"{place} was trained on other feedback ({before} stored, {now} in {self.config.prepared_dir}): choose "
+                "another output_dir"
+            )
+
+    def _feedback(self) -> str | None:
+        """Hash of the prepared feedback; None if the training draws its own pictures or the folder is gone."""
+        path = Path(getattr(self.config, "prepared_dir", "")) / "prepared.json"
+        return read_json(path, "record of prepared feedback").get("feedback") if path.is_file() else None
 
     def finish(self, engine: Engine, model: DiffusionModel) -> None:
         """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""
@@ -163,6 +178,7 @@ class CheckpointStore:
     def _write_state(self, engine: Engine, part: Path, moments: dict[str, Tensor]) -> None:
         save_file(moments, part / "optimizer.safetensors")
         about = {**self.state, "fingerprint": self.config.fingerprint(), "config": self.config.to_dict()}
+        about["feedback"] = self._feedback()
         if engine.ema is not None:
             names = engine.pair.trainable()
             shadows = {n: s.contiguous() for n, s in zip(names, engine.ema.shadow_params, strict=True)}

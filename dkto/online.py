@@ -10,7 +10,7 @@ from its last checkpoint, and draws every random number at an address (seed, ste
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from dkto.models import PolicyAndReference, StableDiffusion, load_model
 from dkto.online_config import OnlineConfig
 from dkto.progress import progress
 from dkto.records import keep_records
-from dkto.scorers import get_pixel_scorer, score
-from dkto.trainer import learning_rate_at
+from dkto.scorers import check_scorers, get_pixel_scorer, score
+from dkto.trainer import learning_rate_at, stop_on_sigterm
 
 PROMPTS, NOISE, CHAIN_STEPS = 21, 22, 23  # streams of random numbers
 
@@ -85,23 +85,30 @@ def to_images(pixel_values: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def train_online(config: OnlineConfig) -> Iterator[dict]:
+def train_online(config: OnlineConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[dict]:
     """Train and yield one record per optimiser step; each samples anew from the policy as it is then.
 
     A run whose output folder holds checkpoints of the same configuration goes on from the last one; one that
     is finished yields nothing. At the end the folder holds `metrics.jsonl`, `run.json` and `lora/` or `model/`.
 
+    Args:
+        config: what to train.
+        should_stop: asked after every step; once it is true, a checkpoint is written and the run ends there, to go on
+            when it is called again.
+
     Raises:
         KeyError: if no scorer has the reward's name.
-        ValueError: if AlignProp's reward has no gradient, the model is a flow, or the folder belongs to another
-            configuration.
+        FileNotFoundError: if the reward's weights or the prompts are missing.
+        ValueError: if AlignProp's reward has no gradient, the reward cannot read a prompt, the model is a flow, or the
+            folder belongs to another configuration.
         FloatingPointError: if loss or gradient is not finite; the checkpoints are whole.
     """
-    # alignprop needs the gradient of its reward; asked for here, a wrong name stops before anything is loaded
-    pixel_scorer = get_pixel_scorer(config.reward) if config.objective == "alignprop" else None
     store = CheckpointStore(config)
     if store.is_finished():
         return
+    # a reward that cannot be had stops the run before anything is loaded or drawn for it
+    pixel_scorer = get_pixel_scorer(config.reward) if config.objective == "alignprop" else None
+    check_scorers([config.reward], config.prompts())
     model = load_model(config.model)
     engine = Engine(config, model)
     online = OnlineModel(model, config.prompts(), engine.device)
@@ -128,17 +135,25 @@ def train_online(config: OnlineConfig) -> Iterator[dict]:
         record["learning_rate"] = learning_rate_at(step, config)
         record["samples_per_second"] = config.batch_size / (time.monotonic() - began)
         store.append(record)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.max_train_steps:
+        last = step + 1 == config.max_train_steps
+        stopping = should_stop() and not last
+        if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
             store.save(engine)
         yield record
+        if stopping:
+            return
     pair.policy.disable_gradient_checkpointing()
     store.finish(engine, model)
 
 
 def run_online(config: OnlineConfig):
-    """Train to the end with a progress bar; returns the run's folder (see `dkto.generate.System.of_run`)."""
-    with progress(total=config.max_train_steps, desc=config.objective, unit="step") as bar:
-        for record in train_online(config):
+    """Train to the end with a progress bar; returns the run's folder (see `dkto.generate.System.of_run`).
+
+    SIGTERM stops it as it stops `dkto.trainer.run_training`.
+    """
+    bar = progress(total=config.max_train_steps, desc=config.objective, unit="step")
+    with bar, stop_on_sigterm() as should_stop:
+        for record in train_online(config, should_stop):
             bar.update(record["global_step"] - bar.n)
             bar.set_postfix(reward=f"{record['reward']:.3f}", refresh=False)
     return config.output_dir

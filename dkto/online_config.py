@@ -60,7 +60,7 @@ class OnlineConfig:
     """Activations are computed again in the backward pass: less memory, about a third more time, the same result."""
     seed: int = 0
     """Fixes prompts, noise and adapter initialisation."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = 10
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
@@ -105,9 +105,9 @@ class OnlineConfig:
                 )
         if self.objective not in OnlineObjective.__args__:
             raise ValueError(f"objective must be one of {', '.join(OnlineObjective.__args__)}, got {self.objective!r}")
-        lowest = "above 0 for d3po, whose chains need a probability" if self.objective == "d3po" else "in [0, 1]"
+        allowed = "in (0, 1] for d3po, whose chains need a probability" if self.objective == "d3po" else "in [0, 1]"
         if not 0 <= self.eta <= 1 or (self.objective == "d3po" and self.eta == 0):
-            raise ValueError(f"eta must be {lowest}, got {self.eta}")
+            raise ValueError(f"eta must be {allowed}, got {self.eta}")
         if self.objective == "d3po" and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for d3po, two images a prompt, got {self.batch_size}")
         object.__setattr__(self, "prompts_file", Path(self.prompts_file))

@@ -20,18 +20,14 @@ class Train:
     def run(self) -> None:
         import torch
 
-        from dkto.checkpoints import CheckpointStore
         from dkto.launch import join_family
         from dkto.trainer import run_training
 
         join_family()
         if self.threads:
             torch.set_num_threads(self.threads)
-        folder = run_training(self.config)
-        if CheckpointStore(self.config).is_finished():
-            print(f"finished; records and weights are in {folder}")
-        else:
-            print(f"stopped at a checkpoint; the same command goes on from it: {folder}")
+        run_training(self.config)
+        _say_end(self.config)
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,17 @@ class TrainOnline:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        print(f"finished; records and weights are in {run_online(self.config)}")
+        run_online(self.config)
+        _say_end(self.config)
+
+
+def _say_end(config: TrainConfig | OnlineConfig) -> None:
+    from dkto.checkpoints import CheckpointStore
+
+    if CheckpointStore(config).is_finished():
+        print(f"finished; records and weights are in {config.output_dir}")
+    else:
+        print(f"stopped at a checkpoint; the same command goes on from it: {config.output_dir}")
 
 
 @dataclass(frozen=True)

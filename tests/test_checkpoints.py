@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from dkto.checkpoints import CheckpointStore
 from dkto.launch import config_arguments
+from dkto.prepare import prepare_feedback
 from dkto.records import read_records
 from dkto.trainer import run_training, train
 
@@ -118,6 +120,18 @@ def test_another_configuration_does_not_resume(config):
     other = replace(config, beta=100.0, batch_size=8)
     with pytest.raises(ValueError, match=r"\(beta: 500.0 stored, 100.0 asked, batch_size: 4 stored, 8 asked\)"):
         next(train(other))
+
+
+def test_other_feedback_does_not_resume_or_pass_for_finished(config, likes, tiny_pipeline, tmp_path):
+    other = replace(likes, is_desirable=~likes.is_desirable)
+    elsewhere = replace(config, prepared_dir=prepare_feedback(other, tmp_path / "other", str(tiny_pipeline)))
+    stop_after(config, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was trained on other feedback \(\w+ stored, \w+ in .*other\)"):
+            next(train(elsewhere))
+        list(train(config))
+    moved = replace(config, prepared_dir=Path(config.prepared_dir).rename(tmp_path / "moved"))
+    assert list(train(moved)) == [], "the same feedback in another place"
 
 
 def test_a_step_with_nan_in_its_batch_is_skipped_and_counted(config, monkeypatch):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from dkto.embedded.pixel_rules import aesthetics_pixels
 from dkto.embedded.scenes import parse, prompts_for
 from dkto.embedded.truth import aesthetics, redness
 from dkto.generate import System
+from dkto.launch import start_training
 from dkto.models import load_model, make_policy
 from dkto.online import OnlineModel, d3po_loss, draw_noise, draw_rows, run_online, to_images, train_online
 from dkto.online_config import OnlineConfig
@@ -152,6 +154,22 @@ def test_stopped_and_resumed_equals_uninterrupted(config, objective):
     assert same(adapter(config.output_dir), adapter(whole.output_dir))
 
 
+def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
+    """A real process that gets SIGTERM before its first checkpoint."""
+    config = replace(config, max_train_steps=400, checkpoint_every=10_000)
+    process = start_training(config)
+    deadline = time.monotonic() + 120
+    while not (config.output_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "stopped at a checkpoint" in (config.output_dir / "train.log").read_text()
+    done = len(read_records(config.output_dir / "metrics.jsonl"))
+    (checkpoint,) = config.output_dir.glob("checkpoint-*")
+    assert 0 < done < 400 and int(checkpoint.name.split("-")[1]) == done
+    assert next(train_online(config))["global_step"] == done + 1
+
+
 def test_full_fine_tuning_leaves_a_pipeline(config):
     run_online(replace(config, lora_rank=0, max_train_steps=1))
     assert System.of_run(config.output_dir).load().unet.config.sample_size == 8
@@ -246,7 +264,8 @@ def test_pictures_are_rounded_to_bytes():
         ({"objective": "ppo"}, "objective must be one of alignprop, d3po, got 'ppo'"),
         ({"backprop_steps": 4}, r"backprop_steps must be in \[1, 3 sampling_steps\], got 4"),
         ({"chain_steps": 9}, r"chain_steps must be in \[0, 3 sampling_steps\], got 9"),
-        ({"objective": "d3po", "eta": 0.0}, "eta must be above 0 for d3po"),
+        ({"objective": "d3po", "eta": 0.0}, r"eta must be in \(0, 1\] for d3po, .*, got 0.0"),
+        ({"objective": "d3po", "eta": 1.5}, r"eta must be in \(0, 1\] for d3po, .*, got 1.5"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
         ({"objective": "d3po", "batch_size": 3}, "batch_size must be even for d3po"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
@@ -263,6 +282,9 @@ def test_a_reward_without_gradient_a_missing_file_and_another_run_are_refused(co
         next(train_online(replace(config, reward="world_fidelity")))
     with pytest.raises(KeyError, match="unknown scorer 'world_rednes'"):
         next(train_online(replace(config, objective="d3po", reward="world_rednes")))
+    with pytest.raises(ValueError, match="scorer world_fidelity judges the small world alone: prompt 'a star'"):
+        next(train_online(replace(config, objective="d3po", reward="world_fidelity")))
+    assert not config.output_dir.exists(), "what cannot be rewarded is known before anything is drawn"
     with pytest.raises(FileNotFoundError, match=r"prompts_file .* does not exist"):
         next(train_online(replace(config, prompts_file="nowhere.txt")))
     config.prompts_file.with_name("empty.txt").write_text("\n")
