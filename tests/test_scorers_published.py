@@ -232,7 +232,7 @@ def test_clip_score_is_the_cosine(tiny_clip, tokenizer, photographs):
 @pytest.fixture
 def hps(tokenizer, tiny_clip, tmp_path, monkeypatch):
     """A small HPS and its weights under open_clip's names."""
-    monkeypatch.setattr("dkto.scorers.hps.VIT_H_14", tiny_config(tokenizer))
+    monkeypatch.setattr("dkto.scorers.open_clip.VIT_H_14", tiny_config(tokenizer))
     about = {"width": 32, "layers": 2, "grid": 4, "patch": PATCH, "text_width": 24, "text_layers": 2}
     about |= {"vocabulary": len(tokenizer), "context": 24, "embedding": 16}
     state = published.random_state(published.open_clip_names(**about))
@@ -251,6 +251,20 @@ def test_hps_cleans_prompts_as_open_clip_does(hps, photographs):
     assert (score(scorer, pictures, raw) == score(scorer, pictures, clean)).all()
     plain = CLIPScore("clip_tiny", scorer.tokenizer, "cpu")
     assert (score(plain, pictures, raw) != score(plain, pictures, clean)).any()
+
+
+def test_clip_score_reads_open_clips_release(hps, tokenizer, photographs):
+    """Its own preprocessing, open_clip's weights."""
+    scorer, state = hps
+    clip = CLIPScore("clip_h14", scorer.tokenizer, "cpu", scorer.weights)
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
+    pixel_values = torch.stack([cropped_image(image, SIDE) for image in photographs])
+    with torch.no_grad():
+        expected = published.open_clip_cosine(
+            state, pixel_values, tokens, heads=4, text_heads=3, end=tokenizer.eos_token_id
+        )
+    np.testing.assert_allclose(score(clip, photographs, PROMPTS), expected, rtol=1e-4, atol=1e-5)
+    assert clip.about["weights"] == scorer.weights and clip.about["sha256"] == scorer.about["sha256"]
 
 
 def test_hps_can_shrink_as_older_torchvision_did(hps, photographs):

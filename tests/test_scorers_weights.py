@@ -2,6 +2,7 @@ import hashlib
 import multiprocessing
 import pickle
 import re
+import shlex
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_wrong_hashes_names_and_files_are_named(pickled, tmp_path, capsys):
         convert("laion_aesthetics", path)
     with pytest.raises(ValueError, match=r"linearMSE\.pth is known to be 21dd590f\w+, got --sha256 "):
         convert("laion_aesthetics", path, sha256)
-    with pytest.raises(KeyError, match="no published file 'clip'; known: hps_v2, hps_v2_1, image_reward, laion"):
+    with pytest.raises(KeyError, match="no published file 'clip'; known: hps_v2, hps_v2_1, clip_h14, image_r"):
         convert("clip", path)
     with pytest.raises(FileNotFoundError, match=r"does not exist: download HPS_v2_compressed\.pt from https"):
         convert("hps_v2", tmp_path / "nothing.pt")
@@ -179,12 +180,20 @@ def test_a_folder_that_lacks_a_file_is_named_with_what_fetches_it(tmp_path, fold
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FILES)
-def test_the_command_that_is_told_can_be_run(name, pickled, capsys):
-    """It names --sha256 where the project knows no hash: without, it would be refused."""
+def test_the_command_that_is_told_can_be_run(name, tmp_path, capsys):
+    """It asks for the hash where the project knows none, and refuses this file where it knows one."""
     with pytest.raises(FileNotFoundError) as caught:
         read_converted(name)
-    told = re.search("`(.*)`", str(caught.value)).group(1)
-    assert ("--sha256" in told) == (not PUBLISHED_FILES[name].sha256)
+    python, module, package, *arguments = shlex.split(re.search("`(.*)`", str(caught.value)).group(1))
+    assert (python, module, package) == ("python", "-m", "dkto.scorers")
+    published, path, state = PUBLISHED_FILES[name], tmp_path / "download", {"a": torch.arange(3.0)}
+    torch.save({published.entry: state} if published.entry else state, path)
+    known = {published.file: str(path), "HASH": hashlib.sha256(path.read_bytes()).hexdigest()}
+    done = main([known.get(argument, argument) for argument in arguments])
+    if published.sha256:
+        assert done != 0 and "is damaged or another file" in capsys.readouterr().err
+    else:
+        assert done == 0 and "converted to" in capsys.readouterr().out
 
 
 def test_every_published_pickle_says_where_it_is_found():

@@ -17,6 +17,7 @@ from scipy.ndimage import label
 from dkto.embedded.painter import IMAGE_SIZE, shape_distance
 from dkto.embedded.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, parse
 
+RULES_VERSION = 1  # one more whenever a rule gives another number: stored scores are then made anew
 MIN_AREA = 70  # pixels of a patch that counts as a thing
 MIN_CHROMA = 26.0  # chroma above which a pixel has a hue, 0..255 scale
 MIN_OVERLAP = 0.6  # intersection over union below which no shape is recognised

@@ -166,14 +166,14 @@ def describe(scorer: Scorer) -> dict:
     """What a scorer's values depend on, kept beside them: model, weights, scale, or a hash of a plain function's code.
 
     The hash is of the function's own statements and of the values that it closes over: comments and layout do not
-    count, and neither do functions that it calls. A value of None in `about` is not known here (the hash of weights
-    that lie in no folder) and stands for any.
+    count, and neither do functions that it calls (the small world's rules tell their version instead). A value of None
+    in `about` is not known here (the hash of weights that lie in no folder) and stands for any.
 
     Raises:
         ValueError: if a scorer that is no plain function does not tell; its scores could not be told from others'.
 
-    >>> list(describe(SCORERS["world_redness"]))
-    ['code']
+    >>> describe(SCORERS["world_redness"])["rule"]
+    'world_redness'
     """
     if hasattr(scorer, "about"):
         return dict(scorer.about)
@@ -183,7 +183,7 @@ def describe(scorer: Scorer) -> dict:
             "stored scores are known again"
         )
     try:
-        code: object = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(scorer))))
+        code: object = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(scorer))))  # one text for all Pythons
     except (OSError, SyntaxError):  # typed in without a file, or a part of a longer line
         code = _bytecode(scorer.__code__)
     closed = [cell.cell_contents for cell in scorer.__closure__ or ()]

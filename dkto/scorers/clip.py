@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
-from dkto.scorers.weights import model_about, model_folder
+from dkto.scorers.open_clip import load_vit_h_14
+from dkto.scorers.weights import converted_about, model_about, model_folder
 
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -28,17 +29,23 @@ class CLIPScore(NetworkScorer):
         name: how tables call it.
         model: folder or hub id of a CLIPModel in safetensors with its tokenizer.
         device: "" for the GPU where there is one.
+        weights: for ViT-H/14, the converted safetensors file of open_clip's release (`python -m dkto.scorers convert
+            clip_h14`), the tokenizer still from `model`; "" takes the CLIPModel.
     """
 
     name: str = "clip_h14"
     model: str = CLIP_H14
     device: str = ""
+    weights: str = ""
 
     @property
     def about(self) -> dict[str, str | None]:
-        return {**model_about(self.model), "scale": "cosine"}
+        told = converted_about(self.name, self.weights) if self.weights else model_about(self.model)
+        return {**told, "scale": "cosine"}
 
     def load(self) -> ClipWithTokenizer:
+        if self.weights:
+            return load_vit_h_14(self.name, self.weights, tokenizer_folder(self.model, self.name))
         folder = clip_folder(self.model, self.name)
         return ClipWithTokenizer.from_folder(folder, folder)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dkto.scorers.clip import CLIP_H14, tokenizer_folder
 from dkto.scorers.network import ClipWithTokenizer, NetworkScorer
-from dkto.scorers.open_clip import VIT_H_14, open_clip_to_clip
+from dkto.scorers.open_clip import load_vit_h_14
 from dkto.scorers.preprocess import padded_pixels, to_pixels
-from dkto.scorers.weights import converted_about, fill, read_converted
+from dkto.scorers.weights import converted_about
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ class HPS(NetworkScorer):
         }
 
     def load(self) -> ClipWithTokenizer:
-        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-        state = open_clip_to_clip(read_converted(self.name, self.weights))
-        model = fill(CLIPModel(CLIPConfig(**VIT_H_14)), state, self.weights or self.name)
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(self.tokenizer, self.name))
-        return ClipWithTokenizer(model, tokenizer)
+        return load_vit_h_14(self.name, self.weights, tokenizer_folder(self.tokenizer, self.name))
 
     def prepare_image(self, image: Image.Image, side: int) -> Tensor:
         return self.prepare_pixels(to_pixels(image)[None], side)[0]

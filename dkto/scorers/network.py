@@ -65,7 +65,7 @@ class NetworkScorer:
         return np.concatenate(found) if found else np.zeros(0)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores with gradient with respect to the pictures (paper C.2's AlignProp needs it).
+        """Scores with gradient with respect to the pictures (AlignProp, paper 5.1.2, needs it).
 
         Args:
             pixels: (B, 3, H, W) float in [0, 1].

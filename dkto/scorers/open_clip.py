@@ -1,8 +1,12 @@
 """open_clip's names for the weights of a CLIP, mapped to those of transformers' CLIPModel."""
 
 import re
+from pathlib import Path
 
 from torch import Tensor
+
+from dkto.scorers.network import ClipWithTokenizer
+from dkto.scorers.weights import fill, read_converted
 
 VIT_H_14 = {
     "projection_dim": 1024,
@@ -95,3 +99,17 @@ def open_clip_to_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name!r} is not a weight of an open_clip model with a vision transformer")
         mapped[f"{prefix}{_IN_BLOCK[inner]}.{kind}"] = value
     return mapped
+
+
+def load_vit_h_14(name: str, weights: str, tokenizer_folder: Path) -> ClipWithTokenizer:
+    """A ViT-H-14 from a scorer's converted open_clip weights.
+
+    Args:
+        name, weights: as in `dkto.scorers.weights.read_converted`.
+        tokenizer_folder: of CLIP's tokenizer.
+    """
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    state = open_clip_to_clip(read_converted(name, weights))
+    model = fill(CLIPModel(CLIPConfig(**VIT_H_14)), state, weights or name)
+    return ClipWithTokenizer(model, CLIPTokenizer.from_pretrained(tokenizer_folder))

@@ -51,6 +51,9 @@ HPS_URL = "https://huggingface.co/xswu/HPSv2"
 PUBLISHED_FILES = {
     "hps_v2": PublishedFile("HPS_v2_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
     "hps_v2_1": PublishedFile("HPS_v2.1_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
+    "clip_h14": PublishedFile(
+        "open_clip_pytorch_model.bin", "https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"
+    ),
     "image_reward": PublishedFile("ImageReward.pt", "https://huggingface.co/zai-org/ImageReward", "1.8 GB"),
     "laion_aesthetics": PublishedFile(
         "sac+logos+ava1-l14-linearMSE.pth",
@@ -168,10 +171,10 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"scorer {name} needs its weights: download {published.file} ({published.size}) from {published.url} and "
-            f"convert it once with `{_command(name, published.file)}`; expected in {path}"
+            f"convert it once with {_command(name, published.file)}; expected in {path}"
         )
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is a pickle, which is not loaded: run `{_command(name, path.name)}`")
+        raise ValueError(f"{path.name} is a pickle, which is not loaded: run {_command(name, path.name)}")
     expected = converted_about(name, weights).get("sha256")
     if not expected:
         raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
@@ -195,10 +198,11 @@ def _converted(name: str, weights: str) -> Path:
 
 
 def _command(name: str, file: str) -> str:
-    """How the pickle of a scorer is converted."""
+    """How the pickle of a scorer is converted, as a part of a sentence."""
     published = PUBLISHED_FILES[name]
-    option = "" if published.sha256 else f" --sha256 (from {published.url})"
-    return f"python -m dkto.scorers convert {name} {file}{option}"
+    if published.sha256:
+        return f"`python -m dkto.scorers convert {name} {file}`"
+    return f"`python -m dkto.scorers convert {name} {file} --sha256 HASH` (HASH stands at {published.url})"
 
 
 def convert(name: str, source: Path, sha256: str = "") -> Path:

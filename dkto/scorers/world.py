@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dkto.embedded.truth import aesthetics, judge, redness
+from dkto.embedded.truth import RULES_VERSION, aesthetics, judge, redness
 
 
 def world_fidelity(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -41,3 +41,5 @@ WORLD_SCORERS = {
     "world_redness": world_redness,
     "world_utility": world_utility,
 }
+for _name, _scorer in WORLD_SCORERS.items():
+    _scorer.about = {"rule": _name, "version": RULES_VERSION}  # by it stored scores are known again
