@@ -2,7 +2,7 @@
 
     images/
       manifest.json        model, hash of its weights, sampler settings, prompts and seeds
-      p0003-s1.png         image of prompt 3, seed number 1
+      p00003-s1.png        image of prompt 3, seed number 1
 
 The noise of an image depends only on (seed, prompt number, image number): methods are compared on equal
 noise, and batch size or number of processes change no more than the last digits of a sum (one grey level of 255 in

@@ -68,6 +68,8 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
         notebook = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"notebook {path} is no notebook: {error}") from error
+    if not (isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)):
+        raise ValueError(f"notebook {path} is no notebook: it holds no list of cells")
     source = "".join(parameters_cell(notebook, path.name)["source"])  # json has it as lines
     try:
         statements = ast.parse(source).body

@@ -162,7 +162,8 @@ def run_paper(
     for place in (folder, Path(output_dir)):
         write_metrics(place, metrics, {"profile": profile, "settings_file": settings_file}, seed=0)
         write_report(place / "report.html", page)
-    print(f"\n{lead}\n{metrics['seconds/total']:.0f} s in all\nnumbers: {output_dir}/metrics.json")
+    print(f"\n{lead}\n{metrics['seconds/total']:.0f} s, what earlier calls had left not counted")
+    print(f"numbers: {output_dir}/metrics.json")
     print(f"page: {output_dir}/report.html\nnotebooks as they ran, trained models and pictures: {folder}")
     return metrics
 
@@ -196,8 +197,11 @@ def _code_hash() -> str:
 def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:
     """One flat table: the main tables' numbers as they are, those of other notebooks under their name.
 
+    `seconds/` are those of each notebook's last execution, which reads what an earlier one left on disk.
+
     Where the main tables ran with several seeds, a rate is the mean over seeds, its interval reaches from the
-    lowest to the highest bound, its n is the sum, and each seed's numbers stand under `seed-<n>/`.
+    lowest to the highest bound, its n is the sum, and each seed's numbers stand under `seed-<n>/`; what is chosen and
+    not measured, the best guidance scale, stands there alone.
     """
     tables = {name: values for name, values in results.items() if name.partition("-")[0] == MAIN}
     metrics: dict[str, float] = {}
@@ -208,7 +212,8 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
             metrics |= {f"seed-{name.partition('-')[2]}/{key}": value for key, value in values.items()}
     for key in next(iter(tables.values()), {}):
         found = [values[key] for values in tables.values() if key in values]
-        metrics[key] = pool_values(key.rpartition("/")[2], found)
+        if len(found) == 1 or key != "best_guidance":
+            metrics[key] = pool_values(key.rpartition("/")[2], found)
     metrics["seeds"] = len(tables)
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return metrics | {"seconds/total": round(sum(seconds.values()), 1)}

@@ -286,6 +286,8 @@ def _text_rows(rows: list[list[str]], path: object) -> list[tuple[str, str]]:
 
 
 def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
+    if isinstance(values, dict) and any(str(key).lower() in PROMPT_COLUMNS for key in values):
+        raise ValueError(f"{path} holds columns: write a list of rows, each with its prompt and style")
     if isinstance(values, dict) and all(isinstance(prompts, list) for prompts in values.values()):
         return [
             (_text(prompt, path, row), style) for style, texts in values.items() for row, prompt in enumerate(texts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from dkto.models.policy import LORA_FILE
 from dkto.records import read_json
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -17,9 +18,12 @@ PUBLISHED = {
     "alignprop": {"model": STABLE_DIFFUSION, "lora": "mihirpd/alignprop-trl-aesthetics"},
 }
 """Weights that the paper's tables compare, as fields of `dkto.generate.System`, by the name of the method."""
+WEIGHTS = tuple(
+    f"diffusion_pytorch_model{rest}" for rest in (".safetensors", "-*.safetensors", ".safetensors.index.json")
+)
+"""Files of a UNet's weights; a pattern that begins with * would fetch those of the other parts and half precision."""
 TUNED_ON = {"alignprop": "laion_aesthetics"}
 """Scorer that a published checkpoint was tuned on, by the name of the method: it may have been hacked."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def unet_folder(source: str | Path) -> Path:
@@ -29,7 +33,9 @@ def unet_folder(source: str | Path) -> Path:
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
         ValueError: if it holds no UNet, or one without safetensors weights.
     """
-    folder = _fetch(source, "unet", ["config.json", "*.safetensors", "unet/config.json", "unet/*.safetensors"])
+    folder = _fetch(
+        source, "unet", ["config.json", "unet/config.json", *WEIGHTS, *(f"unet/{name}" for name in WEIGHTS)]
+    )
     for place in (folder / "unet", folder):
         config = place / "config.json"
         about = read_json(config, "configuration of a UNet") if config.is_file() else {}

@@ -4,12 +4,15 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,12 +39,38 @@ def git_commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def hardware() -> dict[str, str | int]:
-    """Processor, its cores, and the accelerators that torch sees."""
-    import torch
+def hardware() -> dict[str, str | int | float]:
+    """This machine, without loading torch: processor, cores, memory, accelerators and those that are hidden."""
+    found = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerators": ", ".join(accelerators()) or "none",
+    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found | {"visible_accelerators": visible or "none"}
 
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "cores": os.cpu_count() or 0, "accelerators": ", ".join(devices) or "none"}
+
+def accelerators() -> list[str]:
+    """Names of this machine's CUDA devices, from torch where it is loaded, from nvidia-smi otherwise."""
+    if "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda
+        return [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    call = [command, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor() or "unknown"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def peak_memory_mb() -> float:

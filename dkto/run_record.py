@@ -2,12 +2,7 @@
 
 import hashlib
 import json
-import os
-import platform
 import resource
-import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from dkto.records import git_commit, largest_resident_mb, read_json, versions, write_json
+from dkto.records import git_commit, hardware, largest_resident_mb, read_json, versions, write_json
 
 RECORD_NAME = "run.json"
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
@@ -70,40 +65,6 @@ def source_hash(notebook: str | Path) -> str:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
-
-
-def hardware() -> dict[str, str | int | float]:
-    """This machine, without loading torch: processor, cores, memory, accelerators and those that are hidden."""
-    found = {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 0,
-        "memory_gb": round(psutil.virtual_memory().total / MEGABYTE / 1024, 1),
-        "accelerators": ", ".join(accelerators()) or "none",
-    }
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else found | {"visible_accelerators": visible or "none"}
-
-
-def accelerators() -> list[str]:
-    """Names of this machine's CUDA devices, from torch where it is loaded, from nvidia-smi otherwise."""
-    if "torch" in sys.modules:
-        cuda = sys.modules["torch"].cuda
-        return [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    call = [command, "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor() or "unknown"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def search_settings(
     best = table.loc[table.groupby("method")["score"].idxmax()].set_index("method")
     table["chosen"] = [row.settings is best.loc[row.method, "settings"] for row in table.itertuples()]
     chosen = {name: best.loc[name, "settings"] for name in grids}
-    about |= {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer}
+    about |= {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer, "model": SMALL_WORLD}
     about |= {
         "tried": table.to_dict("records"),
         "guidance_scores": {f"{k:g}": float(v) for k, v in swept.loc["base"].items()},

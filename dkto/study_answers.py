@@ -93,7 +93,7 @@ def study_result(study_dir: str | Path) -> StudyResult:
         methods=tuple(key["methods"]),
         by_prompt=win_rate(for_ours, for_theirs),
         votes=spread,
-        styles={s: win_rate(for_ours[style == s], for_theirs[style == s]) for s in dict.fromkeys(style)},
+        styles={s: win_rate(for_ours[style == s], for_theirs[style == s]) for s in dict.fromkeys(style) if s},
         judges={j: win_rate(group, ~group) for j, group in answers.groupby("judge")["ours"]},
         left=MeanDifference(lefts / n, *wilson_interval(lefts, n)),
         alpha=judge_agreement(answers),

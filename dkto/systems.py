@@ -1,4 +1,4 @@
-"""Every system that the paper compares, and its controls, trained on the same pictures for the same number of steps.
+"""Every system that the paper compares, and its controls: offline ones on the same pictures for the same steps.
 
     base, base_best_guidance      the model as it is; at the guidance scale that the user likes best
     sft, sft_all                  liked pictures only (eq. 3); every picture, no preference: a control
@@ -6,7 +6,7 @@
     dpo                           Diffusion-DPO on the comparisons (eq. 8)
     kto, kto_loss_averse, kto_risk_seeking    Diffusion-KTO with each utility (4.2)
     kto_shuffled                  kto on likes dealt out at random: a control
-    alignprop, d3po               sample while they train (`dkto.online`)
+    alignprop, d3po               draw their own pictures while they train, for fewer steps (`dkto.online`)
 
 Settings (learning rate, beta ...) come per system from a search with the same number of tries for each
 (`dkto.search`).
@@ -24,6 +24,7 @@ from dkto.config import TrainConfig
 from dkto.feedback import FeedbackTable, make_feedback
 from dkto.generate import System, generate_all
 from dkto.launch import AnyConfig, run_trainings
+from dkto.models import SMALL_WORLD
 from dkto.online import run_online
 from dkto.online_config import OnlineConfig
 from dkto.prepare import CSFT_PREFIXES, prepare_feedback
@@ -126,13 +127,11 @@ def share_data(
     folder, names = Path(folder), check_systems(names)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(table.prompts))
-    broken = [prompt for prompt in prompts if "\n" in prompt]
+    broken = [prompt for prompt in prompts if not prompt.strip() or set(prompt) & {"\n", "\r"}]
     if broken and set(names) & set(ONLINE):
         raise ValueError(
-            f"systems that draw while they learn take one prompt a line, but {broken[0]!r} has a line break"
+            f"systems that draw while they learn take one prompt a line, but {broken[0]!r} is empty or has a line break"
         )
-    text = "\n".join(prompts) + "\n"
-    write_atomically(folder / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
     data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
     for style in CSFT_PREFIXES if "csft" in names else [None]:
         prepare_feedback(table, data.likes, model, csft=style)
@@ -140,6 +139,8 @@ def share_data(
         prepare_feedback(pairs_of(table), data.pairs, model)
     if "kto_shuffled" in names:
         prepare_feedback(table.shuffled_likes(seed), data.shuffled, model)
+    text = "\n".join(prompts) + "\n"  # last: a folder of other feedback was refused before anything in it changes
+    write_atomically(data.prompts_file, lambda part: part.write_text(text, encoding="utf-8"))
     return data
 
 
@@ -212,13 +213,28 @@ def system_configs(
         output_dir: run `name` lands in `output_dir/name`.
         common: settings of all (steps, batch size, seed).
         own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
+
+    Raises:
+        ValueError: if `own` has settings of a system that there is none of, or as `make_config`.
     """
+    strange = [name for name in own if name not in SYSTEMS]
+    if strange:
+        raise ValueError(f"settings are given for {strange[0]!r}, which is no system; known: {', '.join(SYSTEMS)}")
     configs = {}
     for name in check_systems(names):
         if name not in UNTRAINED:
-            mine = {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
-            configs[name] = make_config(name, data, Path(output_dir) / name, {**common, **mine})
+            mine = {**common, **settings_of(name, own)}
+            configs[name] = make_config(name, data, Path(output_dir) / name, mine)
     return configs
+
+
+def settings_of(name: str, own: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """A system's settings: those of the method whose variant it is, then its own.
+
+    >>> settings_of("kto_shuffled", {"kto": {"beta": 5.0}})
+    {'beta': 5.0}
+    """
+    return {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
 
 
 def train_systems(
@@ -270,7 +286,7 @@ def sampled_as(
         elif name == "base_best_guidance":
             if name not in guidances:
                 raise ValueError("system 'base_best_guidance' needs a scale: sweep_guidance finds it")
-            drawn[name] = System(model=base.model, **sampling)
+            drawn[name] = replace(base, **sampling)
         else:
             drawn[name] = System.of_run(runs[name], **sampling)
     return drawn
@@ -296,7 +312,12 @@ def sweep_guidance(
         scorer: name of the user's measure.
         output_dir: pictures land here.
         images_per_prompt, seed, num_processes: as in `dkto.generate.generate_images`.
+
+    Raises:
+        ValueError: if no scale is given.
     """
+    if not scales:
+        raise ValueError("guidance scales must hold at least one, got none")
     tried = {(n, scale): replace(system, guidance=scale) for n, system in systems.items() for scale in scales}
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "num_processes": num_processes}
     named = {f"{name}-{scale:g}": system for (name, scale), system in tried.items()}
@@ -319,13 +340,19 @@ def read_settings(path: str | Path) -> dict:
     return read_json(path, "search result", ("settings", "guidance", "search"))
 
 
-def settings_origin(found: Mapping) -> str:
+def settings_origin(found: Mapping, model: str = SMALL_WORLD) -> str:
     """How settings were found, in a sentence for a table or a page.
+
+    Args:
+        found: as `read_settings` gives it.
+        model: the one that is trained with them.
 
     >>> settings_origin({"search": {"tries": 2, "validation_prompts": 40, "seed": 100}})
     'Settings: the best of 2 tries for every method on 40 validation prompts, seed 100.'
     """
     search = found["search"]
+    if (searched := search.get("model", SMALL_WORLD)) != model:
+        return f"Settings: found on the model {searched}, not on {model}, which may need others: give a settings_file."
     if "tries" in search:
         tries, prompts, seed = (search[name] for name in ("tries", "validation_prompts", "seed"))
         found_by = f"Settings: the best of {tries} tries for every method on {prompts} validation prompts, seed {seed}."

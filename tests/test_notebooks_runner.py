@@ -61,6 +61,13 @@ def nothing_starts():
 # What a notebook declares
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"cells": 3}', "{"])
+def test_a_file_that_is_no_notebook_is_named(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"notebook .*metrics\.json is no notebook: "):
+        declared_parameters(tmp_path / "metrics.json")
+
+
 def test_declared_parameters_have_type_default_and_comment(make):
     found = declared_parameters(make())
     assert list(found) == ["rate", "steps", "colour", "quiet", "gammas", "seed", "output_dir"]

@@ -23,12 +23,15 @@ def test_every_step_names_parameters_that_its_notebook_declares(profile):
 def test_seeds_are_pooled_without_hiding_one():
     key = "win_rate/kto_vs_base/world_utility"
     results = {f"{MAIN}-0": rate(key, 0.6), f"{MAIN}-1": rate(key, 0.8), "ablations": {"gamma/0.8": 0.5}}
+    for seed, scale in enumerate((10.0, 15.0)):
+        results[f"{MAIN}-{seed}"]["best_guidance"] = scale
     found = combine(results, {"ablations": 2.0})
     assert found[key] == pytest.approx(0.7) and found["seeds"] == 2
     assert (found[f"{key}/low"], found[f"{key}/high"]) == pytest.approx((0.5, 0.9))
     assert found[f"{key}/n"] == 80 and found[f"seed-0/{key}/n"] == 40
     assert found[f"seed-0/{key}"] == 0.6 and found["ablations/gamma/0.8"] == 0.5
     assert found["seconds/total"] == 2.0
+    assert "best_guidance" not in found and found["seed-1/best_guidance"] == 15.0, "no mean of scales that were chosen"
 
 
 def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):

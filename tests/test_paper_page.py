@@ -83,6 +83,14 @@ def test_of_many_prompts_the_page_counts_all_and_names_the_extremes(replay):
     assert named == [*range(SHOWN_GAPS), *range(60 - SHOWN_GAPS, 60)]
 
 
+def test_prompts_that_tie_are_no_failures(replay):
+    gaps = pd.DataFrame({"prompt": [f"prompt {i:02d}" for i in range(60)], "gap": [-0.5, *[0.0] * 58, 0.5]})
+    gaps.to_csv(replay / "qualitative_grid" / "gaps.csv", index=False)
+    page = make_report(replay, "default", REACHED | {"seconds/total": 1.0, "seeds": 1}, "lead")
+    assert "worse on 1, equal on 58, better on 1." in page
+    assert [i for i in range(60) if f"prompt {i:02d}" in page] == [0, 59]
+
+
 def test_a_table_that_is_missing_is_said_to_be(replay):
     (replay / "user_likes_red" / "win_rates.csv").unlink()
     page = make_report(replay, "default", REACHED | {"seconds/total": 1.0, "seeds": 1}, "lead")
@@ -101,5 +109,7 @@ def test_a_user_whose_systems_lost_the_prompt_is_told_which_and_whether_they_won
     page = make_report(replay, "default", numbers, "lead")
     assert "tuned and still win over the base (world_fidelity, base 0.99): dpo 0.61. Their win-rates say" in page
     assert f"{losers}kto_likes_10 0.50." in page
+    control = pd.DataFrame({"system": ["base", "base_best_guidance"], "mean/world_fidelity": [0.99, 0.5]})
+    assert fidelity_sentences(control, table) == [], "a guidance scale is no training"
     alone = pd.DataFrame({"system": ["kto"], "mean/world_fidelity": [0.1]})
     assert fidelity_sentences(alone, table) == []

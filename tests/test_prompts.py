@@ -143,6 +143,7 @@ def test_without_the_hub_one_sentence_says_what_to_do(hub, name):
         ("x.csv", "words\na\n", r"x\.csv needs a column prompt, caption or text, got words"),
         ("x.csv", "prompt,style\na,b\n,b\n", r"x\.csv, row 1: prompt must be text, got ''"),
         ("x.json", "{", r"x\.json cannot be read as \.json prompts"),
+        ("x.json", '{"prompt": ["a"], "style": ["toy"]}', r"x\.json holds columns: write a list of rows"),
         ("x.json", "3", r"x\.json must hold a list of prompts, a list of rows, or lists of prompts by style"),
         ("x.json", '["a", 3]', "must hold a list of prompts"),
         ("x.json", '{"toy": ["a", " "]}', "row 1: prompt must be text, got ' '"),

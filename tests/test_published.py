@@ -1,4 +1,5 @@
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -49,6 +50,22 @@ def test_an_adapter_loads_as_folder_or_file_under_any_name(changed, tiny_pipelin
     ]
     assert all((one == drawn[0]).all() for one in drawn)
     assert (drawn[0] != picture(System(model=str(tiny_pipeline), steps=2))).any()
+
+
+def test_of_a_hub_repository_the_unet_alone_is_fetched(monkeypatch, changed):
+    asked = []
+
+    def download(source, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(changed / "pipeline")
+
+    monkeypatch.setattr("dkto.published.snapshot_download", download)
+    assert unet_folder("owner/name") == changed / "pipeline" / "unet"
+    files = ("unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors")
+    others = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+    others += ("unet/diffusion_pytorch_model.fp16.safetensors",)
+    fetched = {name: any(fnmatch(name, pattern) for pattern in asked) for name in (*files, *others)}
+    assert fetched == dict.fromkeys(files, True) | dict.fromkeys(others, False)
 
 
 def test_the_negative_prompt_matters_only_with_guidance(tiny_pipeline):

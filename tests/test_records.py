@@ -4,7 +4,17 @@ import sys
 
 import pytest
 
-from dkto.records import claim, hardware, keep_records, peak_memory_mb, read_json, read_records, versions, write_json
+from dkto.records import (
+    accelerators,
+    claim,
+    hardware,
+    keep_records,
+    peak_memory_mb,
+    read_json,
+    read_records,
+    versions,
+    write_json,
+)
 
 
 def test_json_is_whole_or_absent(tmp_path):
@@ -54,6 +64,20 @@ def test_a_folder_is_claimed_once(tmp_path):
 def test_versions_and_hardware_are_named():
     assert {"python", "dkto", "torch", "diffusers"} <= set(versions())
     assert hardware()["cores"] >= 1
+
+
+def test_cards_are_named_without_loading_torch(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho NVIDIA A100\necho NVIDIA A100\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert accelerators() == ["NVIDIA A100", "NVIDIA A100"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    found = hardware()
+    assert found["accelerators"] == "NVIDIA A100, NVIDIA A100" and found["visible_accelerators"] == "1"
+    command.write_text("#!/bin/sh\nexit 9\n")
+    assert accelerators() == []
 
 
 def test_peak_memory_is_of_this_program_alone(tmp_path):

@@ -31,6 +31,14 @@ def test_the_result_counts_prompts_by_majority_with_its_interval(study):
     assert set(answers["chosen"]) == {"kto", "base"} and len(answers) == 60
 
 
+def test_prompts_without_styles_have_no_row_of_a_style(tmp_path):
+    study = make_study(draw_folders(tmp_path), tmp_path / "study", ["ann"], [""] * 24, per_style=5)
+    finish(StudySession(study, "ann"), lambda pair: True)
+    found = study_result(study)
+    assert found.styles == {} and found.by_prompt.n == 5
+    assert not [key for key in found.to_metrics() if "//" in key or key.endswith("/")]
+
+
 def test_split_judges_tie_and_unfinished_ones_count_with_what_they_said(study):
     finish(StudySession(study, "ann"), lambda pair: True)
     session = StudySession(study, "bob")

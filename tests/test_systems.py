@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,8 @@ def test_the_guidance_sweep_scores_every_scale(tmp_path, tiny_pipeline):
 
 
 def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline, likes):
+    with pytest.raises(ValueError, match="guidance scales must hold at least one, got none"):
+        sweep_guidance({"base": System()}, [], ["a"], "world_redness", tmp_path)
     with pytest.raises(ValueError, match="unknown system 'kto_shufled'; did you mean 'kto_shuffled'"):
         check_systems(["kto_shufled"])
     with pytest.raises(ValueError, match="systems must be named once each"):
@@ -139,11 +142,32 @@ def test_wrong_names_and_missing_comparisons_are_refused(tmp_path, tiny_pipeline
     with pytest.raises(ValueError, match="'base_best_guidance' needs a scale"):
         sampled_as({}, ["base_best_guidance"], System())
     lonely = make_feedback(likes.images[:2], ["a", "b"], [True, False])
-    torn = make_feedback(likes.images[:2], ["a\nb", "b"], [True, False])
-    with pytest.raises(ValueError, match=r"take one prompt a line, but 'a\\nb' has a line break"):
-        share_data(torn, tmp_path, str(tiny_pipeline), ["d3po"])
+    for text in ("a\nb", "a\rb"):
+        torn = make_feedback(likes.images[:2], [text, "b"], [True, False])
+        with pytest.raises(ValueError, match=r"take one prompt a line, but 'a\\[nr]b' is empty or has a line break"):
+            share_data(torn, tmp_path, str(tiny_pipeline), ["d3po"])
     with pytest.raises(ValueError, match="system 'dpo' needs comparisons"):
         share_data(lonely, tmp_path, str(tiny_pipeline), ["dpo"])
+
+
+def test_a_folder_of_other_feedback_keeps_its_prompts(tmp_path, tiny_pipeline, likes):
+    first = make_feedback(likes.images[:2], ["a", "b"], [True, False])
+    data = share_data(first, tmp_path, str(tiny_pipeline), ["kto"])
+    with pytest.raises(ValueError, match="holds encoded feedback of another run"):
+        share_data(make_feedback(likes.images[:2], ["c", "d"], [True, False]), tmp_path, str(tiny_pipeline), ["kto"])
+    assert data.prompts_file.read_text() == "a\nb\n"
+
+
+def test_settings_for_no_system_are_refused_before_anything_trains(data, tmp_path):
+    with pytest.raises(ValueError, match="settings are given for 'ktoo', which is no system; known: base, "):
+        train_systems(["kto"], data, tmp_path, {}, {"ktoo": {"beta": 1.0}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_at_its_best_guidance_is_the_base_in_all_else():
+    base = System(model="m", unet="u", negative_prompt="bad", guidance=7.5, steps=9)
+    drawn = sampled_as({}, ["base_best_guidance"], base, {"base_best_guidance": 3.0})
+    assert drawn["base_best_guidance"] == replace(base, guidance=3.0)
 
 
 def test_settings_at_an_end_of_what_was_tried_are_named():
@@ -164,6 +188,8 @@ def test_a_search_result_is_kept_and_read(tmp_path):
     tuned = {"tries": 2, "validation_prompts": 4, "seed": 1, "ranges": "Ranges by hand."}
     assert settings_origin({"search": tuned}).endswith("4 validation prompts, seed 1. Ranges by hand.")
     assert settings_origin(read_settings(path)).startswith("Settings: not from a search with equal budgets")
+    other = settings_origin({"search": tuned}, "hub/model")
+    assert other.startswith("Settings: found on the model small-world, not on hub/model")
     with pytest.raises(FileNotFoundError, match="`dkto paper-search` writes one"):
         read_settings(tmp_path / "none.json")
     path.write_text("{}")
