@@ -17,8 +17,8 @@ import psutil
 
 from dkto.processes import following, has_writer, sole_writer
 from dkto.progress import QUIET_VARIABLE
-from dkto.records import read_json, write_json
-from dkto.run_record import RECORD_NAME, accelerators, source_hash
+from dkto.records import accelerators, read_json, write_json
+from dkto.run_record import RECORD_NAME, source_hash
 from dkto.sweeps import Plan, PlannedRun, plan_to_dict
 from dkto.yaml12 import read_yaml
 
