@@ -4,12 +4,12 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_other_feedback_does_not_resume_or_pass_for_finished(config, likes, tiny
         with pytest.raises(ValueError, match=r"was trained on other feedback \(\w+ stored, \w+ in .*other\)"):
             next(train(elsewhere))
         list(train(config))
-    moved = replace(config, prepared_dir=Path(config.prepared_dir).rename(tmp_path / "moved"))
+    moved = replace(config, prepared_dir=shutil.copytree(config.prepared_dir, tmp_path / "moved"))
     assert list(train(moved)) == [], "the same feedback in another place"
 
 
