@@ -347,7 +347,7 @@ def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
     assert metrics["answers"] == metrics[f"{key}/n"] == 4
     answers = list((tmp_path / "62_judge_blind" / "study" / "answers").iterdir())
     assert [path.name for path in answers] == ["simulated.jsonl"], "nobody's name stands under a scorer's answers"
-    assert metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"] and metrics["answers"] >= 1
+    assert metrics[f"{key}/low"] <= metrics[key] <= metrics[f"{key}/high"]
     assert (tmp_path / "62_judge_blind" / "preferences.png").is_file()
 
 
@@ -441,6 +441,8 @@ def slow(*values):
         ("54_published_checkpoints", {"methods": ["base"]}, "unets must name one for each of 1 methods, got 2"),
         slow("50_win_rate_tables", {"user": "likes_bleu"}, "user must be one of balanced, .*got 'likes_bleu'"),
         ("51_ablations", {"scorer": "world_utilty"}, "unknown scorer 'world_utilty'; did you mean 'world_utility'"),
+        slow("50_win_rate_tables", {"guidance_scales": []}, "guidance_scales must hold at least one"),
+        ("53_qualitative_grid", {"lesson_dir": "nowhere"}, "lesson_dir nowhere holds no pictures: run the notebook"),
         slow("51_ablations", {"partitions": []}, "partitions must name at least one rule"),
         ("52_a_specific_user", {"prompt_set": "neutral"}, "scorer world_fidelity judges the small world alone: prompt"),
         slow("52_a_specific_user", {"systems": ["kto", "d3po"]}, "alignprop and d3po learn from a scorer"),
