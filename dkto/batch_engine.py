@@ -29,7 +29,7 @@ GRACE = 30.0  # seconds that the engine has to end its jobs after an interruptio
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands: done, changed (done with other parameters), running, or missing, failed, killed, again."""
+    """How a run stands: done, changed (begun with other parameters), running, or missing, failed, killed, again."""
 
     word: str
     detail: str = ""
@@ -56,16 +56,17 @@ def _state(plan: Plan, run: PlannedRun) -> State:
     if not path.is_file():
         return State("missing")
     record = read_json(path, "record of a run", ["status"])
+    stored = record.get("parameters", run.parameters)
+    changed = next((key for key, value in run.parameters.items() if key not in stored or stored[key] != value), None)
+    held = record["status"] == "running" and has_writer(folder)
+    if changed is not None and not held:
+        return State("changed", f"{changed} was {stored.get(changed)!r} and is {run.parameters[changed]!r} now")
     if record["status"] == "running":
-        return State("running") if has_writer(folder) else State("killed", "it ended without a word; out of memory?")
+        return State("running") if held else State("killed", "it ended without a word; out of memory?")
     if record["status"] == "failed":
         return State("failed", record["error"])
     if not (folder / "metrics.json").is_file():
         return State("missing", "its metrics.json is gone")
-    stored = record["parameters"]
-    for key, value in run.parameters.items():
-        if stored.get(key) != value:
-            return State("changed", f"{key} was {stored.get(key)!r} and is {value!r} now")
     if record["source_hash"] != source_hash(run.notebook):
         return State("done", "by an older version of its notebook")
     return State("done")
@@ -119,8 +120,9 @@ def run_sweep(
     local = read_yaml((settings / "config.yaml").read_text()).get("executor", "local") == "local"
     with sole_writer(plan.folder) as hold:
         states = run_states(plan)
-        todo = [run for run in plan.runs if states[run.name].word != "done" or (redo and states[run.name].detail)]
-        _clear(plan, todo, states, redo)
+        removed = _outdated(plan, states) if redo else set()
+        todo = [run for run in plan.runs if states[run.name].word != "done" or run.name in removed]
+        _clear(plan, todo, states, removed)
         if todo:
             limits = _limits(todo, cores) if local else []
             _write_plan(plan, local)
@@ -140,10 +142,20 @@ def _profile_folder(profile: str) -> Path:
     raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {profile!r}")
 
 
-def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], redo: bool) -> None:
+def _outdated(plan: Plan, states: dict[str, State]) -> set[str]:
+    """Runs of other parameters or an older notebook, and with them all that read from one of these."""
+    found: set[str] = set()
+    for run in plan.runs:  # what is read comes before what reads it
+        state = states[run.name]
+        if state.word == "changed" or (state.word == "done" and state.detail) or found & set(run.inputs.values()):
+            found.add(run.name)
+    return found
+
+
+def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], removed: set[str]) -> None:
     """Make way for what is to be done, and never for anything else."""
-    changed = [run for run in todo if states[run.name].word == "changed"]
-    if changed and not redo:
+    changed = [run for run in todo if states[run.name].word == "changed" and run.name not in removed]
+    if changed:
         first = changed[0].name
         raise ValueError(
             f"{len(changed)} runs in {plan.folder} were made with other parameters ({first}: {states[first].detail}): "
@@ -152,8 +164,8 @@ def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], redo: b
     for run in todo:
         if states[run.name].word == "running":
             raise ValueError(f"{plan.folder / run.name} is being written by another process: wait for it")
-        if states[run.name].word in ("changed", "done"):
-            shutil.rmtree(plan.folder / run.name)
+        if run.name in removed:
+            shutil.rmtree(plan.folder / run.name, ignore_errors=True)
         (plan.folder / run.name / "metrics.json").unlink(missing_ok=True)
     shutil.rmtree(plan.folder / ".snakemake" / "locks", ignore_errors=True)  # of a killed engine: we hold the folder
 

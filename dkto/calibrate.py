@@ -8,7 +8,6 @@ with the training and with the model, so beta is measured, not remembered.
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from dkto.config import TrainConfig
 from dkto.losses import effective_weight, reference_point
 from dkto.prepare import PreparedFeedback
 from dkto.progress import progress
-from dkto.records import read_json, write_json
+from dkto.records import write_json
 from dkto.rewards import error_gaps, load_run
 from dkto.trainer import train
 from dkto.utilities import get_utility
@@ -141,11 +140,15 @@ def propose_beta(gaps: np.ndarray, is_desirable: np.ndarray, config: TrainConfig
     """The largest beta at which the mean slope is still `wanted_slope` of that at 0; bisection over 12 decades.
 
     Raises:
-        ValueError: if `wanted_slope` is not in (0, 1), every gap is 0, or no beta gives that slope.
+        ValueError: if `wanted_slope` is not in (0, 1), the utility is flat at 0, every gap is 0, or no beta gives
+            that slope.
     """
     if not 0 < wanted_slope < 1:
         raise ValueError(f"wanted_slope must be in (0, 1), got {wanted_slope}")
     scale = float(np.abs(gaps).mean())
+    flat = slope_at(np.zeros(1), np.ones(1, bool), 1.0, config)
+    if not np.isfinite(flat.mean_slope):
+        raise ValueError(f"utility {config.utility!r} is flat where nothing was learnt yet: no slope to relate beta to")
     if not scale > 0:
         raise ValueError("every gap is 0: policy and reference are still the same, train more steps or faster")
     low, high = np.log(1e-6 / scale), np.log(1e6 / scale)
@@ -192,7 +195,7 @@ def calibrate(
     for _ in progress(train(trial), total=steps, desc="trial", unit="step"):
         pass
     _, model, pair = load_run(trial.output_dir)
-    pair.policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    pair.to("cuda" if torch.cuda.is_available() else "cpu")
     data = PreparedFeedback(config.prepared_dir, model)
     rows = np.unique(np.linspace(0, len(data) - 1, min(samples, len(data))).astype(np.int64))
     gaps = error_gaps(model, pair, data, trial, rows=rows, draws=draws)
@@ -213,8 +216,3 @@ def calibrate(
     write_json(config.output_dir / "calibration.json", asdict(found))
     np.save(config.output_dir / "gaps.npy", gaps, allow_pickle=False)
     return found
-
-
-def read_calibration(folder: str | Path) -> dict:
-    """The values of a `calibration.json`."""
-    return read_json(Path(folder) / "calibration.json", "calibration")

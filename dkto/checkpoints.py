@@ -37,7 +37,7 @@ class CheckpointStore:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        self.config = config.resolved()
         self.folder = Path(config.output_dir)
         self.records_path = self.folder / "metrics.jsonl"
         self.state: dict = {"global_step": 0, "skipped_steps": 0, "bad_steps": 0, "seconds": 0.0}
@@ -56,10 +56,9 @@ class CheckpointStore:
         if not path.exists():
             return False
         about = read_json(path, "record of a training")
-        if not about.get("finished"):
-            return False
-        self._check_same(self.folder, about)
-        return True
+        if "fingerprint" in about:
+            self._check_same(self.folder, about)
+        return bool(about.get("finished"))
 
     def describe(self, num_processes: int, **more) -> None:
         """Write run.json."""
@@ -172,7 +171,7 @@ class CheckpointStore:
         done = {"seconds": round(self.state["seconds"], 2), "hours": round(self.state["seconds"] / 3600, 4)}
         skipped = self.state["skipped_steps"]
         self.describe(engine.accelerator.num_processes, **done, skipped_steps=skipped, finished=True)
-        for old in self.checkpoints():
+        for old in self.folder.glob("checkpoint-*"):  # the half of one that a kill left as well
             shutil.rmtree(old)
 
     def _write_state(self, engine: Engine, part: Path, moments: dict[str, Tensor]) -> None:
@@ -226,8 +225,8 @@ def _restore_moments(engine: Engine, stored: dict[str, Tensor]) -> None:
         whole = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(engine.policy, engine.optimizer, whole, options=options)
         return
+    fused = engine.optimizer.defaults.get("fused")  # such a kernel counts its steps beside the weights, others on a CPU
     for name, parameter in engine.pair.trainable().items():
-        # a step count stays where the optimiser made it, on the CPU
-        moments = {k: v if v.ndim == 0 else v.to(parameter.device) for k, v in state.get(name, {}).items()}
+        moments = {k: v.to(parameter.device) if fused or v.ndim else v for k, v in state.get(name, {}).items()}
         if moments:
             engine.optimizer.state[parameter] = moments

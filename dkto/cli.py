@@ -211,8 +211,12 @@ class Run:
         from dkto.processes import die_with_engine, graphics_cards
 
         die_with_engine()
-        pairs = [text.partition("=") for text in self.parameters]
-        told = {name: value for name, _, value in pairs}
+        told: dict[str, str] = {}
+        for text in self.parameters:
+            name, equals, value = text.partition("=")
+            if not equals or name in told:
+                raise ValueError(f"--parameters takes NAME=VALUE, each name once, got {text!r}")
+            told[name] = value
         shared = [card for card in (self.cards or "").split(",") if card]
         with graphics_cards(self.gpus if self.cards is not None else 0, shared) as mine:
             if self.cards is not None:
@@ -325,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=given, prog="dkto")
     try:
         command.run()
-    except (ValueError, TypeError, KeyError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         print(f"dkto: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     return 0

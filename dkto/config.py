@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -141,6 +141,13 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """Plain values, for run.json."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def resolved(self) -> "TrainConfig":
+        """The same, with the text of a utility that was defined as one, by which any process knows it."""
+        from dkto.utilities import get_utility  # it loads torch, which a configuration does without
+
+        definition = get_utility(self.utility).definition
+        return replace(self, utility=definition) if definition else self
 
     def fingerprint(self) -> str:
         """Hash of everything that changes the result; two runs with one fingerprint may resume each other."""

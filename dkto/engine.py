@@ -54,14 +54,26 @@ class Engine:
         self.pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed, frozen_dtype=self.dtype)
         if config.gradient_checkpointing:
             self.pair.policy.enable_gradient_checkpointing()
-        self.pair.policy.to(self.device)
-        if self.pair.reference is not None:
-            self.pair.reference.to(self.device)
+        self.pair.to(self.device)
         self.optimizer = make_optimizer(config, list(self.pair.trainable().values()))
         scaled = config.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self.policy: nn.Module = self.pair.policy
         self.ema: EMAModel | None = None
+        if self.sharded and config.ema_decay:
+            raise ValueError("ema_decay needs whole weights on every process, which FSDP does not keep: set it to 0")
+        if self.deepspeed:
+            self._tell_deepspeed()
+
+    def _tell_deepspeed(self) -> None:
+        if self.config.gradient_accumulation > 1:
+            raise ValueError(
+                "DeepSpeed steps after every backward pass: set gradient_accumulation to 1, got "
+                f"{self.config.gradient_accumulation}"
+            )
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = self.config.samples_per_rank(self.accelerator.num_processes)
+        settings["gradient_clipping"] = self.config.max_grad_norm
 
     def start(self) -> None:
         """Hand policy and optimiser to accelerate; weights that are to be resumed are in place by now."""
@@ -110,10 +122,13 @@ class Engine:
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         return 0.0 if norm is None else float(norm)  # DeepSpeed knows it after its first step
 
-    def step(self, finite: bool, learning_rate: float) -> bool:
-        """Change the weights if loss and gradients are finite; says whether it did."""
+    def set_rate(self, learning_rate: float) -> None:
+        """Learning rate of the step to come, before its first backward pass: DeepSpeed steps within that."""
         for group in self.prepared_optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def step(self, finite: bool) -> bool:
+        """Change the weights if loss and gradients are finite; says whether it did."""
         if self.scaler is not None:
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)

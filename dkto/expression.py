@@ -36,6 +36,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 FUNCTIONS_OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"maximum": torch.maximum, "minimum": torch.minimum}
+KNOWN = ("x", *CONSTANTS, *FUNCTIONS, *FUNCTIONS_OF_TWO)
 _OPERATORS = {ast.Add: torch.add, ast.Sub: torch.sub, ast.Mult: torch.mul, ast.Div: torch.div}
 _SIGNS = {ast.UAdd: torch.positive, ast.USub: torch.neg}
 
@@ -98,10 +99,11 @@ def _compile(node: ast.expr) -> Map:
         case ast.Name(id=name) if name in CONSTANTS:
             return _constant(CONSTANTS[name])
         case ast.Name(id=name):
-            known = ["x", *CONSTANTS, *FUNCTIONS, *FUNCTIONS_OF_TWO]
-            near = get_close_matches(name, known, 1)
+            if name in KNOWN:
+                raise _NotAllowed(f"{name} is a function: write its values in brackets")
+            near = get_close_matches(name, KNOWN, 1)
             guess = f", did you mean {near[0]!r}?" if near else ";"
-            raise _NotAllowed(f"unknown name {_short(name)!r}{guess} known: {', '.join(known)}")
+            raise _NotAllowed(f"unknown name {_short(name)!r}{guess} known: {', '.join(KNOWN)}")
         case ast.Constant():
             return _constant(_number(node))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:
@@ -119,8 +121,8 @@ def _compile(node: ast.expr) -> Map:
                 raise _NotAllowed(f"{name} takes {wanted} value{'s' * (wanted > 1)}, got {len(arguments)}")
             function, inner = (FUNCTIONS | FUNCTIONS_OF_TWO)[name], [_compile(argument) for argument in arguments]
             return lambda x: function(*(part(x) for part in inner))
-        case ast.Call(func=ast.Name() as name):
-            return _compile(name)  # refuses it as unknown, with the nearest
+        case ast.Call(func=ast.Name(id=name) as unknown) if name not in KNOWN:
+            return _compile(unknown)  # refuses it, with the nearest
     raise _NotAllowed(f"{_source(node)!r} is not allowed; write it with x, numbers, + - * / ** and the known functions")
 
 

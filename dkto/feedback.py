@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from dkto.records import write_atomically
-from dkto.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
+from dkto.sources import IMAGE_FORMATS, ImageFolder, parse_label, read_file, read_folder, refuse_unused
 
 MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
 ROWS_STREAM = 0  # of the random numbers of a step; the trainer's own streams start at 1
@@ -231,7 +231,10 @@ def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_
     liked, disliked = int(table.is_desirable.sum()), int((~table.is_desirable).sum())
     lines = [str(table), f"liked: {liked / len(table):.1%} of the images".replace("%", " %")]
     lines.append(f"pairs of a liked and a disliked image: {len(table.pairs)}")
-    if liked and disliked and desirable_fraction < 1:
+    if liked and disliked and not 0 < desirable_fraction < 1:
+        drawn = "liked" if desirable_fraction else "disliked"
+        lines.append(f"gamma {desirable_fraction}: only {drawn} images are drawn")
+    elif liked and disliked:
         ratio = desirable_fraction / liked / ((1 - desirable_fraction) / disliked)
         lines.append(f"gamma {desirable_fraction}: a liked image is drawn {ratio:.3g} times as often as a disliked one")
     else:
@@ -259,6 +262,8 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
     if table.comparisons is not None:
         pairs = pd.DataFrame(table.comparisons, columns=["chosen_row", "rejected_row"])
         write_atomically(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
+    else:
+        path.with_suffix(".pairs.parquet").unlink(missing_ok=True)  # of a former table
     write_atomically(path, lambda part: write(part, index=False))
     return path
 
@@ -267,10 +272,10 @@ def load_image(path: str | Path) -> Image.Image:
     """Decode one image as RGB, the right way up (a camera's orientation mark is applied).
 
     Raises:
-        ValueError: if the file is no image, is damaged, or has more than `MAX_PIXELS` pixels.
+        ValueError: if the file is no image of `IMAGE_FORMATS`, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"image {path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -323,7 +328,7 @@ class BiasedSampler:
             if wanted and len(rows) == 0:
                 raise ValueError(
                     f"feedback of one class only: no {name} image among {len(is_desirable)}, "
-                    f"but desirable_fraction={desirable_fraction} asks for both"
+                    f"but desirable_fraction={desirable_fraction} draws {name} ones"
                 )
         self.desirable_fraction, self.seed = desirable_fraction, seed
 

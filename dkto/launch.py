@@ -14,11 +14,10 @@ from dkto.online_config import OnlineConfig
 from dkto.processes import following
 from dkto.progress import progress
 from dkto.records import read_records
-from dkto.utilities import get_utility
 
 AnyConfig = TrainConfig | OnlineConfig
 COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
-FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # set for what is started here, read by `dkto train`
+FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # the process that started a training, read by `dkto train`
 
 
 def join_family() -> None:
@@ -27,19 +26,18 @@ def join_family() -> None:
     The kernel's request is not handed on to children, so each training process makes it anew. Does nothing in a
     training that was not started by `start_training`.
     """
-    if os.environ.get(FAMILY_VARIABLE):
+    if started := os.environ.get(FAMILY_VARIABLE):
         die_with_parent()
-        if os.getppid() == 1:  # the launcher was gone before the request
+        if os.getppid() == 1 != int(started):  # the launcher was gone before the request
             sys.exit(f"{FAMILY_VARIABLE} is set, but what started this training has ended")
 
 
 def config_arguments(config: AnyConfig) -> list[str]:
     """The configuration as command-line arguments of `dkto train` or `dkto train-online`."""
     arguments = []
+    config = config.resolved()  # a utility defined as text here is unknown there
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name == "utility":  # one defined as text here is unknown there: send its definition
-            value = get_utility(value).definition or value
         name = field.name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
@@ -84,8 +82,8 @@ def start_training(
     """
     command = training_command(config, threads=threads, ranks=ranks, accelerate_config=accelerate_config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {FAMILY_VARIABLE: "1"}
-    with (config.output_dir / "train.log").open("w") as log:
+    environment = os.environ | {FAMILY_VARIABLE: str(os.getpid())}
+    with (config.output_dir / "train.log").open("a") as log:
         return subprocess.Popen(following(command), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 

@@ -139,7 +139,7 @@ def reference_point(
     if estimator == "per_class":
         if is_desirable is None:
             raise ValueError("estimator 'per_class' needs is_desirable")
-        _check_labels(is_desirable, reward)
+        check_labels(is_desirable, reward)
         groups = torch.stack([is_desirable, ~is_desirable])  # (2, ..., B)
     else:
         groups = torch.ones_like(averaged, dtype=torch.bool)[None]  # (1, ..., B)
@@ -288,7 +288,7 @@ def sft_loss(policy_error: Tensor, is_desirable: Tensor | None = None) -> Tensor
     """
     if is_desirable is None:
         return policy_error.mean(-1)
-    _check_labels(is_desirable, policy_error)
+    check_labels(is_desirable, policy_error)
     liked = is_desirable.sum(-1)
     if not bool((liked > 0).all()):
         raise ValueError(f"sft_loss needs a liked sample in every batch, got none among {policy_error.shape[-1]}")
@@ -296,7 +296,7 @@ def sft_loss(policy_error: Tensor, is_desirable: Tensor | None = None) -> Tensor
 
 
 def _sign_and_gain(reward: Tensor, is_desirable: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    _check_labels(is_desirable, reward)
+    check_labels(is_desirable, reward)
     if not isinstance(point, Tensor) or point.shape != reward.shape[:-1]:
         came = f"shape {_shape(point)}" if isinstance(point, Tensor) else type(point).__name__
         raise ValueError(f"reference_point must be a tensor of shape {tuple(reward.shape[:-1])}, got {came}")
@@ -333,7 +333,12 @@ def _per_member(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
-def _check_labels(is_desirable: Tensor, like: Tensor) -> None:
+def check_labels(is_desirable: Tensor, like: Tensor) -> None:
+    """Refuse labels that are not bool or not one for each value.
+
+    Raises:
+        ValueError: if dtype or shape differ.
+    """
     if is_desirable.dtype != torch.bool or is_desirable.shape != like.shape:
         kind = str(is_desirable.dtype).removeprefix("torch.")
         raise ValueError(

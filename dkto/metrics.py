@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
+from dkto.losses import check_labels
+
 ACCURACIES = ("pair", "sample", "sample_centred")
 
 
@@ -64,7 +66,7 @@ def implicit_accuracy(
     else:
         if is_desirable is None:
             raise ValueError(f"definition {definition!r} needs is_desirable")
-        _check_labels(is_desirable, reward)
+        check_labels(is_desirable, reward)
         point = torch.as_tensor(reference_point if definition == "sample_centred" else 0.0).to(reward)
         gap = reward - point[..., None]
         right = torch.where(is_desirable, gap > 0, gap < 0).to(torch.float32)
@@ -88,7 +90,7 @@ def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
     >>> reward_margin(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
     tensor(3.)
     """
-    _check_labels(is_desirable, reward)
+    check_labels(is_desirable, reward)
     liked = torch.where(is_desirable, reward, 0).sum(-1) / is_desirable.sum(-1)
     disliked = torch.where(is_desirable, 0, reward).sum(-1) / (~is_desirable).sum(-1)
     return liked - disliked
@@ -351,14 +353,6 @@ def _paired(ours: ArrayLike, theirs: ArrayLike) -> tuple[np.ndarray, np.ndarray]
         if not np.isfinite(values).all():
             raise ValueError(f"score {int(np.argmin(np.isfinite(values)))} of {name} is not finite")
     return ours, theirs
-
-
-def _check_labels(is_desirable: Tensor, like: Tensor) -> None:
-    if is_desirable.dtype != torch.bool or is_desirable.shape != like.shape:
-        kind = str(is_desirable.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"is_desirable must be bool of shape {tuple(like.shape)}, got {kind} of shape {tuple(is_desirable.shape)}"
-        )
 
 
 def _check_confidence(confidence: float) -> None:

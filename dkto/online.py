@@ -24,6 +24,7 @@ from dkto.checkpoints import CheckpointStore
 from dkto.engine import Engine
 from dkto.models import PolicyAndReference, StableDiffusion, load_model
 from dkto.online_config import OnlineConfig
+from dkto.processes import sole_writer
 from dkto.progress import progress
 from dkto.records import keep_records
 from dkto.scorers import check_scorers, get_pixel_scorer, score
@@ -101,6 +102,7 @@ def train_online(config: OnlineConfig, should_stop: Callable[[], bool] = lambda:
         FileNotFoundError: if the reward's weights or the prompts are missing.
         ValueError: if AlignProp's reward has no gradient, the reward cannot read a prompt, the model is a flow, or the
             folder belongs to another configuration.
+        BlockingIOError: if another process trains into the folder.
         FloatingPointError: if loss or gradient is not finite; the checkpoints are whole.
     """
     store = CheckpointStore(config)
@@ -112,38 +114,39 @@ def train_online(config: OnlineConfig, should_stop: Callable[[], bool] = lambda:
     model = load_model(config.model)
     engine = Engine(config, model)
     online = OnlineModel(model, config.prompts(), engine.device)
-    store.restore(engine)
-    state, pair = store.state, engine.pair
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    keep_records(store.records_path, state["global_step"])
-    store.describe(num_processes=1)
-    for step in range(state["global_step"], config.max_train_steps):
-        began = time.monotonic()
-        if pixel_scorer is not None:
-            measured = alignprop_step(config, online, pair, pixel_scorer, step)
-        else:
-            measured = d3po_step(config, online, pair, step)
-        grad_norm = engine.clip()
-        if not np.isfinite([grad_norm, *measured.values()]).all():
-            raise FloatingPointError(
-                f"loss or gradient was not finite at step {step + 1}; the last checkpoint in {config.output_dir} "
-                "is whole. Lower learning_rate"
-            )
-        engine.step(True, learning_rate_at(step, config))
-        state["global_step"], state["seconds"] = step + 1, state["seconds"] + time.monotonic() - began
-        record = {"global_step": step + 1, **measured, "grad_norm": grad_norm}
-        record["learning_rate"] = learning_rate_at(step, config)
-        record["samples_per_second"] = config.batch_size / (time.monotonic() - began)
-        store.append(record)
-        last = step + 1 == config.max_train_steps
-        stopping = should_stop() and not last
-        if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
-            store.save(engine)
-        yield record
-        if stopping:
-            return
-    pair.policy.disable_gradient_checkpointing()
-    store.finish(engine, model)
+    with sole_writer(config.output_dir):
+        store.restore(engine)
+        state, pair = store.state, engine.pair
+        keep_records(store.records_path, state["global_step"])
+        store.describe(num_processes=1)
+        for step in range(state["global_step"], config.max_train_steps):
+            began = time.monotonic()
+            engine.set_rate(learning_rate_at(step, config))
+            if pixel_scorer is not None:
+                measured = alignprop_step(config, online, pair, pixel_scorer, step)
+            else:
+                measured = d3po_step(config, online, pair, step)
+            grad_norm = engine.clip()
+            if not np.isfinite([grad_norm, *measured.values()]).all():
+                raise FloatingPointError(
+                    f"loss or gradient was not finite at step {step + 1}; the last checkpoint in {config.output_dir} "
+                    "is whole. Lower learning_rate"
+                )
+            engine.step(True)
+            state["global_step"], state["seconds"] = step + 1, state["seconds"] + time.monotonic() - began
+            record = {"global_step": step + 1, **measured, "grad_norm": grad_norm}
+            record["learning_rate"] = learning_rate_at(step, config)
+            record["samples_per_second"] = config.batch_size / (time.monotonic() - began)
+            store.append(record)
+            last = step + 1 == config.max_train_steps
+            stopping = should_stop() and not last
+            if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
+                store.save(engine)
+            yield record
+            if stopping:
+                return
+        pair.policy.disable_gradient_checkpointing()
+        store.finish(engine, model)
 
 
 def run_online(config: OnlineConfig):

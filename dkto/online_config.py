@@ -127,6 +127,10 @@ class OnlineConfig:
             raise ValueError(f"prompts_file {self.prompts_file} holds no prompt")
         return prompts
 
+    def resolved(self) -> "OnlineConfig":
+        """Itself: an online training has no utility."""
+        return self
+
     to_dict = TrainConfig.to_dict
     difference = TrainConfig.difference
 

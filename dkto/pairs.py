@@ -40,6 +40,7 @@ from dkto.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, check_rule, likes_fr
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
 LABEL_FLAG = "has_label"  # false where nobody judged the pair; may be absent
 IMAGE_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+STAMPED = 65_536  # bytes at the end of a shard by which it is known again
 ROWS_AT_ONCE = 16  # about 10 MB of Pick-a-Pic
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -67,7 +68,8 @@ def convert_pairs(
 
     Raises:
         FileNotFoundError: if the source is nowhere to be found or holds no shard.
-        ValueError: if a shard lacks a column or has a label that is none, or the folder holds other pairs.
+        ValueError: if a shard lacks a column or has a label that is none, or the folder holds other pairs or a shard
+            as it was before it changed.
     """
     check_rule("partition", partition, PARTITIONS)
     check_rule("ties", ties, TIE_RULES)
@@ -77,19 +79,36 @@ def convert_pairs(
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
     claim(output_dir / "pairs.json", {"source": str(source), "files": files}, "pairs")
     for shard in progress(shards, desc="unpacking pairs", unit="shard"):
-        if not (output_dir / "votes" / f"{shard.name}.parquet").exists():
+        votes, stamp = output_dir / "votes" / f"{shard.name}.parquet", output_dir / "votes" / f"{shard.name}.sha256"
+        if not votes.exists():
             with shard.local() as path:
                 _unpack(path, shard.name, output_dir)
+            write_atomically(stamp, lambda part, text=shard.stamp: part.write_text(text))
+        elif stamp.exists() and stamp.read_text() != shard.stamp:
+            raise ValueError(
+                f"{shard.name} was unpacked into {output_dir} before it changed: choose another output_dir"
+            )
     shutil.rmtree(output_dir / "fetched", ignore_errors=True)
     return _write_likes(output_dir, shards, partition, ties)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file, here or on the hub; `local` gives it as a file for the length of a `with` block."""
+    """One parquet file, here or on the hub; `local` gives it as a file for the length of a `with` block.
+
+    `stamp` is a hash of a local file's end, where parquet keeps its table of contents; "" on the hub.
+    """
 
     name: str
     local: Callable
+    stamp: str = ""
+
+
+def _stamp(path: Path) -> str:
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - STAMPED))
+        return hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
 
 
 def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
@@ -101,7 +120,7 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
         paths = sorted(Path(p) for p in glob.glob(source))
         where = f"pattern {source}"
     if paths:
-        return [Shard(_shard_name(str(path)), lambda path=path: _as_it_is(path)) for path in paths]
+        return [Shard(_shard_name(str(path)), lambda path=path: _as_it_is(path), _stamp(path)) for path in paths]
     if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(".parquet"):
         raise FileNotFoundError(f"{where} holds no parquet file that matches {files!r}")
     names = _hub_files(source, files)
@@ -166,7 +185,8 @@ def _unpack(path: Path, name: str, output_dir: Path) -> None:
         votes.append(pd.DataFrame(kept, columns=["image_0", "image_1", "prompt", "label_0"]))
     lines = "".join(json.dumps(line) + "\n" for line in skipped)
     (output_dir / "votes" / f"{name}.skipped.jsonl").write_text(lines)
-    table = pd.concat(votes, ignore_index=True)
+    empty = pd.DataFrame(columns=["image_0", "image_1", "prompt", "label_0"])
+    table = pd.concat(votes, ignore_index=True) if votes else empty  # a shard may hold no row
     write_atomically(output_dir / "votes" / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
 
@@ -225,6 +245,7 @@ def _write_image(uid: object, data: object, output_dir: Path) -> str:
 def _write_likes(output_dir: Path, shards: list[Shard], partition: str, ties: str) -> Path:
     folder = output_dir / "votes"
     parts = [pd.read_parquet(folder / f"{shard.name}.parquet") for shard in shards]
+    parts = [part for part in parts if len(part)] or parts[:1]
     skipped = "".join((folder / f"{shard.name}.skipped.jsonl").read_text() for shard in shards)
     (output_dir / "skipped.jsonl").write_text(skipped)
     reasons = [json.loads(line)["reason"] for line in skipped.splitlines()]
@@ -237,7 +258,9 @@ def _write_likes(output_dir: Path, shards: list[Shard], partition: str, ties: st
         "the paper's counts for all of Pick-a-Pic v2": PAPER_COUNTS,
     }
     if not len(likes.images):
-        raise ValueError(f"{output_dir}: no image got a like or a dislike out of {len(reasons)} rows set aside")
+        raise ValueError(
+            f"{output_dir}: no image got a like or a dislike; {len(reasons)} rows were set aside, all others are ties"
+        )
     images = tuple(output_dir.absolute() / name for name in likes.images)
     no_ids = np.full(len(images), -1)
     table = FeedbackTable(images, tuple(likes.prompts), likes.is_desirable, no_ids, likes.pairs)

@@ -37,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dkto.feedback import FeedbackTable, load_image
+from dkto.feedback import MAX_PIXELS, FeedbackTable, load_image
 from dkto.models import DiffusionModel, load_model
 from dkto.prepared import CSFT_PREFIXES, PreparedFeedback, csft_set, model_fingerprint, shard_path
 from dkto.processes import start_worker
@@ -118,7 +118,10 @@ def _fitted(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int,
     original = image.size[::-1]
     scale = size / min(image.size)
     if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        wide, high = (round(side * scale) for side in image.size)
+        if wide * high > MAX_PIXELS:
+            raise ValueError(f"image of {image.width} x {image.height} pixels is too long: {wide} x {high} at {size}")
+        image = image.resize((wide, high), Image.Resampling.LANCZOS)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, (*original, top, left)
@@ -175,6 +178,7 @@ def _feedback_hash(feedback: FeedbackTable) -> str:
     for image, prompt in zip(feedback.images, feedback.prompts, strict=True):
         size = image.stat().st_size if image.exists() else -1
         digest.update(f"{image.name}\0{size}\0{prompt}\0".encode())
+    digest.update(np.ascontiguousarray(feedback.pairs, np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -35,7 +35,8 @@ def csft_set(style: str, liked: bool) -> str:
 def model_fingerprint(model: DiffusionModel) -> str:
     """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on."""
     folders = sorted(p for p in model.folder.iterdir() if p.name == "vae" or p.name.startswith("text_encoder"))
-    return weights_fingerprint([path for folder in folders for path in sorted(folder.glob("*.safetensors"))])
+    found = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    return weights_fingerprint([path for path in found if ".fp16." not in path.name])
 
 
 class PreparedFeedback:

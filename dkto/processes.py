@@ -124,6 +124,7 @@ def graphics_cards(count: int, cards: Sequence[str], folder: Path | None = None)
 
     Raises:
         ValueError: if `count` is more than there are.
+        PermissionError: if the folder of the locks is another user's.
     """
     if not 0 <= count <= len(cards):
         raise ValueError(f"gpus must be between 0 and {len(cards)}, the number of cards here, got {count}")
@@ -132,9 +133,11 @@ def graphics_cards(count: int, cards: Sequence[str], folder: Path | None = None)
         return
     folder = folder or Path(tempfile.gettempdir()) / f"dkto-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder}, where graphics cards are held, belongs to another user: remove it")
     held = {}
     try:
-        with (folder / "turn").open("w") as turn:
+        with (folder / "turn").open("a") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             while not _hold_free_cards(held, count, cards, folder):
                 time.sleep(0.2)
@@ -148,7 +151,7 @@ def _hold_free_cards(held: dict, count: int, cards: Sequence[str], folder: Path)
     """Add free cards to those held; whether they are enough."""
     for card in cards:
         if card not in held and len(held) < count:
-            file = (folder / card).open("w")
+            file = (folder / card).open("a")
             if _locked(file):
                 held[card] = file
             else:

@@ -32,7 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with -dirty after changes, or None outside one."""
+    """The commit of the checkout that this package runs from, with -dirty after changes; None without one or git."""
+    if shutil.which("git") is None:
+        return None
     here = Path(__file__).parent
     call = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dkto.batch_engine import run_sweep
+from dkto.batch_engine import State, run_states, run_sweep
 from dkto.notebooks import Parameter, declared_parameters
 from dkto.records import read_json
 from dkto.run_record import RECORD_NAME, source_hash
@@ -127,11 +127,10 @@ def make_reference(root: Path = ROOT) -> list[str]:
     try:
         run_sweep(plan, redo=True)
     finally:
+        states = run_states(plan)
         for name in names:
-            folder = plan.folder / _run_name(name)
-            record = folder / RECORD_NAME
-            if record.is_file() and read_json(record, "record of a run", ["status"])["status"] == "finished":
-                keep(folder, reference / name)
+            if states[_run_name(name)] == State("done"):
+                keep(plan.folder / _run_name(name), reference / name)
                 made.append(name)
     return made
 

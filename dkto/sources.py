@@ -31,6 +31,7 @@ COLUMN_ALIASES = {
 LIKED = frozenset({"1", "1.0", "true", "like", "liked"})
 DISLIKED = frozenset({"0", "0.0", "false", "dislike", "disliked"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's names; of others some start programs to decode
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -167,6 +168,8 @@ def read_folder(source: Path) -> Columns:
                     f"{file} has no prompt: expected it in {text.name} beside the image or in {METADATA_NAMES[0]}"
                 )
             images.append(path)
+            if path not in told:
+                text = inside.path(str(text.relative_to(source)), str(folder))
             prompts.append(told[path] if path in told else text.read_text().strip())
             labels.append(name == "liked")
     return Columns(images, prompts, np.array(labels, dtype=bool))
@@ -248,6 +251,8 @@ def _metadata(folder: Path, inside: ImageFolder) -> dict[Path, str]:
             raise ValueError(f"{path} needs the columns file_name and caption; found: {', '.join(frame.columns)}")
         below = folder.resolve().relative_to(inside.root)
         for row, (name, prompt) in enumerate(zip(frame["image"], frame["prompt"], strict=True), 1):
+            if not isinstance(prompt, str):
+                raise ValueError(f"{path}, row {row}: the prompt must be text, got {prompt!r}")
             told[inside.path(str(below / str(name)), f"{path.name}, row {row}")] = prompt
     return told
 

@@ -136,7 +136,8 @@ def read_sweep(path: str | Path, output_dir: str | Path | None = None) -> Plan:
         folder = Path(output_dir) if output_dir is not None else OUTPUTS / path.stem
         return Plan(path.stem, folder, tuple(_plan_runs(stages, shared, varying)))
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+        raise kind(f"{path}: {error}") from error
 
 
 def _check_keys(value: object, known: Sequence[str], what: str) -> None:
@@ -355,7 +356,7 @@ def plan_to_dict(plan: Plan) -> dict[str, dict]:
         run.name: {
             "stage": run.stage,
             "notebook": run.notebook,
-            "told": [f"{key}={_as_text(value)}" for key, value in run.given.items()],
+            "told": [f"{key}={_as_text(value)}" for key, value in sorted(run.parameters.items())],
             "inputs": run.inputs,
             "resources": asdict(run.resources),
         }

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from dkto.losses import (
 from dkto.metrics import implicit_accuracy
 from dkto.models import DiffusionModel, load_model
 from dkto.prepare import PreparedFeedback
+from dkto.processes import sole_writer
 from dkto.progress import progress
 from dkto.records import keep_records
 from dkto.utilities import Utility, get_utility
@@ -89,6 +90,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
         ValueError: if the feedback was prepared with another model, has one class only while both
             are asked for, has no pairs for "dpo", the utility is unknown, or the folder belongs to
             another configuration.
+        BlockingIOError: if another process trains into the folder.
         FloatingPointError: after `max_bad_steps` steps in a row with a non-finite loss or gradient.
         RuntimeError: if a checkpoint cannot be written.
     """
@@ -101,34 +103,34 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     engine = Engine(config, model)
     accelerator = engine.accelerator
     rank = (accelerator.process_index, accelerator.num_processes)
-    store.restore(engine)
-    if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        keep_records(store.records_path, store.state["global_step"])
-        store.describe(accelerator.num_processes)
-    if config.tracker != "none":
-        accelerator.init_trackers("dkto", config.to_dict())
-    try:
-        for step in range(store.state["global_step"], config.max_train_steps):
-            record = train_step(step, config, utility, model, batches, engine, store.state, rank)
-            if record is not None:
-                if accelerator.is_main_process:
-                    store.append(record)
-                if config.tracker != "none":
-                    accelerator.log(record, step=step + 1)
-            last = step + 1 == config.max_train_steps
-            stopping = _any_rank(should_stop(), accelerator) and not last
-            if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
-                store.save(engine)
-            if record is not None:
-                yield record
-            if stopping:
-                return
-        store.finish(engine, model)
-        accelerator.wait_for_everyone()
-    finally:
+    with sole_writer(config.output_dir) if accelerator.is_main_process else nullcontext():
+        store.restore(engine)
+        if accelerator.is_main_process:
+            keep_records(store.records_path, store.state["global_step"])
+            store.describe(accelerator.num_processes)
         if config.tracker != "none":
-            accelerator.end_training()
+            accelerator.init_trackers("dkto", config.to_dict())
+        try:
+            for step in range(store.state["global_step"], config.max_train_steps):
+                record = train_step(step, config, utility, model, batches, engine, store.state, rank)
+                if record is not None:
+                    if accelerator.is_main_process:
+                        store.append(record)
+                    if config.tracker != "none":
+                        accelerator.log(record, step=step + 1)
+                last = step + 1 == config.max_train_steps
+                stopping = _any_rank(should_stop(), accelerator) and not last
+                if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
+                    store.save(engine)
+                if record is not None:
+                    yield record
+                if stopping:
+                    return
+            store.finish(engine, model)
+            accelerator.wait_for_everyone()
+        finally:
+            if config.tracker != "none":
+                accelerator.end_training()
 
 
 def train_step(
@@ -143,6 +145,7 @@ def train_step(
 ) -> dict | None:
     """One optimiser step; returns its record, or None if it was skipped for a loss or gradient that is not finite."""
     began, tables = time.monotonic(), []
+    engine.set_rate(learning_rate_at(step, config))
     for micro in range(config.gradient_accumulation):
         batch = batches.draw(step, micro, *rank).to(engine.device)
         with engine.no_sync(last=micro + 1 == config.gradient_accumulation):
@@ -153,7 +156,7 @@ def train_step(
     grad_norm = engine.clip()
     table = engine.accelerator.gather(torch.cat(tables, 1).T.contiguous()).T.cpu()
     finite = bool(torch.isfinite(table).all())
-    stepped = engine.step(finite and math.isfinite(grad_norm), learning_rate_at(step, config))
+    stepped = engine.step(finite and math.isfinite(grad_norm))
     state["global_step"] = step + 1
     state["seconds"] += time.monotonic() - began
     if not stepped:

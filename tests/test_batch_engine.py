@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -19,7 +20,7 @@ from dkto.batch_engine import run_states, run_sweep, show_plan
 from dkto.processes import sole_writer
 from dkto.records import write_json
 from dkto.run_record import recorded
-from dkto.sweeps import read_sweep
+from dkto.sweeps import plan_to_dict, read_sweep
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -125,6 +126,34 @@ def test_results_of_other_parameters_are_not_overwritten(sweep, nothing_starts):
     with pytest.raises(ValueError, match=r"1 runs in .* with other parameters \(runs/seed=0: beta was 3.0 and is 1.0"):
         run_sweep(plan)
     assert (folder / "metrics.json").is_file()
+
+
+def test_also_a_failed_run_is_not_taken_up_with_other_parameters(sweep, nothing_starts):
+    plan = sweep(ONE_STAGE + "grid: {{seed: [0]}}")
+    with pytest.raises(RuntimeError, match="no likes"):
+        fail_in(plan, replace(plan.runs[0], parameters=plan.runs[0].parameters | {"beta": 3.0}))
+    with pytest.raises(ValueError, match=r"runs/seed=0: beta was 3.0 and is 1.0"):
+        run_sweep(plan)
+
+
+def test_what_reads_a_run_that_is_redone_is_redone_from_an_empty_folder(sweep, monkeypatch):
+    plan = sweep(TWO_STAGES)
+    for run in plan.runs:
+        (leave(plan, run, **({"beta": 3.0} if run.name == "train/train.seed=0" else {})) / "pictures").mkdir()
+    monkeypatch.setattr(engine, "_engine", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan, redo=True)
+    left = {run.name: (plan.folder / run.name / "pictures").exists() for run in plan.runs}
+    assert left == {run.name: run.name.endswith("seed=1") for run in plan.runs}
+
+
+def test_the_engine_is_told_the_same_however_a_sweep_is_written(sweep):
+    one = sweep(ONE_STAGE + "grid: {{seed: [0]}}")
+    other = sweep(
+        "notebook: {train}\nparameters: {{slow_seed: 2, beta: 1.0, mended: '{mended}', failing_seed: 1}}\n"
+        "grid: {{seed: [0]}}"
+    )
+    assert plan_to_dict(one) == plan_to_dict(other)
 
 
 def test_a_second_sweep_on_the_same_folder_is_refused(sweep, nothing_starts):

@@ -122,6 +122,27 @@ def test_another_configuration_does_not_resume(config):
         next(train(other))
 
 
+def test_another_configuration_is_refused_also_before_the_first_checkpoint(config):
+    stop_after(replace(config, checkpoint_every=100), 2)
+    records = (config.output_dir / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"beta: 500.0 stored, 100.0 asked"):
+        next(train(replace(config, beta=100.0)))
+    assert (config.output_dir / "metrics.jsonl").read_text() == records != ""
+
+
+@pytest.mark.gpu
+def test_a_run_resumes_on_a_graphics_card(config):
+    """There the optimiser's kernel keeps its step count beside the weights."""
+    stop_after(config, 4)
+    assert [record["global_step"] for record in train(config)][-1] == config.max_train_steps
+
+
+def test_what_a_kill_left_of_a_save_is_gone_at_the_end(config):
+    (config.output_dir / "checkpoint-00000009.part").mkdir(parents=True)
+    list(train(config))
+    assert not list(config.output_dir.glob("checkpoint-*"))
+
+
 def test_other_feedback_does_not_resume_or_pass_for_finished(config, likes, tiny_pipeline, tmp_path):
     other = replace(likes, is_desirable=~likes.is_desirable)
     elsewhere = replace(config, prepared_dir=prepare_feedback(other, tmp_path / "other", str(tiny_pipeline)))

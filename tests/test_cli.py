@@ -88,3 +88,15 @@ def test_the_shipped_sweeps_and_pages_name_commands_that_exist():
     pages = [root / "README.md", *(root / "papermill_runs").glob("*.md"), *(root / "papermill_runs").rglob("*.yaml")]
     named = {word for page in pages for word in re.findall(r"(?:^#\s+|[`;]\s*)dkto ([a-z-]+)", page.read_text(), re.M)}
     assert {"unpack", "prepare", "sweep"} <= named <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("given", [["prompts"], ["prompts=3", "prompts=4"]])
+def test_a_parameter_is_a_name_with_a_value_and_comes_once(given, capsys):
+    assert main(["run", "notebooks/40_win_rates.ipynb", "out.ipynb", "--parameters", *given]) == 2
+    assert f"dkto: --parameters takes NAME=VALUE, each name once, got '{given[-1]}'" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    sweep = ["sweep", "papermill_runs/sweeps/toy_headline.yaml", "--output-dir", str(tmp_path)]
+    assert main(sweep) == 2 and "dkto: dkto sweep runs on Snakemake: pip install" in capsys.readouterr().err

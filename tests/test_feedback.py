@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dkto.feedback import BiasedSampler, FeedbackTable, load_image, make_feedback, read_feedback, write_feedback
+from dkto.feedback import (
+    BiasedSampler,
+    FeedbackTable,
+    describe_feedback,
+    load_image,
+    make_feedback,
+    read_feedback,
+    write_feedback,
+)
 
 
 @pytest.fixture
@@ -360,3 +368,41 @@ def test_one_class_only_is_refused_unless_gamma_asks_for_it_alone(liked, missing
 def test_gamma_outside_its_range():
     with pytest.raises(ValueError, match=r"desirable_fraction must be in \[0, 1\], got 1.2"):
         BiasedSampler(np.array([True, False]), 1.2, 0)
+
+
+def test_comparisons_of_a_former_table_are_not_taken_for_this_one(folder):
+    images = [folder / "a.png", folder / "b.png"]
+    compared = FeedbackTable(tuple(images), ("x", "y"), np.array([True, False]), np.array([-1, -1]), np.array([[0, 1]]))
+    write_feedback(compared, folder / "out.csv")
+    assert read_feedback(folder / "out.csv").pairs.tolist() == [[0, 1]]
+    write_feedback(make_feedback(images, ["x", "y"], [0, 1]), folder / "out.csv")
+    assert len(read_feedback(folder / "out.csv").pairs) == 0
+
+
+def test_a_file_of_another_kind_under_an_images_name_is_not_decoded(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"image .*a\.png cannot be read"):
+        load_image(tmp_path / "a.png")
+
+
+def test_a_prompt_that_is_none_and_one_out_of_the_folder_are_refused(tmp_path):
+    folder = tmp_path / "likes"
+    for name in ("liked", "disliked"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / name / "x.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "liked/x.png", "caption": null}\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 1: the prompt must be text, got None"):
+        read_feedback(folder)
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "secret.txt").write_text("a secret")
+    (folder / "liked" / "x.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "disliked" / "x.txt").write_text("a star")
+    with pytest.raises(ValueError, match=r"image 'liked/x\.txt' leaves the folder"):
+        read_feedback(folder)
+
+
+def test_gamma_of_one_draws_one_class_of_two(folder):
+    table = make_feedback([folder / "a.png", folder / "b.png"], ["x", "y"], [0, 1])
+    text = describe_feedback(table, held_out_fraction=0.0, desirable_fraction=1.0)
+    assert "gamma 1.0: only liked images are drawn" in text

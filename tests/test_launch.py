@@ -4,12 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import nbformat
 import psutil
 import pytest
 
-from dkto.launch import config_arguments
+from dkto.checkpoints import CheckpointStore
+from dkto.launch import FAMILY_VARIABLE, config_arguments, join_family
+from dkto.trainer import train
+from dkto.utilities import define_utility
 
 
 def living(folder):
@@ -68,3 +72,22 @@ def test_arguments_say_the_whole_configuration(config):
     from dkto.cli import Train
 
     assert tyro.cli(Train, args=config_arguments(config)).config == config
+
+
+def test_a_utility_defined_as_text_is_one_configuration_here_and_there(config):
+    define_utility("steep_here", "tanh(3 * x)")
+    named, told = replace(config, utility="steep_here"), replace(config, utility="steep_here = tanh(3 * x)")
+    assert config_arguments(named) == config_arguments(told)
+    list(train(replace(told, max_train_steps=1)))
+    assert CheckpointStore(replace(named, max_train_steps=1)).is_finished()
+
+
+def test_a_training_of_the_first_process_of_a_container_is_no_orphan(monkeypatch):
+    """There the parent's number is 1, as it is of an orphan elsewhere."""
+    monkeypatch.setattr("dkto.launch.die_with_parent", lambda: None)
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    monkeypatch.setenv(FAMILY_VARIABLE, "1")
+    join_family()
+    monkeypatch.setenv(FAMILY_VARIABLE, "4711")
+    with pytest.raises(SystemExit, match="what started this training has ended"):
+        join_family()

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,29 @@ def test_a_written_pipeline_draws_in_plain_diffusers(folder, tmp_path):
         assert torch.equal(drawn.state_dict()[name], value), name
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+
+
+def test_a_downloaded_index_leads_out_of_no_folder(tiny_pipeline, tmp_path):
+    hostile = Path(shutil.copytree(tiny_pipeline, tmp_path / "in" / "model"))
+    (tmp_path / "in" / "secret").mkdir()
+    (tmp_path / "in" / "secret" / "config.json").write_text("{}")
+    index = json.loads((hostile / "model_index.json").read_text()) | {"../secret": ["diffusers", "AutoencoderKL"]}
+    (hostile / "model_index.json").write_text(json.dumps(index))
+    model = load_model(str(hostile))
+    model.write_pipeline(model.load_denoiser(), tmp_path / "out" / "model")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_noise_levels_are_drawn_as_asked_and_no_other_way(tiny_pipeline):
+    model = load_model(str(tiny_pipeline))
+    uniform, middle = (
+        model.draw_timesteps(np.random.default_rng(0), 4000, how).float() for how in ("uniform", "logit_normal")
+    )
+    last = model.timesteps_at(torch.tensor([0.999])).item()
+    inner = [((drawn > last / 4) & (drawn < 3 * last / 4)).float().mean().item() for drawn in (uniform, middle)]
+    assert inner[0] == pytest.approx(0.5, abs=0.03) and inner[1] == pytest.approx(0.728, abs=0.03)
+    with pytest.raises(ValueError, match="sampling must be one of default, uniform, logit_normal, got 'cosine'"):
+        model.draw_timesteps(np.random.default_rng(0), 4, "cosine")
 
 
 def test_a_written_adapter_loads_in_plain_diffusers(folder, tmp_path):

@@ -88,6 +88,21 @@ def test_another_rule_reads_no_image_again_and_keeps_the_first_table(shards, tmp
     }  # fmt: skip
 
 
+def test_a_shard_that_changed_is_not_taken_for_the_one_that_was_unpacked(shards, tmp_path):
+    convert_pairs(shards, tmp_path / "out")
+    first = sorted(Path(shards).glob("*.parquet"))[0]
+    write_shard(first, [pair("other", "pictures", 1)])
+    with pytest.raises(ValueError, match=r"was unpacked into .* before it changed: choose another output_dir"):
+        convert_pairs(shards, tmp_path / "out")
+
+
+def test_a_shard_without_rows_adds_nothing(shards, tmp_path):
+    expected = names(read_feedback(convert_pairs(shards, tmp_path / "one")))
+    empty = pa.Table.from_pylist([pair("a", "b", 1)]).slice(0, 0)
+    pq.write_table(empty, Path(shards) / "z-empty.parquet")
+    assert names(read_feedback(convert_pairs(shards, tmp_path / "two"))) == expected
+
+
 def test_a_call_after_a_kill_goes_on_with_the_shards_that_are_missing(shards, tmp_path):
     expected = read_feedback(convert_pairs(shards, tmp_path / "whole")).to_frame()["prompt"].tolist()
     code = (

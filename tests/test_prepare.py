@@ -94,6 +94,18 @@ def test_a_second_call_does_only_what_is_missing(likes, tiny_pipeline, tmp_path,
     assert mean.shape == (12, 4, 8, 8)
 
 
+def test_other_comparisons_of_the_same_likes_are_other_feedback(likes, tiny_pipeline, tmp_path):
+    prepare_feedback(likes, tmp_path, str(tiny_pipeline))
+    other = replace(likes, pair_ids=np.full(len(likes), -1))
+    with pytest.raises(ValueError, match="holds encoded feedback of another run"):
+        prepare_feedback(other, tmp_path, str(tiny_pipeline))
+
+
+def test_a_thread_of_pixels_is_refused_before_it_is_blown_up():
+    with pytest.raises(ValueError, match="image of 1 x 20000 pixels is too long: 512 x 10240000 at 512"):
+        to_pixel_values(Image.new("RGB", (1, 20_000)), 512)
+
+
 @pytest.fixture
 def spoilt(likes, tmp_path):
     """Twelve rows of which the second is no picture, the fifth is cut short and the eighth is not there."""

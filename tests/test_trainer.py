@@ -206,6 +206,14 @@ def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
     assert [record["global_step"] for record in rest] == [len(records) + 1, len(records) + 2]
 
 
+def test_two_trainings_do_not_write_one_folder(config):
+    first = train(config)
+    next(first)
+    with pytest.raises(BlockingIOError, match=r"is being written by process \d+ on .*: wait for it, or choose another"):
+        next(train(config))
+    assert [record["global_step"] for record in first][-1] == config.max_train_steps
+
+
 def test_a_caller_stops_a_run_at_a_checkpoint(config):
     records = list(train(config, lambda: True))
     assert [record["global_step"] for record in records] == [1]

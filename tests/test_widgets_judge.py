@@ -71,6 +71,14 @@ def test_undo_comes_back_and_a_second_key_for_the_same_pair_counts_once(study):
     assert judge.message == "not kept: side must be left or right, got 'middle'"
 
 
+def test_the_same_refusal_twice_is_told_twice(study):
+    judge, told = Judge(study, "ann"), []
+    judge.observe(lambda change: told.append(change.new), "message")
+    for _ in range(2):
+        judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "middle"}, [])
+    assert [bool(text) for text in told] == [True, False, True]
+
+
 def test_an_answer_is_kept_though_the_next_picture_is_damaged_and_no_pair_is_shown_under_anothers_number(study):
     judge = Judge(study, "ann")
     following = judge.session.plan["order"][1]

@@ -51,3 +51,8 @@ def test_a_key_that_stands_twice_is_refused():
 def test_no_python_object_is_made():
     with pytest.raises(ValueError, match="could not determine a constructor"):
         read_yaml("a: !!python/object/apply:os.system ['true']")
+
+
+def test_a_control_character_names_its_line():
+    with pytest.raises(ValueError, match="line 2: special characters are not allowed"):
+        read_yaml("a: 1\nb: \x01\n")

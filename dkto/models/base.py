@@ -109,7 +109,6 @@ class DiffusionModel(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_class: ClassVar[type[ModelMixin]]
     denoiser_part: ClassVar[str]  # "unet" or "transformer": folder and keyword of the pipeline
-    encoder_parts: ClassVar[tuple[str, ...]]  # folders whose weights prepared data depend on
     default_sampling: ClassVar[str]
 
     def __init__(self, folder: Path) -> None:
@@ -187,7 +186,12 @@ class DiffusionModel(ABC):
             rng: where the numbers come from.
             size: B.
             sampling: one of `TIMESTEP_SAMPLINGS`; "default" is the one that the model was trained with.
+
+        Raises:
+            ValueError: for another sampling.
         """
+        if sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, got {sampling!r}")
         if (self.default_sampling if sampling == "default" else sampling) == "uniform":
             quantiles = torch.from_numpy(rng.random(size))
         else:
@@ -208,7 +212,8 @@ class DiffusionModel(ABC):
         if "safety_checker" in index:
             index["requires_safety_checker"] = False
         for name, value in index.items():
-            if name == self.denoiser_part or not isinstance(value, list) or value[0] is None:
+            outside = Path(name).name != name  # a downloaded index is data: no part of it leads out of the folder
+            if outside or name == self.denoiser_part or not isinstance(value, list) or value[0] is None:
                 continue
             for pattern in PIPELINE_FILES[:-1]:
                 for path in (self.folder / name).glob(pattern):

@@ -28,7 +28,6 @@ class StableDiffusion3(DiffusionModel):
     pipeline_class = StableDiffusion3Pipeline
     denoiser_class = SD3Transformer2DModel
     denoiser_part = "transformer"
-    encoder_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     default_sampling = "logit_normal"
 
     def __init__(self, folder: Path) -> None:

@@ -53,6 +53,13 @@ class PolicyAndReference:
             finally:
                 self.policy.enable_adapters()
 
+    def to(self, device: str | torch.device) -> "PolicyAndReference":
+        """Both on one device; returns itself."""
+        self.policy.to(device)
+        if self.reference is not None:
+            self.reference.to(device)
+        return self
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training may change, by name."""
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}

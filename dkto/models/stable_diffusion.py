@@ -22,7 +22,6 @@ class StableDiffusion(DiffusionModel):
     pipeline_class = StableDiffusionPipeline
     denoiser_class = UNet2DConditionModel
     denoiser_part = "unet"
-    encoder_parts = ("vae", "text_encoder")
     default_sampling = "uniform"
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +80,6 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     pipeline_class = StableDiffusionXLPipeline
-    encoder_parts = ("vae", "text_encoder", "text_encoder_2")
 
     def load_text(self) -> tuple[tuple, PipelineText]:
         pipeline = StableDiffusionXLPipeline.from_pretrained(

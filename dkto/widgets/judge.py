@@ -95,6 +95,7 @@ class Judge(anywidget.AnyWidget):
         }
 
     def _on_message(self, _, content: dict, buffers: list) -> None:
+        self.message = ""  # the same refusal again is a change that the page hears of
         try:
             if content.get("type") == "undo":
                 self.undo()

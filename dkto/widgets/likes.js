@@ -24,7 +24,7 @@ function render({ model, el }) {
   function judge(judgement) {
     const index = model.get("view") === "grid" ? focused : model.get("current");
     if (index < 0 || waiting) return;
-    waiting = true;
+    waiting = model.get("view") !== "grid"; // a tile may be given the judgement it has, which changes nothing
     model.send({ type: "judge", index, judgement });
   }
 

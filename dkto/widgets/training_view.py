@@ -5,6 +5,7 @@ sample pictures from the newest checkpoint. Stop sends SIGTERM: the trainer fini
 checkpoint and ends; *Start* goes on from there.
 """
 
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -151,7 +152,8 @@ class TrainingView(anywidget.AnyWidget):
                     drawing = pool.submit(self._sample, newest)
                 time.sleep(POLL_SECONDS)
         self._read()
-        if self.process.returncode:
+        before_it_listened = self.process.returncode == -signal.SIGTERM and self.state == "stopping"
+        if self.process.returncode and not before_it_listened:
             self._fail()
         elif not CheckpointStore(self.config).is_finished():
             self.state = "stopped"
@@ -205,6 +207,7 @@ class TrainingView(anywidget.AnyWidget):
         if content.get("type") == "stop":
             self.stop()
         elif content.get("type") == "start":
+            self.message = ""  # the same refusal again is a change that the page hears of
             try:
                 self.start()
             except (RuntimeError, ValueError) as refusal:
