@@ -373,6 +373,11 @@ def test_pairs_become_likes_under_both_rules(tmp_path):
     assert metrics["views_of_a_liked_picture/paper"] > 1 > metrics["views_of_a_disliked_picture/paper"]
 
 
+def test_pictures_that_met_one_other_have_no_third_kind(tmp_path):
+    metrics = run_small("31_feedback_data", tmp_path, rounds=1)
+    assert metrics["share_liked/always"] == metrics["share_liked/at_least_once"]
+
+
 def test_reading_runs_reads_the_example_sweep(tmp_path):
     metrics = run_small("70_reading_runs", tmp_path)
     assert (metrics["runs"], metrics["groups"], metrics["seeds/fewest"], metrics["unfinished"]) == (18, 6, 3, 0)
