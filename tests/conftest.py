@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_models import make_tiny_sd3, make_tiny_sdxl
 
+from dkto.utilities import UTILITIES
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -42,6 +44,15 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def known_utilities_are_restored():
+    """One that a test registers is unknown to the next."""
+    before = dict(UTILITIES)
+    yield
+    UTILITIES.clear()
+    UTILITIES.update(before)
 
 
 @pytest.fixture(scope="session")

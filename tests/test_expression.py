@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from dkto.expression import FUNCTIONS, FUNCTIONS_OF_TWO, compile_expression
 from dkto.losses import kto_loss
-from dkto.utilities import UTILITIES, define_utility, get_utility
+from dkto.utilities import define_utility, get_utility
 
 X = torch.linspace(-3, 3, 13, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def known_utilities_are_restored():
-    before = dict(UTILITIES)
-    yield
-    UTILITIES.clear()
-    UTILITIES.update(before)
 
 
 @pytest.mark.parametrize(

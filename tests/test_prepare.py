@@ -96,7 +96,7 @@ def test_a_second_call_does_only_what_is_missing(likes, tiny_pipeline, tmp_path,
 
 def test_other_comparisons_of_the_same_likes_are_other_feedback(likes, tiny_pipeline, tmp_path):
     prepare_feedback(likes, tmp_path, str(tiny_pipeline))
-    other = replace(likes, pair_ids=np.full(len(likes), -1))
+    other = replace(likes, pair_ids=np.arange(len(likes)) // 2)
     with pytest.raises(ValueError, match="holds encoded feedback of another run"):
         prepare_feedback(other, tmp_path, str(tiny_pipeline))
 

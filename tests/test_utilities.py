@@ -9,14 +9,6 @@ BUILT_IN = ("kahneman_tversky", "loss_averse", "risk_seeking", "risk_seeking_lit
 TAME = tuple(name for name in BUILT_IN if name != "exponential")
 
 
-@pytest.fixture(autouse=True)
-def known_utilities_are_restored():
-    before = dict(UTILITIES)
-    yield
-    UTILITIES.clear()
-    UTILITIES.update(before)
-
-
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 

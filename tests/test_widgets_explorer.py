@@ -12,11 +12,8 @@ REWARDS, LIKED = np.array([1.0, -2.0, 0.5]), np.array([True, False, True])
 
 
 @pytest.fixture(autouse=True)
-def known_utilities_are_restored():
-    before = dict(UTILITIES)
+def figures_are_closed():
     yield
-    UTILITIES.clear()
-    UTILITIES.update(before)
     plt.close("all")
 
 
