@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PROFILE ?=
+STEPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -81,7 +82,7 @@ reference: $(READY)
 	$(BIN)/python -m dkto.reference
 
 paper: $(READY)
-	$(BIN)/dkto paper --profile $(or $(PROFILE),default)
+	$(BIN)/dkto paper --profile $(or $(PROFILE),default) $(if $(STEPS),--steps $(STEPS))
 
 clean:
 	rm -rf papermill_runs/outputs .pytest_cache .ruff_cache .hypothesis .coverage .benchmarks tests/benchmarks/results.json

@@ -279,11 +279,13 @@ class Paper:
     """quick, default or full."""
     settings_file: str = "papermill_runs/paper_settings.json"
     """Search result with the settings of every system; "full" searches anew."""
+    steps: tuple[str, ...] = ()
+    """Names of steps, to run a part of the profile (on one of several machines); all if left out."""
 
     def run(self) -> None:
         from dkto.paper import run_paper
 
-        run_paper(self.output_dir, self.profile, settings_file=self.settings_file)
+        run_paper(self.output_dir, self.profile, settings_file=self.settings_file, only=self.steps)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
     make paper                     one seed, 50 prompts, ablations with three points, all users
     make paper PROFILE=quick       the systems of the paper's tables, their controls, and the user who likes red
     make paper PROFILE=full        a search with equal budgets, three seeds, 500 prompts
+    make paper PROFILE=full STEPS="win_rate_tables-1 win_rate_tables-2"      a part of it, here or on another machine
 
 Each profile works in a folder of its own; the numbers and the page of the last one lie beside these folders as well.
 
 Called again, it goes on: a notebook that finished with the same parameters is not run again, and within a
-notebook runs, pictures and scores on disk are kept.
+notebook runs, pictures and scores on disk are kept. The full profile can be divided among machines of one commit: copy
+the first one's `full/paper_settings.json` to the others, later their steps' folders to the first, and call without
+steps there.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +117,7 @@ def run_paper(
     profile: str = "default",
     *,
     settings_file: str = SETTINGS_FILE,
+    only: Sequence[str] = (),
 ) -> dict[str, float]:
     """Run a profile; writes `metrics.json` and `report.html` and returns the metrics.
 
@@ -121,13 +125,19 @@ def run_paper(
         output_dir: executed notebooks and their folders land in `output_dir/profile`, numbers and page there and here.
         profile: a name in `PROFILES`.
         settings_file: a search result; "full" makes its own.
+        only: names of steps; the others are not run, and neither numbers nor page of the whole are written.
 
     Raises:
-        ValueError: if the profile is unknown.
+        ValueError: if the profile or a step is unknown.
         FileNotFoundError: outside a checkout, where there are no notebooks.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    steps = PROFILES[profile]
+    if unknown := sorted(set(only) - {step.name for step in steps}):
+        raise ValueError(
+            f"profile {profile!r} has no step {unknown[0]!r}; its steps: {', '.join(step.name for step in steps)}"
+        )
     if not NOTEBOOKS.is_dir():
         raise FileNotFoundError(f"the replay runs the notebooks of a checkout, but {NOTEBOOKS} does not exist")
     folder, processes = Path(output_dir) / profile, min(os.cpu_count() or 1, 8)
@@ -138,8 +148,9 @@ def run_paper(
     found = read_settings(settings_file)
     results: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    steps = PROFILES[profile]
     for number, step in enumerate(steps, 1):
+        if only and step.name not in only:
+            continue
         print(f"[{number}/{len(steps)}] notebook {step.notebook} as {step.name}", flush=True)
         given = {"processes": processes, **step.parameters, "output_dir": str(folder / step.name)}
         if given.get("precision") == "bfloat16" and not computes_bfloat16():
@@ -151,6 +162,9 @@ def run_paper(
             given["settings_file"] = settings_file
         results[step.name], seconds[step.name] = _run(step, folder, given, found)
     metrics = combine(results, seconds)
+    if only:
+        print(f"\nran {', '.join(results)} of {len(steps)} steps; numbers and page of the whole: call without steps")
+        return metrics
     seeds = [name for name in results if name.startswith(f"{MAIN}-")]
     if len(seeds) > 1:
         read = {name.partition("-")[2]: read_seed(folder / name, PREFERENCE) for name in seeds}
@@ -174,7 +188,8 @@ def _run(
     """Run one notebook, or read what it left when it finished with these parameters, cells, code and search result."""
     notebook, done = NOTEBOOKS / f"{step.notebook}.ipynb", folder / step.name / "step.json"
     result = folder / step.name / "metrics.json"
-    told = {"parameters": given, "settings": settings, "cells": source_hash(notebook), "code": _code_hash()}
+    asked = {name: value for name, value in given.items() if name != "processes"}  # changes no number
+    told = {"parameters": asked, "settings": settings, "cells": source_hash(notebook), "code": _code_hash()}
     if done.exists():
         stored = read_json(done, "record of a finished notebook")
         if told.items() <= stored.items() and result.exists():

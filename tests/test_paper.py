@@ -38,7 +38,10 @@ def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
     settings_file = tmp_path / "settings.json"
     settings = json.loads(Path(SETTINGS_FILE).read_text())
     settings_file.write_text(json.dumps(settings))
+    part = run_paper(tmp_path, "tiny", settings_file=str(settings_file), only=[MAIN])
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "tiny"}, "no numbers of a whole from a part"
     metrics = run_paper(tmp_path, "tiny", settings_file=str(settings_file))
+    assert part.items() <= metrics.items()
     stored = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert stored == metrics
     for opponent in ("base", "base_best_guidance", "sft_all", "kto_shuffled"):
@@ -60,3 +63,9 @@ def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
 def test_an_unknown_profile_is_refused(tmp_path):
     with pytest.raises(ValueError, match="profile must be one of tiny, quick, default, full, got 'qick'"):
         run_paper(tmp_path, "qick")
+
+
+def test_an_unknown_step_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="profile 'full' has no step 'ablation'; its steps: win_rate_tables-0, abl"):
+        run_paper(tmp_path, "full", only=["user_likes_red", "ablation"])
+    assert list(tmp_path.iterdir()) == []
