@@ -164,8 +164,8 @@ def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], removed
     for run in todo:
         if states[run.name].word == "running":
             raise ValueError(f"{plan.folder / run.name} is being written by another process: wait for it")
-        if run.name in removed:
-            shutil.rmtree(plan.folder / run.name, ignore_errors=True)
+        if run.name in removed and (plan.folder / run.name).exists():
+            shutil.rmtree(plan.folder / run.name)  # what cannot be removed is said, not taken for a new run
         (plan.folder / run.name / "metrics.json").unlink(missing_ok=True)
     shutil.rmtree(plan.folder / ".snakemake" / "locks", ignore_errors=True)  # of a killed engine: we hold the folder
 

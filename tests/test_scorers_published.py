@@ -265,6 +265,8 @@ def test_clip_score_reads_open_clips_release(hps, tokenizer, photographs):
         )
     np.testing.assert_allclose(score(clip, photographs, PROMPTS), expected, rtol=1e-4, atol=1e-5)
     assert clip.about["weights"] == scorer.weights and clip.about["sha256"] == scorer.about["sha256"]
+    with pytest.raises(ValueError, match="weights are the converted file of clip_h14, got scorer 'clip_l14'"):
+        CLIPScore("clip_l14", weights=scorer.weights)
 
 
 def test_hps_can_shrink_as_older_torchvision_did(hps, photographs):

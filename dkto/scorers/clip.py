@@ -31,12 +31,21 @@ class CLIPScore(NetworkScorer):
         device: "" for the GPU where there is one.
         weights: for ViT-H/14, the converted safetensors file of open_clip's release (`python -m dkto.scorers convert
             clip_h14`), the tokenizer still from `model`; "" takes the CLIPModel.
+
+    Raises:
+        ValueError: if weights are given for another CLIP.
     """
 
     name: str = "clip_h14"
     model: str = CLIP_H14
     device: str = ""
     weights: str = ""
+
+    def __post_init__(self):
+        if self.weights and self.name != CLIPScore.name:
+            raise ValueError(
+                f"weights are the converted file of {CLIPScore.name}, got scorer {self.name!r}: give model instead"
+            )
 
     @property
     def about(self) -> dict[str, str | None]:
