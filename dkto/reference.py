@@ -2,6 +2,8 @@
 
 A lesson is outdated when its cells have changed since its reference ran; the hash of their text is in its `run.json`.
 A lesson that reads another's folder (a parameter whose default is the other's `output_dir`) runs after it.
+
+The tables of `make paper PROFILE=full` are kept by `python -m dkto.reference papermill_runs/outputs/paper/full`.
 """
 
 import base64
@@ -31,6 +33,8 @@ HANDS: dict[str, dict[str, object]] = {
 }
 """Lessons that wait for a person: in their reference runs a simulated one takes the place."""
 CARDS = ("*card*.csv", "verdicts.csv")
+PAPER = "paper_full"
+TABLES = ("metrics.json", "step.json", "*.csv", "win_rates.png")  # of a replay, and of each of its steps but the figure
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
 
@@ -169,6 +173,35 @@ def keep(run: Path, kept: Path) -> None:
     part.replace(kept)
 
 
+def keep_paper(folder: Path, kept: Path) -> list[str]:
+    """Copy numbers and tables of a replay's finished steps, and those of the whole if all ran; all or nothing.
+
+    Args:
+        folder: of the profile, see `dkto.paper.run_paper`.
+        kept: where they are kept; what was there of another replay goes.
+
+    Returns:
+        The names of the steps.
+
+    Raises:
+        FileNotFoundError: if no step has finished there.
+    """
+    steps = sorted(path.parent for path in folder.glob("*/step.json"))
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no finished step of a replay (STEP/step.json)")
+    part = kept.with_name(kept.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for source in (folder, *steps):
+        target = part / source.relative_to(folder)
+        target.mkdir(parents=True)
+        for path in sorted({path for pattern in TABLES for path in source.glob(pattern)}):
+            if source == folder or path.suffix != ".png":
+                shutil.copyfile(path, target / path.name)
+    shutil.rmtree(kept, ignore_errors=True)
+    part.replace(kept)
+    return [path.name for path in steps]
+
+
 def shrink(notebook: dict) -> dict:
     """The notebook with large figures in 256 colours where that is smaller, and without the state of live widgets."""
     notebook["metadata"].pop("widgets", None)
@@ -196,6 +229,10 @@ def _smaller(encoded: str) -> str:
 
 if __name__ == "__main__":
     try:
-        print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
+        if len(sys.argv) > 1:
+            found = keep_paper(Path(sys.argv[1]), ROOT / "papermill_runs" / "reference" / PAPER)
+            print(f"steps kept: {', '.join(found)}")
+        else:
+            print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"dkto: {error}")

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dkto.reference import EXAMPLE, EXAMPLE_FOLDER, NOT_RUN_HERE, lesson_plan, make_reference, outdated_lessons, shrink
+from dkto.reference import (
+    EXAMPLE,
+    EXAMPLE_FOLDER,
+    NOT_RUN_HERE,
+    keep_paper,
+    lesson_plan,
+    make_reference,
+    outdated_lessons,
+    shrink,
+)
 from dkto.run_record import source_hash
 from dkto.sweeps import read_sweep
 
@@ -134,3 +143,28 @@ def test_large_figures_become_small_and_small_ones_stay():
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["image/png"]))).convert("RGB")).astype(int)
     assert np.abs(shown - large).mean() < 8
     assert second == {"image/png": small} and notebook["metadata"] == {}
+
+
+def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
+    folder, kept = tmp_path / "full", tmp_path / "kept"
+    with pytest.raises(FileNotFoundError, match=r"full holds no finished step of a replay \(STEP/step.json\)"):
+        keep_paper(folder, kept)
+    for name in (
+        "metrics.json",
+        "win_rates.png",
+        "report.html",
+        "tables-0/step.json",
+        "tables-0/win_rates.csv",
+        "tables-0/win_rates.png",
+        "tables-0/images/base/scores.csv",
+        "tables-1/win_rates.csv",  # not finished: no step.json
+        "search/tries.csv",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    kept.mkdir()
+    (kept / "former.csv").write_text("of another replay")
+    assert keep_paper(folder, kept) == ["tables-0"]
+    found = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    assert found == {"metrics.json", "win_rates.png", "tables-0/step.json", "tables-0/win_rates.csv"}
+    assert (kept / "tables-0" / "win_rates.csv").read_text() == "tables-0/win_rates.csv"
