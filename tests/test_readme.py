@@ -82,7 +82,7 @@ def test_the_seed_made_again_is_as_near_the_former_one_as_the_readme_says():
     again = again[(again["method"] == "kto") & (again["scorer"] == "world_utility")].set_index("opponent")["win_rate"]
     former = former.set_index("opponent")["seed 0"]
     assert set(again.index) == set(former.index) and len(again) == 11
-    assert ((again - former).abs() <= 0.01).all() and ((again > 0.5) == (former > 0.5)).all()
+    assert ((again - former).abs().round(3) <= 0.01).all() and ((again > 0.5) == (former > 0.5)).all()
 
 
 def test_what_a_class_should_see_is_what_the_kept_runs_saw():
