@@ -18,7 +18,7 @@ NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
-	@echo "make test      the tests (10 to 18 minutes on 2 cores, new or old ones)"
+	@echo "make test      the tests (10 to 22 minutes on 2 cores, new or old ones)"
 	@echo "make test-all  the tests with the slow and browser ones, and what they cover"
 	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
