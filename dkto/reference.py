@@ -35,6 +35,7 @@ HANDS: dict[str, dict[str, object]] = {
 CARDS = ("*card*.csv", "verdicts.csv")
 PAPER = "paper_full"
 TABLES = ("metrics.json", "step.json", "*.csv", "win_rates.png")  # of a replay, and of each of its steps but the figure
+LIKES = "likes.csv"  # what the user was shown: of the pictures, which are not kept
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
 
@@ -195,7 +196,7 @@ def keep_paper(folder: Path, kept: Path) -> list[str]:
         target = part / source.relative_to(folder)
         target.mkdir(parents=True)
         for path in sorted({path for pattern in TABLES for path in source.glob(pattern)}):
-            if source == folder or path.suffix != ".png":
+            if source == folder or (path.suffix != ".png" and path.name != LIKES):
                 shutil.copyfile(path, target / path.name)
     shutil.rmtree(kept, ignore_errors=True)
     part.replace(kept)

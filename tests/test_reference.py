@@ -157,6 +157,7 @@ def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
         "tables-0/win_rates.csv",
         "tables-0/win_rates.png",
         "tables-0/images/base/scores.csv",
+        "tables-0/likes.csv",
         "tables-1/win_rates.csv",  # not finished: no step.json
         "search/tries.csv",
     ):
