@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -34,8 +36,9 @@ HANDS: dict[str, dict[str, object]] = {
 """Lessons that wait for a person: in their reference runs a simulated one takes the place."""
 CARDS = ("*card*.csv", "verdicts.csv")
 PAPER = "paper_full"
-TABLES = ("metrics.json", "step.json", "*.csv", "win_rates.png")  # of a replay, and of each of its steps but the figure
-LIKES = "likes.csv"  # what the user was shown: of the pictures, which are not kept
+TABLES = ("metrics.json", "step.json", "*.csv")  # of a replay and of each of its steps
+FIGURE = "win_rates.png"  # of the replay
+LIKES = "likes.csv"  # what a step's user was shown: of the pictures, which are not kept
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
 
@@ -162,14 +165,21 @@ def _make_example(root: Path, kept: Path) -> None:
 
 def keep(run: Path, kept: Path) -> None:
     """Copy what a reader needs of a run: notebook with small figures, record, metrics, cards; all or nothing."""
+    with _replacing(kept) as part:
+        notebook = json.loads((run / "notebook.ipynb").read_text(encoding="utf-8"))
+        (part / "notebook.ipynb").write_text(json.dumps(shrink(notebook), indent=1) + "\n", encoding="utf-8")
+        cards = [path for pattern in CARDS for path in run.glob(pattern)]
+        for path in (run / RECORD_NAME, run / "metrics.json", *cards):
+            shutil.copyfile(path, part / path.name)
+
+
+@contextmanager
+def _replacing(kept: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `kept` once it is filled."""
     part = kept.with_name(kept.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    notebook = json.loads((run / "notebook.ipynb").read_text(encoding="utf-8"))
-    (part / "notebook.ipynb").write_text(json.dumps(shrink(notebook), indent=1) + "\n", encoding="utf-8")
-    cards = [path for pattern in CARDS for path in run.glob(pattern)]
-    for path in (run / RECORD_NAME, run / "metrics.json", *cards):
-        shutil.copyfile(path, part / path.name)
+    yield part
     shutil.rmtree(kept, ignore_errors=True)
     part.replace(kept)
 
@@ -190,16 +200,12 @@ def keep_paper(folder: Path, kept: Path) -> list[str]:
     steps = sorted(path.parent for path in folder.glob("*/step.json"))
     if not steps:
         raise FileNotFoundError(f"{folder} holds no finished step of a replay (STEP/step.json)")
-    part = kept.with_name(kept.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for source in (folder, *steps):
-        target = part / source.relative_to(folder)
-        target.mkdir(parents=True)
-        for path in sorted({path for pattern in TABLES for path in source.glob(pattern)}):
-            if source == folder or (path.suffix != ".png" and path.name != LIKES):
+    with _replacing(kept) as part:
+        for source, patterns in ((folder, (*TABLES, FIGURE)), *((step, TABLES) for step in steps)):
+            target = part / source.relative_to(folder)
+            target.mkdir(exist_ok=True)
+            for path in (path for pattern in patterns for path in source.glob(pattern) if path.name != LIKES):
                 shutil.copyfile(path, target / path.name)
-    shutil.rmtree(kept, ignore_errors=True)
-    part.replace(kept)
     return [path.name for path in steps]
 
 
