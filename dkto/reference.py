@@ -1,6 +1,7 @@
 """The lessons as they ran, kept with the project: `python -m dkto.reference` makes what is missing or outdated.
 
-A lesson is outdated when its cells have changed since its reference ran; the hash of their text is in its `run.json`.
+A lesson is outdated when its code has changed since its kept run; the hash of its code cells without imports is in its
+`run.json`. A change of its prose, or of where a name is imported from, is copied into the kept notebook without a run.
 A lesson that reads another's folder (a parameter whose default is the other's `output_dir`) runs after it.
 
 The tables of `make paper PROFILE=full` are kept by `python -m dkto.reference papermill_runs/outputs/paper/full`.
@@ -20,7 +21,7 @@ from PIL import Image
 
 from dkto.batch_engine import State, run_states, run_sweep
 from dkto.notebooks import Parameter, declared_parameters
-from dkto.records import read_json
+from dkto.records import read_json, write_atomically
 from dkto.run_record import RECORD_NAME, source_hash
 from dkto.sweeps import Plan, PlannedRun, Resources, read_sweep
 
@@ -54,6 +55,46 @@ def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
         elif read_json(kept, "record of a run", ["source_hash"])["source_hash"] != source_hash(path):
             found[path.stem] = "its cells have changed since its reference ran"
     return found
+
+
+def refresh(root: Path = ROOT) -> list[str]:
+    """Bring prose and imports of the kept notebooks up to the lessons', where the code is the same; nothing is run.
+
+    Returns:
+        The lessons whose kept notebook was changed.
+    """
+    changed, outdated = [], outdated_lessons(root)
+    for name, path in _lessons(root).items():
+        kept = root / "papermill_runs" / "reference" / name / "notebook.ipynb"
+        if name in outdated or not kept.is_file():
+            continue
+        text = kept.read_text(encoding="utf-8")
+        notebook = refreshed(json.loads(text), json.loads(path.read_text(encoding="utf-8")))
+        new = json.dumps(notebook, indent=1) + "\n"
+        if new != text:
+            write_atomically(kept, lambda part, new=new: part.write_text(new, encoding="utf-8"))
+            changed.append(name)
+    return changed
+
+
+def refreshed(executed: dict, lesson: dict) -> dict:
+    """The lesson's cells with the outputs of an executed copy whose code cells are the same, imports aside.
+
+    Raises:
+        ValueError: if the copy has another number of code cells.
+    """
+    ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    given = [cell for cell in ran if "injected-parameters" in cell["metadata"].get("tags", [])]
+    ran = [cell for cell in ran if cell not in given]
+    code = [cell for cell in lesson["cells"] if cell["cell_type"] == "code"]
+    if len(ran) != len(code):
+        raise ValueError(f"the executed copy has {len(ran)} code cells, its notebook {len(code)}: run it again")
+    outputs, cells = iter(ran), []
+    for cell in lesson["cells"]:
+        cells.append(cell if cell["cell_type"] != "code" else next(outputs) | {"source": cell["source"]})
+        if "parameters" in cell["metadata"].get("tags", []):
+            cells += given
+    return executed | {"cells": cells}
 
 
 def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
@@ -241,5 +282,6 @@ if __name__ == "__main__":
             print(f"steps kept: {', '.join(found)}")
         else:
             print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
+            print(f"refreshed without running: {', '.join(refresh()) or 'none'}")
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"dkto: {error}")

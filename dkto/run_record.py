@@ -1,5 +1,6 @@
 """What every run of a notebook leaves beside its metrics: `run.json`, from which it can be judged and made again."""
 
+import ast
 import hashlib
 import json
 import resource
@@ -61,10 +62,30 @@ def _largest_ended() -> float:
 
 
 def source_hash(notebook: str | Path) -> str:
-    """Hash of a notebook's cells as they are written: outputs and metadata do not change it."""
+    """Hash of what a notebook computes: its code cells without their imports.
+
+    Prose, outputs, metadata and the place that a name is imported from change no result.
+    """
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    sources = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
-    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
+    sources = [_without_imports("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps([source for source in sources if source]).encode()).hexdigest()[:16]
+
+
+def _without_imports(source: str) -> str:
+    """The lines of a cell that belong to no import statement; all of it where it is not Python.
+
+    >>> _without_imports("import os\\nfrom a import (\\n    b,\\n)\\n\\nprint(os)")
+    'print(os)'
+    """
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return source.strip()
+    lines: list[str | None] = list(source.splitlines())
+    for statement in statements:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            lines[statement.lineno - 1 : statement.end_lineno] = [None] * (statement.end_lineno - statement.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line is not None).strip()
 
 
 @contextmanager

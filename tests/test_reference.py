@@ -19,6 +19,7 @@ from dkto.reference import (
     lesson_plan,
     make_reference,
     outdated_lessons,
+    refreshed,
     shrink,
 )
 from dkto.run_record import source_hash
@@ -48,8 +49,45 @@ def test_every_lesson_has_a_reference_run_of_its_present_text(lesson):
     assert record["source_hash"] == source_hash(lesson), f"{lesson.stem} changed: make reference"
     assert json.loads((folder / "metrics.json").read_text())["metrics"]
     executed = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    text = json.loads(lesson.read_text())
+    assert refreshed(json.loads((folder / "notebook.ipynb").read_text()), text)["cells"] == executed_cells(folder)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs and not [output for output in outputs if output.output_type == "error"]
+
+
+def executed_cells(folder):
+    return json.loads((folder / "notebook.ipynb").read_text())["cells"]
+
+
+def cell(kind, source, *tags, **more):
+    return {"cell_type": kind, "source": source, "metadata": {"tags": list(tags)}} | more
+
+
+def test_prose_and_imports_of_a_kept_notebook_follow_the_lesson_without_a_run():
+    executed = {
+        "cells": [
+            cell("markdown", "# Old"),
+            cell("code", "from a import b", outputs=[]),
+            cell("code", "x: int = 1", "parameters", outputs=[]),
+            cell("code", "x = 2", "injected-parameters", outputs=[]),
+            cell("code", "b(x)", outputs=["a figure"]),
+        ]
+    }
+    lesson = {
+        "cells": [
+            cell("markdown", "# New"),
+            cell("code", "from c import b"),
+            cell("code", "x: int = 1", "parameters"),
+            cell("markdown", "Look."),
+            cell("code", "b(x)"),
+        ]
+    }
+    found = refreshed(executed, lesson)["cells"]
+    assert [c["source"] for c in found] == ["# New", "from c import b", "x: int = 1", "x = 2", "Look.", "b(x)"]
+    assert found[-1]["outputs"] == ["a figure"]
+    lesson["cells"].append(cell("code", "more"))
+    with pytest.raises(ValueError, match="has 3 code cells, its notebook 4"):
+        refreshed(executed, lesson)
 
 
 def test_not_kept_names_lessons():

@@ -76,13 +76,18 @@ print(first.megabytes, second.megabytes)
     assert 190 < first < 300 and second < 100, "the second run is not charged with the first one's"
 
 
-def test_the_source_of_a_notebook_is_its_cells_without_outputs(tmp_path):
+def test_the_source_of_a_notebook_is_its_code_without_imports_prose_and_outputs(tmp_path):
     notebook = json.loads((DATA / "tiny_train.ipynb").read_text())
     before = source_hash(DATA / "tiny_train.ipynb")
     notebook["cells"][1]["outputs"], notebook["cells"][1]["source"] = [], "".join(notebook["cells"][1]["source"])
     notebook["metadata"]["papermill"] = {"duration": 1}
     (tmp_path / "same.ipynb").write_text(json.dumps(notebook))
     assert source_hash(tmp_path / "same.ipynb") == before
-    notebook["cells"][2]["source"] = "1"
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code[0]["source"] = "import json\nfrom os import (\n    path,\n)\n" + "".join(code[0]["source"])
+    notebook["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "Other words."})
+    (tmp_path / "prose.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "prose.ipynb") == before
+    code[1]["source"] = "1"
     (tmp_path / "other.ipynb").write_text(json.dumps(notebook))
     assert source_hash(tmp_path / "other.ipynb") != before
