@@ -76,10 +76,10 @@ toy: $(READY)
 	$(BIN)/python -m toy --profile $(or $(PROFILE),small)
 
 site: $(READY)
-	$(BIN)/python -m dkto.site
+	$(BIN)/python -m dkto.workshop.site
 
 reference: $(READY)
-	$(BIN)/python -m dkto.reference
+	$(BIN)/python -m dkto.workshop.keep_lessons
 
 paper: $(READY)
 	$(BIN)/dkto paper --profile $(or $(PROFILE),default) $(if $(STEPS),--steps $(STEPS))

@@ -8,8 +8,8 @@ from typing import Literal
 
 import tyro
 
-from dkto.progress import QUIET_VARIABLE
-from dkto.search_config import SearchConfig
+from dkto.common.progress import QUIET_VARIABLE
+from dkto.paper.search_config import SearchConfig
 from dkto.training_commands import Calibrate, Memory, Train, TrainOnline
 
 
@@ -28,7 +28,7 @@ class Feedback:
     """For rankings: what an equal rank says; ignore if not given."""
 
     def read(self):
-        from dkto.feedback import read_feedback
+        from dkto.data.feedback import read_feedback
 
         return read_feedback(self.feedback, partition=self.partition, ties=self.ties, image_folder=self.image_folder)
 
@@ -43,7 +43,7 @@ class Inspect(Feedback):
     """Chance that training draws a liked sample, no unit (paper 0.8)."""
 
     def run(self) -> None:
-        from dkto.feedback import describe_feedback
+        from dkto.data.feedback import describe_feedback
 
         print(describe_feedback(self.read(), self.held_out, self.gamma))
 
@@ -64,7 +64,7 @@ class Unpack:
     """For a folder or a hub id: the pattern that the shards' names match, for instance "data/train-*"."""
 
     def run(self) -> None:
-        from dkto.pairs import convert_pairs
+        from dkto.data.pairs import convert_pairs
 
         path = convert_pairs(self.source, self.output_dir, partition=self.partition, ties=self.ties, files=self.files)
         print(path.with_suffix(".json").read_text().strip())
@@ -93,7 +93,7 @@ class Prepare(Feedback):
     """Also encode the prompts for `dkto train --objective csft`, in this style."""
 
     def run(self) -> None:
-        from dkto.prepare import prepare_feedback
+        from dkto.data.encode import prepare_feedback
 
         table = self.read()
         print(table)
@@ -133,8 +133,9 @@ class Generate:
     """Worker processes."""
 
     def run(self) -> None:
-        from dkto.generate import System, generate_images
-        from dkto.prompts import load_prompts
+        from dkto.data.prompts import load_prompts
+        from dkto.evaluation.generate import generate_images
+        from dkto.models.system import System
 
         prompts = list(load_prompts(self.prompts, count=self.count).prompts)
         system = System(self.model, self.lora, self.guidance, self.steps, unet=self.unet)
@@ -161,7 +162,7 @@ class Score:
     """Worker processes."""
 
     def run(self) -> None:
-        from dkto.scoring import score_images
+        from dkto.evaluation.scoring import score_images
 
         for name in self.scorers:
             scores = score_images(self.folder, name, num_processes=self.num_processes)
@@ -180,7 +181,7 @@ class Evaluate:
     """Names of scorers."""
 
     def run(self) -> None:
-        from dkto.evaluate import win_rate_table
+        from dkto.evaluation.win_rates import win_rate_table
 
         paths = (self.ours, *self.theirs)
         alike = len({path.name for path in paths}) < len(set(paths))
@@ -207,8 +208,8 @@ class Run:
     def run(self) -> None:
         # a second of every run: jsonschema compiles a grammar of IRIs if it can, and no notebook's schema holds one
         sys.modules.setdefault("rfc3987_syntax", None)
-        from dkto.notebooks import run_notebook
-        from dkto.processes import die_with_engine, graphics_cards
+        from dkto.common.processes import die_with_engine, graphics_cards
+        from dkto.runs.notebooks import run_notebook
 
         die_with_engine()
         told: dict[str, str] = {}
@@ -231,7 +232,7 @@ class Sweep:
     """Run every notebook of a sweep; called again, it does only what is missing or failed."""
 
     sweep: tyro.conf.Positional[Path]
-    """YAML file, see dkto.sweeps and papermill_runs/sweeps/."""
+    """YAML file, see dkto.runs.sweeps and papermill_runs/sweeps/."""
     dry_run: bool = False
     """Check everything and show the plan; nothing starts."""
     output_dir: Path | None = None
@@ -246,8 +247,8 @@ class Sweep:
     """Make runs again whose parameters or notebook have changed since; their old results are removed."""
 
     def run(self) -> None:
-        from dkto.batch_engine import run_sweep, show_plan
-        from dkto.sweeps import read_sweep
+        from dkto.runs.runner import run_sweep, show_plan
+        from dkto.runs.sweeps import read_sweep
 
         plan = read_sweep(self.sweep, self.output_dir)
         if self.dry_run:
@@ -264,7 +265,7 @@ class Demo:
     """Folder for everything the demo makes."""
 
     def run(self) -> None:
-        from dkto.demo import run_demo
+        from dkto.paper.demo import run_demo
 
         run_demo(self.output_dir)
 
@@ -283,7 +284,7 @@ class Paper:
     """Names of steps, to run a part of the profile (on one of several machines); all if left out."""
 
     def run(self) -> None:
-        from dkto.paper import run_paper
+        from dkto.paper.replay import run_paper
 
         run_paper(self.output_dir, self.profile, settings_file=self.settings_file, only=self.steps)
 
@@ -297,7 +298,7 @@ class PaperSearch:
     """JSON file for the result."""
 
     def run(self) -> None:
-        from dkto.search import search_settings
+        from dkto.paper.search import search_settings
 
         print(search_settings(self.config, self.keep).to_string(index=False))
         print(f"kept in {self.keep}")

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from dkto.losses import effective_weight
-from dkto.metrics import WinRate
-from dkto.utilities import Utility, get_utility
+from dkto.evaluation.metrics import WinRate
+from dkto.objective.losses import effective_weight
+from dkto.objective.utilities import Utility, get_utility
 
 COLOURS = {
     "pretraining": "#7f7f7f",
@@ -90,7 +90,7 @@ def plot_sample_weights(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Axes:
-    """How hard a liked and a disliked sample pull on the denoising error (`dkto.losses.effective_weight`).
+    """How hard a liked and a disliked sample pull on the denoising error (`dkto.objective.losses.effective_weight`).
 
     Args:
         utility: name or `Utility`.
@@ -186,7 +186,7 @@ def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[A
     """Loss, and implicit rewards with their margin, over optimiser steps: thin as recorded, thick a running mean.
 
     Args:
-        records: step records of `dkto.trainer.train`; a key that a record lacks is skipped in that step.
+        records: step records of `dkto.training.loop.train`; a key that a record lacks is skipped in that step.
         window: records under the running mean, 1 or more.
         axes: two axes, made if left out.
 

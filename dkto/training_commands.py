@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from dkto.config import TrainConfig
-from dkto.online_config import OnlineConfig
+from dkto.training.config import TrainConfig
+from dkto.training.online_config import OnlineConfig
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Train:
     def run(self) -> None:
         import torch
 
-        from dkto.launch import join_family
-        from dkto.trainer import run_training
+        from dkto.common.processes import join_family
+        from dkto.training.loop import run_training
 
         join_family()
         if self.threads:
@@ -41,7 +41,7 @@ class TrainOnline:
     def run(self) -> None:
         import torch
 
-        from dkto.online import run_online
+        from dkto.training.online import run_online
 
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -50,7 +50,7 @@ class TrainOnline:
 
 
 def _say_end(config: TrainConfig | OnlineConfig) -> None:
-    from dkto.checkpoints import CheckpointStore
+    from dkto.training.run_folder import CheckpointStore
 
     if CheckpointStore(config).is_finished():
         print(f"finished; records and weights are in {config.output_dir}")
@@ -75,7 +75,7 @@ class Calibrate:
     def run(self) -> None:
         import torch
 
-        from dkto.calibrate import CONVENTIONS, calibrate, convert_beta
+        from dkto.training.calibration import CONVENTIONS, calibrate, convert_beta
 
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -107,8 +107,8 @@ class Memory:
     """Instead take the memory once on this CPU, batch 1, in float32, and print it beside the computed one."""
 
     def run(self) -> None:
-        from dkto.memory import SIZES, measured_step_memory, memory_row, memory_table, step_memory
-        from dkto.progress import progress
+        from dkto.common.progress import progress
+        from dkto.training.memory import SIZES, measured_step_memory, memory_row, memory_table, step_memory
 
         wanted = [(name, rank) for name in self.models for rank in self.lora_ranks]
         if self.measure:

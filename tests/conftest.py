@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_models import make_tiny_sd3, make_tiny_sdxl
 
-from dkto.utilities import UTILITIES
+from dkto.objective.utilities import UTILITIES
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def tiny_pipeline(tmp_path_factory):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from dkto.embedded.tokenizer import build_tokenizer
+    from dkto.workshop.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = build_tokenizer(folder / "made")
@@ -128,7 +128,7 @@ def tiny_sd3(tmp_path_factory):
 @pytest.fixture(scope="session")
 def likes(tmp_path_factory):
     """Twelve pictures: bright ones liked, dark ones disliked."""
-    from dkto.feedback import make_feedback
+    from dkto.data.feedback import make_feedback
 
     folder = tmp_path_factory.mktemp("likes")
     rng = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def likes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, likes, tiny_pipeline):
     """The twelve pictures, encoded by the tiny pipeline."""
-    from dkto.prepare import prepare_feedback
+    from dkto.data.encode import prepare_feedback
 
     return prepare_feedback(likes, tmp_path_factory.mktemp("prepared"), str(tiny_pipeline))
 
@@ -152,8 +152,8 @@ def prepared(tmp_path_factory, likes, tiny_pipeline):
 @pytest.fixture(scope="session")
 def paired(tmp_path_factory, likes, tiny_pipeline):
     """The twelve pictures as six pairs of a bright and a dark one, encoded by the tiny pipeline."""
-    from dkto.feedback import make_feedback
-    from dkto.prepare import prepare_feedback
+    from dkto.data.encode import prepare_feedback
+    from dkto.data.feedback import make_feedback
 
     prompts = [f"a picture {i // 2 % 3}" for i in range(12)]
     table = make_feedback(likes.images, prompts, likes.is_desirable.tolist(), pair_ids=[i // 2 for i in range(12)])
@@ -205,7 +205,7 @@ def _write_sparse(path, shapes, rows):
 @pytest.fixture
 def config(prepared, tiny_pipeline, tmp_path):
     """A short training of the tiny pipeline."""
-    from dkto.config import TrainConfig
+    from dkto.training.config import TrainConfig
 
     return TrainConfig(
         prepared,

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dkto.records import write_json
-from dkto.run_record import recorded
+from dkto.common.files import write_json
+from dkto.runs.record import recorded
 
-TRAIN = Path(__file__).parent / "data" / "tiny_train.ipynb"
+TRAIN = Path(__file__).parent / "files" / "tiny_train.ipynb"
 
 
 def kl_of(beta, likes, seed):

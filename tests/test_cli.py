@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dkto.cli import COMMANDS, main
-from dkto.feedback import write_feedback
+from dkto.data.feedback import write_feedback
 
 
 def test_every_command_has_help_that_says_what_it_does(capsys):

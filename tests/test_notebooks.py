@@ -12,8 +12,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from dkto.demo import run_demo
-from dkto.notebooks import check_parameters, declared_parameters, parameters_cell, run_notebook
+from dkto.paper.demo import run_demo
+from dkto.runs.notebooks import check_parameters, declared_parameters, parameters_cell, run_notebook
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))

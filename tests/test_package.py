@@ -10,31 +10,18 @@ import pytest
 import dkto
 
 PACKAGE = Path(dkto.__file__).parent
-# each room, from the bottom up; a module may import its own room and those before it
+# from the bottom up: a file may import its own room and those of the lines before
 ROOMS = (
-    ("expression", "utilities", "records", "progress", "quiet", "votes", "processes", "follow", "yaml12", "kernels"),
-    ("losses", "metrics", "sources", "run_record"),
-    ("feedback", "config", "online_config", "search_config", "plotting"),
-    ("pairs",),
-    ("models", "published", "chain"),
-    ("prepared", "prepare", "notebooks"),
-    ("batches", "engine", "card"),
-    ("checkpoints", "rewards", "memory"),
-    ("trainer", "generate", "launch", "sweeps", "runs"),
-    ("calibrate",),
-    ("embedded", "scorers"),
-    ("scoring", "prompts", "online"),
-    ("evaluate", "monitors", "study", "study_answers", "page"),
-    ("systems", "paper_tables"),
-    ("search", "report", "batch_engine", "paper_seeds"),
-    ("paper_page",),
-    ("reference",),
-    ("site",),
-    ("demo", "paper", "widgets"),
-    ("training_commands",),
+    ("common", "objective", "world"),
+    ("models", "runs"),
+    ("data",),
+    ("evaluation",),
+    ("training", "plotting", "workshop"),
+    ("paper", "widgets"),
     ("cli",),
 )
-LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+TOY = {"objective", "plotting", "runs", "widgets"}  # what the 2-D laboratory takes of dkto
 
 
 def test_importing_dkto_imports_neither_diffusers_nor_transformers():
@@ -44,12 +31,12 @@ def test_importing_dkto_imports_neither_diffusers_nor_transformers():
 
 
 def test_the_objective_needs_torch_alone():
-    code = "import sys, dkto.losses; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    code = "import sys, dkto.objective.losses; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["dkto.generate", "dkto.engine"])
+@pytest.mark.parametrize("module", ["dkto.evaluation.generate", "dkto.training.engine"])
 def test_what_imports_diffusers_first_is_quiet(module):
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
@@ -64,21 +51,41 @@ def test_every_exported_name_is_there_and_is_no_module(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(AttributeError, match="module 'dkto' has no attribute 'kto'"):
+    with pytest.raises(AttributeError, match="dkto attribute kto"):
         dkto.kto  # noqa: B018
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] == "__init__":
-        return
-    imported = set()
+def rooms_imported(path):
+    """The rooms of dkto that a file names in its import statements, at the top and inside functions."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dkto."):
-            imported.add(node.module.split(".")[1])
-    upward = {room for room in imported - {parts[0]} if LEVEL[room] > LEVEL[parts[0]]}
-    assert not upward, f"{'/'.join(parts)} imports {upward} from above"
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dkto":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dkto.")}
+    return found & LEVEL.keys()
+
+
+@pytest.mark.parametrize("room", LEVEL)
+def test_imports_point_one_way(room):
+    files = sorted((PACKAGE / room).rglob("*.py")) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
+    assert files
+    for path in files:
+        up = {other for other in rooms_imported(path) - {room} if LEVEL[other] >= LEVEL[room]}
+        assert not up, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(up))}, which is not below {room}"
+
+
+def test_rooms_are_all_there_is_and_few():
+    there = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__pycache__"}
+    assert there == {*LEVEL, "__init__"}
+    assert len([path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 14
+    assert len(list(PACKAGE.glob("*.py"))) <= 4
+
+
+def test_the_laboratory_takes_only_what_it_may():
+    taken = set().union(*(rooms_imported(path) for path in (PACKAGE.parent / "toy").glob("*.py")))
+    assert taken <= TOY
 
 
 def test_modules_can_be_read_in_one_sitting():

@@ -7,8 +7,9 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from dkto.losses import effective_weight
-from dkto.metrics import win_rate
+from dkto.evaluation.metrics import win_rate
+from dkto.objective.losses import effective_weight
+from dkto.objective.utilities import UTILITIES, Utility
 from dkto.plotting import (
     COLOURS,
     PAPER_UTILITIES,
@@ -20,7 +21,6 @@ from dkto.plotting import (
     plot_utilities,
     plot_win_rates,
 )
-from dkto.utilities import UTILITIES, Utility
 
 BUILT_IN = tuple(UTILITY_COLOURS)
 RECORDS = [

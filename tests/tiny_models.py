@@ -49,7 +49,7 @@ def make_tiny_sdxl(folder):
         UNet2DConditionModel,
     )
 
-    from dkto.embedded.tokenizer import build_tokenizer
+    from dkto.workshop.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(folder / "made")
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def make_tiny_sd3(folder, with_t5=True):
         StableDiffusion3Pipeline,
     )
 
-    from dkto.embedded.tokenizer import build_tokenizer
+    from dkto.workshop.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(folder / "made")
     torch.manual_seed(0)

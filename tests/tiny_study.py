@@ -2,8 +2,8 @@
 
 from PIL import Image
 
-from dkto.generate import image_path
-from dkto.records import write_json
+from dkto.common.files import write_json
+from dkto.evaluation.generate import image_path
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPT_STYLES = [*STYLES] * 6  # of the 24 prompts

@@ -7,7 +7,7 @@ from typing import Literal
 import pandas as pd
 import tyro
 
-from dkto.notebooks import run_notebook
+from dkto.runs.notebooks import run_notebook
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "23_which_objective.ipynb"
 

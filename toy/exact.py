@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from dkto.losses import dpo_loss, kto_loss
+from dkto.objective.losses import dpo_loss, kto_loss
 from toy.objectives import known_name
 from toy.sampling import SAMPLERS
 from toy.schedule import Schedule

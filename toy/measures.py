@@ -13,8 +13,8 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from dkto.losses import denoising_error, reference_point
-from dkto.metrics import implicit_accuracy
+from dkto.objective.accuracy import implicit_accuracy
+from dkto.objective.losses import denoising_error, reference_point
 from toy.network import Ensemble, one_thread, stream
 from toy.sampling import ddim_with_density
 from toy.schedule import Schedule

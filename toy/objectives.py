@@ -1,4 +1,4 @@
-"""Every objective of the paper as data: what a method draws, and which function of `dkto.losses` it minimises.
+"""Every objective of the paper as data: what a method draws, and which of `dkto.objective.losses` it minimises.
 
 Nothing of the losses is written again here. A method's gradient is that of weighted denoising, and the
 weights are the derivatives of its loss by the denoising errors: `error_weights`.
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkto.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
-from dkto.utilities import get_utility
+from dkto.objective.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
+from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
 OBJECTIVES = ("sft", "csft", "dpo", "kto")
@@ -34,9 +34,9 @@ class Method:
 
     Attributes:
         objective: "sft" and "csft" (paper eq. 3, 5.1.2), "dpo" (Diffusion-DPO), "kto" (eq. 14-15).
-        utility: name in `dkto.utilities.UTILITIES`; only "kto" looks at it, as at the next five.
+        utility: name in `dkto.objective.utilities.UTILITIES`; only "kto" looks at it, as at the next five.
         desirable_weight, undesirable_weight: of the classes, no unit.
-        estimator: of the reference point, see `dkto.losses.reference_point`; a world without prompts has
+        estimator: of the reference point, see `dkto.objective.losses.reference_point`; a world without prompts has
             "independent" for the paper's "unrelated".
         clamp: keep the reference point at or above 0.
         beta: reward scale, beta x mean squared error; "kto" and "dpo".
@@ -217,7 +217,7 @@ def loss_of(
     is_desirable: Tensor,
     independent_gap: Tensor | None = None,
 ) -> Felt:
-    """The loss of each member, by `dkto.losses` (paper eq. 3, 14-15; Wallace et al. 2023).
+    """The loss of each member, by `dkto.objective.losses` (paper eq. 3, 14-15; Wallace et al. 2023).
 
     Args:
         objective: of `group_methods`.
@@ -261,7 +261,7 @@ def error_weights(
 
         gradient of the loss = sum over the batch of weight_i * gradient of policy_error_i
 
-    Taken by autograd through `dkto.losses`, so every utility that is registered works; for "kto" it equals
+    Taken by autograd through `dkto.objective.losses`, so every utility that is registered works; for "kto" it equals
     beta * effective_weight / B.
 
     Args:

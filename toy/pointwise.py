@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dkto.losses import effective_weight
-from dkto.utilities import get_utility
+from dkto.objective.losses import effective_weight
+from dkto.objective.utilities import get_utility
 from toy.exact import normal_quadrature
 from toy.network import one_thread, stream
 from toy.objectives import Method

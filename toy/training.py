@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dkto.losses import denoising_error, sft_loss
+from dkto.objective.losses import denoising_error, sft_loss
 from toy.network import Ensemble, one_thread, stream
 from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods, known_name
 from toy.objectives import independent_samples as independent_of

@@ -130,7 +130,7 @@ def undesirable_share(gaussian: Gaussian) -> float:
 
 
 def bayes_accuracy(definition: str) -> float:
-    """The best accuracy that any reward can reach, by "pair" or "sample" (`dkto.metrics.implicit_accuracy`).
+    """The best accuracy that any reward can reach, by "pair" or "sample" (`dkto.objective.accuracy.implicit_accuracy`).
 
         pair    P(r(x_w) > r(x_l)) = Phi(d / (sqrt(2) s))      d: distance of the means, s: their std
         sample  P(r(x) > 0 | desirable) = Phi(d / (2 s))

@@ -15,11 +15,11 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dkto.records import read_json
+from dkto.common.files import read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
-SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "embedded" / "weights"
+SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "world" / "weights"
 PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")
 BLOCKS, BLOCK_BYTES = 256, 4096  # of a file that its fingerprint reads

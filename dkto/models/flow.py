@@ -12,8 +12,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from dkto.common.files import read_json
 from dkto.models.base import DiffusionModel, PipelineText
-from dkto.records import read_json
 
 T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
 

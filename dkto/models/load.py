@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from dkto.common.files import read_json
 from dkto.models.base import DiffusionModel, pipeline_folder
 from dkto.models.flow import StableDiffusion3
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
-from dkto.records import read_json
 
 MODEL_CLASSES: dict[str, type[DiffusionModel]] = {
     kind.pipeline_class.__name__: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)

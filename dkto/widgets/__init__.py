@@ -1,27 +1,15 @@
-"""Instruments to touch, for JupyterLab: explore utilities, teach by likes, judge blind, watch a training, play.
+"""Instruments for JupyterLab: utility explorer, teaching by likes, blind judge, training view."""
 
-Each is an anywidget: its front end is plain JavaScript beside its Python file, nothing is fetched, and
-what comes from people (prompts, captions, formulas) reaches the page as text, never as HTML. The names
-below are loaded when they are first used.
-"""
+import lazy_loader
 
-from importlib import import_module
-
-_HOME = {
-    "Explorer": "explorer",
-    "Judge": "judge",
-    "Likes": "likes",
-    "TrainingView": "training_view",
-    "Tuner": "tuner",
-}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dkto.widgets' has no attribute {name!r}")
-    return getattr(import_module(f"dkto.widgets.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "explorer": ["Explorer"],
+        "judge": ["Judge"],
+        "likelog": ["LikeLog", "Picture", "merge_likes", "pictures_in"],
+        "likes": ["Likes"],
+        "training_view": ["TrainingView"],
+        "tuner": ["Tuner"],
+    },
+)

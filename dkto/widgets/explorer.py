@@ -18,7 +18,10 @@ import traitlets
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from dkto.losses import effective_weight
+from dkto.common.files import read_json, read_records
+from dkto.data.sources import parse_label
+from dkto.objective.losses import effective_weight
+from dkto.objective.utilities import UTILITIES, define_utility, get_utility
 from dkto.plotting import (
     DASHED,
     NOTEBOOK_WIDTH,
@@ -29,9 +32,6 @@ from dkto.plotting import (
     plot_slopes,
     plot_utilities,
 )
-from dkto.records import read_json, read_records
-from dkto.sources import parse_label
-from dkto.utilities import UTILITIES, define_utility, get_utility
 from dkto.widgets.base import ROLE_COLOURS, script, style
 
 TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50], beta x MSE
@@ -128,7 +128,7 @@ class Explorer(anywidget.AnyWidget):
         return get_utility(proposal["value"]).name
 
     def refresh(self) -> None:
-        """Send every utility of `dkto.utilities.UTILITIES` to the page; call it after registering one in Python."""
+        """Send every utility of `dkto.objective.UTILITIES` to the page, after one was registered in Python."""
         registered = [name for name in UTILITIES if name not in UTILITY_COLOURS]
         spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
         x = torch.linspace(-TABLE_LIMIT, TABLE_LIMIT, TABLE_POINTS, dtype=torch.float64)
@@ -147,7 +147,7 @@ class Explorer(anywidget.AnyWidget):
         self.curves = curves
 
     def define(self, name: str, formula: str) -> None:
-        """Add a utility given as text (`dkto.utilities.define_utility`) and show its weights."""
+        """Add a utility given as text (`dkto.objective.utilities.define_utility`) and show its weights."""
         utility = define_utility(name, formula)
         self.refresh()
         self.utility = utility.name

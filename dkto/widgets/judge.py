@@ -6,10 +6,10 @@ import anywidget
 import traitlets
 from matplotlib.figure import Figure
 
-from dkto.feedback import load_image
+from dkto.data.images import load_image
+from dkto.evaluation.study import StudySession
+from dkto.evaluation.study_answers import StudyResult, study_result
 from dkto.plotting import plot_preferences
-from dkto.study import StudySession
-from dkto.study_answers import StudyResult, study_result
 from dkto.widgets.base import figure_bytes, png_bytes, script, style
 
 
@@ -20,11 +20,11 @@ class Judge(anywidget.AnyWidget):
     the names of the methods, is sent to the page only when every question is answered.
 
     Args:
-        study_dir: folder written by `dkto.study.make_study`.
+        study_dir: folder written by `dkto.evaluation.study.make_study`.
         judge: one of its judges; goes on where that judge stopped.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as `dkto.study.StudySession`.
+        FileNotFoundError, KeyError, ValueError: as `dkto.evaluation.study.StudySession`.
     """
 
     _esm = script("judge")

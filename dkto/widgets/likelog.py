@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkto.feedback import FeedbackTable, make_feedback
-from dkto.generate import image_path, read_manifest
-from dkto.sources import IMAGE_SUFFIXES
+from dkto.data.feedback import FeedbackTable, make_feedback
+from dkto.data.images import IMAGE_SUFFIXES
+from dkto.evaluation.generate import image_path, read_manifest
 from dkto.widgets.eventlog import EventLog
 
 JUDGEMENTS = ("like", "dislike", "skip")
@@ -28,7 +28,7 @@ class Picture:
 
 
 def pictures_in(folder: str | Path) -> list[Picture]:
-    """The pictures of a folder: as `dkto.generate` wrote them, or any images with their prompt in a `.txt` beside.
+    """The pictures of a folder: as `dkto.evaluation.generate` wrote them, or any images with their prompt in a `.txt`.
 
     Raises:
         FileNotFoundError: if the folder does not exist, or a picture has no prompt.

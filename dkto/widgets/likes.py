@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
 
-from dkto.feedback import FeedbackTable, load_image
+from dkto.data.feedback import FeedbackTable
+from dkto.data.images import load_image
 from dkto.plotting import image_grid
 from dkto.widgets.base import ROLE_COLOURS, png_bytes, script, style
 from dkto.widgets.likelog import LikeLog, Picture

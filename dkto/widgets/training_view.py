@@ -18,12 +18,12 @@ import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 
-from dkto.checkpoints import CheckpointStore
-from dkto.config import TrainConfig
-from dkto.generate import System, draw, noise_generator
-from dkto.launch import start_training
+from dkto.common.files import read_records
+from dkto.models.system import System, draw, noise_generator
 from dkto.plotting import plot_training
-from dkto.records import read_records
+from dkto.training.config import TrainConfig
+from dkto.training.launch import start_training
+from dkto.training.run_folder import CheckpointStore
 from dkto.widgets.base import ROLE_COLOURS, png_bytes, script, style
 
 POLL_SECONDS = 0.5

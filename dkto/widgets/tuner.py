@@ -9,15 +9,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dkto.config import TrainConfig
-from dkto.embedded.users import SimulatedUser
-from dkto.feedback import FeedbackTable, write_feedback
-from dkto.generate import System, draw, noise_generator
-from dkto.metrics import WinRate, win_rate
+from dkto.data.encode import prepare_feedback
+from dkto.data.feedback import FeedbackTable, write_feedback
+from dkto.evaluation.metrics import WinRate, win_rate
+from dkto.models.system import System, draw, noise_generator
 from dkto.plotting import image_grid
-from dkto.prepare import prepare_feedback
+from dkto.training.config import TrainConfig
 from dkto.widgets.base import png_bytes
 from dkto.widgets.training_view import TrainingView
+from dkto.world.users import SimulatedUser
 
 SHOWN = 6  # prompts of the before/after grid
 QUICK = {

@@ -19,18 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dkto.batches import GlobalBatches
-from dkto.checkpoints import CheckpointStore
-from dkto.config import TrainConfig
-from dkto.engine import PRECISIONS, Engine
-from dkto.feedback import load_image
-from dkto.losses import denoising_error, implicit_reward, kto_loss, reference_point
-from dkto.memory import SIZES, build_denoiser
+from dkto.common.machine import peak_memory_mb
+from dkto.data.encode import to_pixel_values
+from dkto.data.encoded import PreparedFeedback
+from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion
-from dkto.prepare import PreparedFeedback, to_pixel_values
-from dkto.records import peak_memory_mb
-from dkto.trainer import denoising_errors, train_step
-from dkto.utilities import get_utility
+from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
+from dkto.objective.utilities import get_utility
+from dkto.training.batches import GlobalBatches
+from dkto.training.config import TrainConfig
+from dkto.training.engine import PRECISIONS, Engine
+from dkto.training.loop import denoising_errors, train_step
+from dkto.training.memory import SIZES, build_denoiser
+from dkto.training.run_folder import CheckpointStore
 
 # a UNet of the real class that a shared machine can bear, to try the script with
 REDUCED = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}

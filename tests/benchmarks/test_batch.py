@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .measures import interval
 
-TINY = Path(__file__).parent.parent / "data" / "tiny_train.ipynb"
+TINY = Path(__file__).parent.parent / "files" / "tiny_train.ipynb"
 FEW, MANY = 2, 8
 ROUNDS = int(os.environ.get("BATCH_ROUNDS", "5"))
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dkto.config import TrainConfig
-from dkto.feedback import load_image, make_feedback
+from dkto.data.encode import prepare_feedback, to_pixel_values
+from dkto.data.feedback import make_feedback
+from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, load_model
-from dkto.prepare import prepare_feedback, to_pixel_values
-from dkto.trainer import train
+from dkto.training.config import TrainConfig
+from dkto.training.loop import train
 
 from .measures import interval
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from dkto.feedback import make_feedback, write_feedback
-from dkto.prepare import prepare_feedback
+from dkto.data.encode import prepare_feedback
+from dkto.data.feedback import make_feedback, write_feedback
 
 from .loops import make_pipeline
 from .measures import interval

@@ -5,9 +5,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from dkto.records import write_json
-from dkto.study import make_study
-from dkto.study_answers import study_result
+from dkto.common.files import write_json
+from dkto.evaluation.study import make_study
+from dkto.evaluation.study_answers import study_result
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 ATTACK = "<img src=x onerror=alert(1)>"

@@ -5,8 +5,8 @@ import pytest
 from finished_runs import leave
 from PIL import Image
 
-from dkto.page import write_page
-from dkto.report import Section, report_html, write_report
+from dkto.paper.report import Section, report_html, write_report
+from dkto.runs.page import write_page
 
 ATTACK = "<img src=x onerror=alert(1)>"
 

@@ -1,0 +1,386 @@
+"""Images and prompts to latents and embeddings on disk, once, so that no VAE or text encoder trains.
+
+    prepared/
+      prepared.json               what it was made from: model, sizes, hash of the feedback
+      feedback.parquet            image, prompt, is_desirable, pair_id, prompt_id of every row
+      prompts.parquet             the distinct prompts; row 0 is the empty one
+      prompts-00000.safetensors   their conditioning, float16, up to PROMPT_SHARD_ROWS each
+      csft-prefix-liked-00000.safetensors  on demand: the same with the like written before the prompt
+      latents-00000.safetensors   posterior `mean` and `std` of up to SHARD_ROWS images, float16, and their sizes
+      index.parquet, pairs.npy    the rows that could be encoded and their pairs, for `dkto.data.encoded`
+      skipped.jsonl               images that could not be read, with their reason
+      truncated.jsonl             prompts longer than the text encoder takes
+      summary.json                all of it in numbers
+
+Each file is written whole or not at all; a second call does only what is missing. Several processes share the shards,
+started here (`num_processes`) or by `accelerate launch`.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dkto.common.files import claim, read_json, write_atomically, write_json
+from dkto.common.processes import start_worker
+from dkto.common.progress import progress
+from dkto.data.encoded import csft_set, model_fingerprint, shard_path
+from dkto.data.feedback import FeedbackTable
+from dkto.data.images import MAX_PIXELS, load_image
+from dkto.models import DiffusionModel, load_model
+from dkto.objective.methods import CSFT_PREFIXES
+
+SHARD_ROWS = 512
+PROMPT_SHARD_ROWS = 512
+DECODING_THREADS = 4
+
+
+def prepare_feedback(
+    feedback: FeedbackTable,
+    output_dir: str | Path,
+    model: str = "small-world",
+    *,
+    batch_size: int = 16,
+    flip: bool = False,
+    csft: str | None = None,
+    strict: bool = False,
+    num_processes: int = 1,
+) -> Path:
+    """Encode the images and prompts of a feedback table with a model's VAE and text encoder.
+
+    Images that cannot be read are set aside in `skipped.jsonl`; prompts longer than the text encoder
+    takes are cut by it and listed in `truncated.jsonl`. A warning counts both.
+
+    Args:
+        feedback: see `dkto.data.feedback.read_feedback`.
+        output_dir: folder for the encoded data; completed shards in it are kept.
+        model: "small-world", a diffusers pipeline folder or a hub id.
+        batch_size: images per pass of the VAE.
+        flip: encode each image mirrored as well, for training that flips at random.
+        csft: also encode the prompts for the objective "csft", in a style of `CSFT_PREFIXES`; may be asked
+            for later as well.
+        strict: raise at the first image that cannot be read.
+        num_processes: processes that share the work, over the GPUs if there are any.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if no image can be read or, with `strict`, one of them cannot (the sentence names it), or the folder
+            holds the encoding of other feedback or of another model.
+    """
+    if csft is not None and csft not in CSFT_PREFIXES:
+        raise ValueError(f"csft must be one of {', '.join(CSFT_PREFIXES)}, got {csft!r}")
+    if len(feedback) == 0:
+        raise ValueError("feedback must hold at least one image to encode, got none")
+    output_dir, launch = Path(output_dir), _Launch()
+    if launch.count > 1 and num_processes > 1:
+        raise ValueError(f"num_processes must be 1 among {launch.count} launched processes, got {num_processes}")
+    if launch.rank == 0:
+        _write_plan(feedback, output_dir, load_model(model), flip)
+    launch.wait()
+    job = _Job(output_dir, model, batch_size, strict)
+    tasks = [t for t in launch.share(_all_tasks(output_dir, csft)) if not shard_path(output_dir, *t).exists()]
+    bar = progress(total=len(tasks), desc="encoding", unit="shard")
+    for _ in job.encode(tasks, num_processes):
+        bar.update()
+    bar.close()
+    launch.wait()
+    if launch.rank == 0:
+        _finish(feedback, output_dir, strict)
+    launch.wait()
+    return output_dir
+
+
+def to_pixel_values(image: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side to `size`, crop the centre, scale to [-1, 1]; (3, size, size)."""
+    return _fitted(image, size)[0]
+
+
+def _fitted(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Pixel values, and (height, width) of the original with (top, left) of the crop in the resized image."""
+    original = image.size[::-1]
+    scale = size / min(image.size)
+    if scale != 1:
+        wide, high = (round(side * scale) for side in image.size)
+        if wide * high > MAX_PIXELS:
+            raise ValueError(f"image of {image.width} x {image.height} pixels is too long: {wide} x {high} at {size}")
+        image = image.resize((wide, high), Image.Resampling.LANCZOS)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, (*original, top, left)
+
+
+class _Launch:
+    """This process among those of `accelerate launch` or `torchrun`; alone outside of them."""
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
+        self._state = None
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=not torch.cuda.is_available())
+
+    def share(self, tasks: list) -> list:
+        """Every count-th of all tasks, done or not: the shares stay the same while others work on theirs."""
+        return tasks[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+
+def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, flip: bool) -> None:
+    """What is to be encoded, as files that any process reads its share of; row groups are shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys(["", *feedback.prompts]))
+    about = {
+        "model": model_fingerprint(model),
+        "image_size": model.image_size,
+        "rows": len(feedback),
+        "prompts": len(prompts),
+        "shard_rows": SHARD_ROWS,
+        "prompt_shard_rows": PROMPT_SHARD_ROWS,
+        "flip": flip,
+        "feedback": _feedback_hash(feedback),
+    }
+    claim(folder / "prepared.json", about, "encoded feedback")
+    number = {prompt: index for index, prompt in enumerate(prompts)}
+    frame = feedback.to_frame().assign(prompt_id=np.array([number[p] for p in feedback.prompts], np.int32))
+    for name, table, rows in (
+        ("feedback.parquet", pa.Table.from_pandas(frame, preserve_index=False), SHARD_ROWS),
+        ("prompts.parquet", pa.table({"prompt": prompts}), PROMPT_SHARD_ROWS),
+    ):
+        write_atomically(folder / name, lambda path, t=table, n=rows: pq.write_table(t, path, row_group_size=n))
+
+
+def _feedback_hash(feedback: FeedbackTable) -> str:
+    digest = hashlib.sha256(feedback.is_desirable.tobytes())
+    for image, prompt in zip(feedback.images, feedback.prompts, strict=True):
+        size = image.stat().st_size if image.exists() else -1
+        digest.update(f"{image.name}\0{size}\0{prompt}\0".encode())
+    digest.update(np.ascontiguousarray(feedback.pairs, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _all_tasks(folder: Path, csft: str | None) -> list[tuple[str, int]]:
+    """Every shard that should be there: its set and number."""
+    about = read_json(folder / "prepared.json", "record of prepared feedback")
+    sets = {"prompts"} | ({csft_set(csft, liked) for liked in (True, False)} if csft else set())
+    tasks = [(name, n) for name in sorted(sets) for n in range(-(-about["prompts"] // about["prompt_shard_rows"]))]
+    return tasks + [("latents", n) for n in range(-(-about["rows"] // about["shard_rows"]))]
+
+
+@dataclass
+class _Job:
+    """A model's VAE and text encoder, loaded when first needed, with the folder that they fill."""
+
+    folder: Path
+    source: str
+    batch_size: int
+    strict: bool
+    device: str = ""
+
+    def encode(self, tasks: list[tuple[str, int]], processes: int) -> Iterator[None]:
+        """Encode the shards one after another, or in several processes that each take the next one."""
+        if min(processes, len(tasks)) < 2:
+            yield from map(self.run, tasks)
+            return
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("i", 0)
+        with ProcessPoolExecutor(processes, context, _start_worker, (self, counter, processes)) as pool:
+            yield from pool.map(_work, tasks)
+
+    def run(self, task: tuple[str, int]) -> None:
+        """Encode one shard into its file."""
+        kind, number = task
+        shard, notes = (self._latents if kind == "latents" else self._prompts)(kind, number)
+        metadata = {"notes": json.dumps(notes)}
+        write_atomically(shard_path(self.folder, kind, number), lambda path: save_file(shard, path, metadata))
+
+    @cached_property
+    def about(self) -> dict:
+        return read_json(self.folder / "prepared.json", "record of prepared feedback")
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(self.source)
+
+    @cached_property
+    def vae(self) -> nn.Module:
+        return self.model.load_vae().to(self.device)
+
+    @cached_property
+    def text(self) -> tuple:
+        """What the model's `load_text` gives: tokenizer and encoder, or several of each."""
+        parts = self.model.load_text()
+        for part in _flat(parts):
+            if isinstance(part, nn.Module):
+                part.to(self.device)
+        return parts
+
+    def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
+        table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(number)
+        prefix = next((p for s in CSFT_PREFIXES for p, like in _prefixes(s) if csft_set(s, like) == kind and p), "")
+        prompts = [prefix + prompt for prompt in table["prompt"].to_pylist()]
+        parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+        shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
+        return shard, list(_too_long(_flat(self.text[:1]), prompts))
+
+    def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
+        table = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])
+        rows = table["image"].to_pylist()
+        paths = list(dict.fromkeys(rows))  # of a picture that was compared several times, one is encoded
+        shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
+        reasons: dict[str, str] = {}
+        for start, batch in _decoded(paths, self.model.image_size, self.batch_size):
+            good = [start + i for i, (pixels, _) in enumerate(batch) if pixels is not None]
+            reasons |= {paths[start + i]: why for i, (pixels, why) in enumerate(batch) if pixels is None}
+            self._refuse(reasons)
+            if not good:
+                continue
+            pixel_values = torch.stack([pixels for pixels, _ in batch if pixels is not None]).to(self.device)
+            shard["sizes"][good] = torch.tensor([about for pixels, about in batch if pixels is not None]).int()
+            for prefix in ("", "flipped_") if self.about["flip"] else ("",):
+                side = pixel_values.flip(-1) if prefix else pixel_values
+                for name, values in zip(("mean", "std"), self.model.encode_images(self.vae, side), strict=True):
+                    whole = shard.setdefault(prefix + name, torch.zeros(len(paths), *values.shape[1:]).half())
+                    whole[good] = values.half().cpu()
+        reasons |= {paths[i]: f"image {paths[i]}: the VAE's output is not finite" for i in _not_finite(shard)}
+        self._refuse(reasons)
+        place = {path: i for i, path in enumerate(paths)}
+        index = torch.tensor([place[path] for path in rows])
+        notes = [(row, reasons[path]) for row, path in enumerate(rows) if path in reasons]
+        return {name: values[index] for name, values in shard.items()}, notes
+
+    def _refuse(self, reasons: dict[str, str]) -> None:
+        if reasons and self.strict:
+            raise ValueError(next(iter(reasons.values())))
+
+
+_worker_job: _Job | None = None
+
+
+def _start_worker(job: _Job, counter, processes: int) -> None:
+    global _worker_job
+    with counter.get_lock():
+        place, counter.value = counter.value, counter.value + 1
+    if torch.cuda.is_available():
+        job.device = f"cuda:{place % torch.cuda.device_count()}"
+    _worker_job = job
+    start_worker(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _work(task: tuple[str, int]) -> None:
+    _worker_job.run(task)
+
+
+def _decoded(paths: list[str], size: int, batch_size: int) -> Iterator[tuple[int, list]]:
+    """Batches of (pixel values, sizes), or (None, reason); the next one is decoded while the last is encoded."""
+
+    def decode(path: str) -> tuple[Tensor, tuple] | tuple[None, str]:
+        try:
+            return _fitted(load_image(path), size)
+        except (ValueError, FileNotFoundError) as error:
+            return None, str(error)
+
+    starts = range(0, len(paths), batch_size)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        ahead = [[pool.submit(decode, path) for path in paths[:batch_size]]]
+        for start in starts:
+            following = paths[start + batch_size : start + 2 * batch_size]
+            ahead.append([pool.submit(decode, path) for path in following])
+            yield start, [future.result() for future in ahead.pop(0)]
+
+
+def _not_finite(shard: dict[str, Tensor]) -> list[int]:
+    values = [tensor for tensor in shard.values() if tensor.is_floating_point()]
+    finite = [tensor.flatten(1).isfinite().all(1) for tensor in values]
+    return torch.nonzero(~torch.stack(finite).all(0)).flatten().tolist() if finite else []
+
+
+def _too_long(tokenizers: Iterable, prompts: list[str]) -> Iterator[tuple[int, str]]:
+    """Rows that a tokenizer has to cut, with its limit in words."""
+    cut: dict[int, str] = {}
+    for tokenizer in tokenizers:
+        for row, ids in enumerate(tokenizer(prompts).input_ids):
+            if len(ids) > tokenizer.model_max_length:
+                cut.setdefault(row, f"{len(ids)} tokens, {tokenizer.model_max_length} are taken: {prompts[row]}")
+    yield from sorted(cut.items())
+
+
+def _prefixes(style: str) -> Iterator[tuple[str, bool]]:
+    yield from zip(CSFT_PREFIXES[style], (True, False), strict=True)
+
+
+def _flat(parts: object) -> Iterator:
+    if isinstance(parts, tuple | list):
+        for part in parts:
+            yield from _flat(part)
+    else:
+        yield parts
+
+
+def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]]:
+    for number, path in enumerate(sorted(folder.glob(f"{kind}-[0-9]*.safetensors"))):
+        with safe_open(path, framework="pt") as shard:
+            yield from ((number * shard_rows + row, text) for row, text in json.loads(shard.metadata()["notes"]))
+
+
+def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
+    """Gather what the shards say of their rows, and write the index of those that can be trained on."""
+    about = read_json(folder / "prepared.json", "record of prepared feedback")
+    reasons = dict(_notes(folder, "latents", about["shard_rows"]))
+    kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)
+    lines = [{"row": row + 1, "image": str(feedback.images[row]), "reason": why} for row, why in reasons.items()]
+    _write_lines(folder / "skipped.jsonl", lines)
+    kinds = sorted({path.name.rsplit("-", 1)[0] for path in folder.glob("*-*.safetensors")} - {"latents"})
+    cut = [(kind, row, text) for kind in kinds for row, text in _notes(folder, kind, about["prompt_shard_rows"])]
+    _write_lines(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
+    if reasons and (strict or not len(kept)):
+        raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
+    frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"]).iloc[kept]
+    frame = frame.assign(row=kept)
+    write_atomically(folder / "index.parquet", lambda path: frame.to_parquet(path, index=False))
+    pairs = feedback.subset(kept).pairs if reasons else feedback.pairs
+    write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))
+    truncated = len({row for _, row, _ in cut})
+    summary = {"rows": len(feedback), "kept": len(kept), "skipped": len(reasons), "pairs": len(pairs)}
+    summary |= {"desirable": int(frame["is_desirable"].sum()), "prompts": about["prompts"], "truncated": truncated}
+    write_json(folder / "summary.json", summary)
+    if reasons:
+        text = f"{len(reasons)} of {len(feedback)} images are set aside, see {folder / 'skipped.jsonl'}"
+        warnings.warn(text, stacklevel=3)
+    if cut:
+        text = f"{truncated} of {about['prompts']} prompts are longer than the text encoder takes and are cut"
+        warnings.warn(f"{text}, see {folder / 'truncated.jsonl'}", stacklevel=3)
+
+
+def _write_lines(path: Path, lines: list[dict]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, lambda part: part.write_text(text))
+
+
+def _save_array(values: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, values)

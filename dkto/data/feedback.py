@@ -1,0 +1,270 @@
+"""Likes and dislikes as one table: image, prompt, is_desirable, and the comparison they came from where known.
+
+Every source becomes a `FeedbackTable`: a CSV, JSONL or Parquet file with the columns `image`, `prompt` and `liked`; the
+authors' own table (`file_name`, `caption`, `split`); a folder with `liked/` and `disliked/`; rankings as HPDv2's or
+ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as Pick-a-Pic's, are first unpacked by
+`dkto.data.pairs`.) Whatever the source, each image stays in its folder: a file name that points outside is refused.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dkto.common.files import write_atomically
+from dkto.data.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
+
+
+@dataclass(frozen=True)
+class FeedbackTable:
+    """Binary feedback on single images.
+
+    Attributes:
+        images: absolute path of each image, one per row.
+        prompts: the prompt of each image.
+        is_desirable: (N,) bool, True where the image was liked.
+        pair_ids: (N,) int, equal for the images of one comparison; -1 where there was none.
+        comparisons: (P, 2) int64, rows of the chosen and the rejected image, where an image may stand in
+            several comparisons; None where `pair_ids` tell all there is.
+        counts: how the table was made, in words and numbers; empty where it was simply read.
+    """
+
+    images: tuple[Path, ...]
+    prompts: tuple[str, ...]
+    is_desirable: np.ndarray
+    pair_ids: np.ndarray
+    comparisons: np.ndarray | None = None
+    counts: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.images), len(self.prompts), len(self.is_desirable), len(self.pair_ids)}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"images, prompts, is_desirable and pair_ids must have one length, got {len(self.images)}, "
+                f"{len(self.prompts)}, {len(self.is_desirable)} and {len(self.pair_ids)}"
+            )
+        if self.is_desirable.dtype != np.bool_:
+            raise ValueError(f"is_desirable must be bool, got {self.is_desirable.dtype}")
+        if self.comparisons is not None and len(self.comparisons):
+            low, high = int(self.comparisons.min()), int(self.comparisons.max())
+            if not 0 <= low <= high < len(self):
+                raise ValueError(f"comparisons must be rows of {len(self)} images, got rows {low} to {high}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __str__(self) -> str:
+        liked = int(self.is_desirable.sum())
+        text = f"{len(self)} images, {liked} liked, {len(self) - liked} disliked, {len(set(self.prompts))} prompts"
+        return "\n".join([text, *(f"  {name}: {value}" for name, value in self.counts.items())])
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """(P, 2) int64, rows of the chosen and the rejected image of each comparison (for Diffusion-DPO, paper eq. 8).
+
+        Without `comparisons`, every liked image of a `pair_id` is chosen over every disliked one of it.
+        """
+        if self.comparisons is not None:
+            return self.comparisons
+        has_id = self.pair_ids >= 0
+        sides = pd.DataFrame({"pair_id": self.pair_ids, "row": np.arange(len(self))})
+        liked, disliked = sides[has_id & self.is_desirable], sides[has_id & ~self.is_desirable]
+        return liked.merge(disliked, on="pair_id")[["row_x", "row_y"]].to_numpy(np.int64)
+
+    def subset(self, rows: np.ndarray) -> "FeedbackTable":
+        """Some rows, in the order given; comparisons with an image outside them are left out."""
+        rows = np.arange(len(self))[rows]
+        comparisons = None
+        if self.comparisons is not None:
+            new_row = np.full(len(self), -1)
+            new_row[rows] = np.arange(len(rows))
+            comparisons = new_row[self.comparisons]
+            comparisons = comparisons[(comparisons >= 0).all(1)]
+        images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
+        return FeedbackTable(images, prompts, self.is_desirable[rows], self.pair_ids[rows], comparisons)
+
+    def split_by_prompt(self, held_out_fraction: float, seed: int = 0) -> tuple["FeedbackTable", "FeedbackTable"]:
+        """Training and held-out rows that share no prompt, by a hash of the prompt.
+
+        A prompt falls on the same side in every table. Case and spaces do not matter to the hash.
+
+        Args:
+            held_out_fraction: expected share of the prompts to hold out, in [0, 1].
+            seed: another seed holds out other prompts.
+
+        Raises:
+            ValueError: if the fraction is outside [0, 1].
+        """
+        if not 0 <= held_out_fraction <= 1:
+            raise ValueError(f"held_out_fraction must be in [0, 1], got {held_out_fraction}")
+        place = {prompt: _hash_place(prompt, seed) for prompt in set(self.prompts)}
+        held_out = np.array([place[prompt] < held_out_fraction for prompt in self.prompts], dtype=bool)
+        return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+
+    def flipped(self, rate: float, seed: int = 0) -> "FeedbackTable":
+        """The same pictures from a user who contradicts himself: each like, and each comparison, is turned by chance.
+
+        Comparisons are those of what he meant, with `pair_ids` too: methods that learn from likes and methods that
+        learn from comparisons are told the same share of contradictions.
+
+        Args:
+            rate: share that is turned, in [0, 0.5].
+            seed: of the contradictions.
+
+        Raises:
+            ValueError: if the rate is outside its range; above a half he would mean the opposite.
+
+        >>> table = make_feedback(["a.png", "b.png"], ["a star"] * 2, [True, False])
+        >>> table.flipped(0.0).is_desirable.tolist()
+        [True, False]
+        """
+        if not 0 <= rate <= 0.5:
+            raise ValueError(f"rate must be in [0, 0.5], got {rate}")
+        turned = np.random.default_rng([seed, 0]).random(len(self)) < rate
+        comparisons = self.comparisons if rate == 0 or not len(self.pairs) else self.pairs
+        if comparisons is not None:
+            swapped = np.random.default_rng([seed, 1]).random(len(comparisons)) < rate
+            comparisons = np.where(swapped[:, None], comparisons[:, ::-1], comparisons)
+        return replace(self, is_desirable=self.is_desirable ^ turned, comparisons=comparisons)
+
+    def shuffled_likes(self, seed: int) -> "FeedbackTable":
+        """The same images with their likes permuted: the control that carries no preference."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return FeedbackTable(self.images, self.prompts, self.is_desirable[order], np.full(len(self), -1))
+
+    def to_frame(self) -> pd.DataFrame:
+        """As a data frame with the columns image, prompt, is_desirable, pair_id."""
+        return pd.DataFrame(
+            {
+                "image": [str(path) for path in self.images],
+                "prompt": self.prompts,
+                "is_desirable": self.is_desirable,
+                "pair_id": self.pair_ids,
+            }
+        )
+
+
+def make_feedback(
+    images: Iterable[str | Path], prompts: Iterable[str], liked: Iterable, pair_ids: Iterable[int] | None = None
+) -> FeedbackTable:
+    """Build a table from lists; `liked` may hold bools, 0/1 or "like"/"dislike".
+
+    >>> str(make_feedback(["a.png", "b.png"], ["a star", "a star"], ["like", "dislike"]))
+    '2 images, 1 liked, 1 disliked, 1 prompts'
+    """
+    paths = tuple(Path(image).absolute() for image in images)
+    labels = np.array([parse_label(value, f"row {row}") for row, value in enumerate(liked)], dtype=bool)
+    pairs = np.full(len(paths), -1) if pair_ids is None else np.array(list(pair_ids), dtype=np.int64)
+    return FeedbackTable(paths, tuple(prompts), labels, pairs)
+
+
+def read_feedback(
+    source: str | Path,
+    *,
+    partition: str | None = None,
+    ties: str | None = None,
+    image_folder: str | Path | None = None,
+) -> FeedbackTable:
+    """Read likes and dislikes from a file or a folder.
+
+    A file (.csv, .jsonl, .parquet) needs the columns `image` (path relative to `image_folder`),
+    `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
+    `is_desirable` and `label` are taken as their synonyms; `pair_id` is kept where present. Instead of `liked` it may
+    have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A
+    .json file holds rankings as HPDv2's, see `dkto.data.votes.read_rankings`.
+
+    A folder needs `liked/` and `disliked/`; the prompt of `x.png` stands in `x.txt` beside it, or in a
+    `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
+
+    Args:
+        source: file or folder.
+        partition: for `split` and rankings, which images count as liked: "at_least_once" (the
+            default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`.
+        ties: for rankings, what an equal rank says, see `dkto.data.votes.TIE_RULES`; "ignore" is the default.
+        image_folder: where the images of a file lie; the file's own folder if not given.
+
+    Raises:
+        FileNotFoundError: if the source or an image does not exist.
+        ValueError: if a column is missing, a label is neither like nor dislike, a prompt is not
+            text, a file name leaves its folder, an option does not apply to the source, or the table is
+            empty. The message names the row.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"feedback source {source} does not exist")
+    if source.is_dir():
+        refuse_unused(f"{source} is a folder", partition=partition, ties=ties, image_folder=image_folder)
+        columns = read_folder(source)
+    else:
+        images = ImageFolder(source.parent if image_folder is None else Path(image_folder))
+        columns = read_file(source, images, partition, ties)
+    if len(columns.images) == 0:
+        raise ValueError(f"{source} holds no feedback: expected at least one image")
+    pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
+    rest = (tuple(columns.prompts), columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
+    return FeedbackTable(tuple(columns.images), *rest)
+
+
+def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_fraction: float) -> str:
+    """What a table holds and what the sampler makes of it (paper 4.3), in lines of text.
+
+    Args:
+        table: the feedback.
+        held_out_fraction: share of the prompts to hold out.
+        desirable_fraction: gamma.
+
+    >>> table = make_feedback(["a.png", "b.png", "c.png"], ["x", "x", "y"], [1, 0, 0], pair_ids=[0, 0, -1])
+    >>> print(describe_feedback(table, 0.0, 0.8))
+    3 images, 1 liked, 2 disliked, 2 prompts
+    liked: 33.3 % of the images
+    pairs of a liked and a disliked image: 1
+    gamma 0.8: a liked image is drawn 8 times as often as a disliked one
+    held out by prompt at 0.0: 0 images, 0 liked
+    """
+    liked, disliked = int(table.is_desirable.sum()), int((~table.is_desirable).sum())
+    lines = [str(table), f"liked: {liked / len(table):.1%} of the images".replace("%", " %")]
+    lines.append(f"pairs of a liked and a disliked image: {len(table.pairs)}")
+    if liked and disliked and not 0 < desirable_fraction < 1:
+        drawn = "liked" if desirable_fraction else "disliked"
+        lines.append(f"gamma {desirable_fraction}: only {drawn} images are drawn")
+    elif liked and disliked:
+        ratio = desirable_fraction / liked / ((1 - desirable_fraction) / disliked)
+        lines.append(f"gamma {desirable_fraction}: a liked image is drawn {ratio:.3g} times as often as a disliked one")
+    else:
+        lines.append("one class only: train with desirable_fraction 1 or 0, or with the objective sft")
+    held_out = table.split_by_prompt(held_out_fraction)[1]
+    text = f"{len(held_out)} images, {int(held_out.is_desirable.sum())} liked"
+    return "\n".join([*lines, f"held out by prompt at {held_out_fraction}: {text}"])
+
+
+def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
+    """Write a table as .csv or .parquet with image paths relative to the file's folder (inside which they must lie).
+
+    Comparisons go to a second file beside it, `NAME.pairs.parquet`, which `read_feedback` takes up again.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = ImageFolder(path.parent)
+    frame = table.to_frame()
+    frame["image"] = [root.relative(image) for image in table.images]
+    frame["liked"] = np.where(frame.pop("is_desirable"), "like", "dislike")
+    frame = frame[["image", "prompt", "liked", "pair_id"]]
+    write = {".csv": frame.to_csv, ".parquet": frame.to_parquet}.get(path.suffix)
+    if write is None:
+        raise ValueError(f"feedback is written as .csv or .parquet, got {path.name!r}")
+    if table.comparisons is not None:
+        pairs = pd.DataFrame(table.comparisons, columns=["chosen_row", "rejected_row"])
+        write_atomically(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
+    else:
+        path.with_suffix(".pairs.parquet").unlink(missing_ok=True)  # of a former table
+    write_atomically(path, lambda part: write(part, index=False))
+    return path
+
+
+def _hash_place(prompt: str, seed: int) -> float:
+    """Where in [0, 1) a prompt falls, case and spaces aside."""
+    text = f"{seed}\0{' '.join(prompt.casefold().split())}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,377 @@
+"""Prompt sets: the paper's three, the small world's own held-out ones, and your files.
+
+    load_prompts("world_test", count=100)     the small world's test prompts, four styles in turn
+    load_prompts("hps_v2")                    HPS v2 benchmark: anime, concept-art, paintings, photo
+    load_prompts("parti_prompts")             PartiPrompts, its categories as styles
+    load_prompts("pick_a_pic_test")           captions of the Pick-a-Pic test split, each once
+    load_prompts("pick_a_pic_validation")     those of its validation split, to choose settings on
+    load_prompts("my/prompts.txt")            one a line; also .tsv, .csv, .json, .jsonl, .parquet, or a folder of them
+
+Sets of the hub are fetched once; another mirror is one argument away: `load_prompts("hps_v2", hub_id="ymhao/HPDv2")`.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dkto.world.scenes import parse, prompts_for
+
+PROMPT_COLUMNS = ("prompt", "caption", "text")
+STYLE_COLUMNS = ("style", "category")
+SUFFIXES = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+WORLD_COUNT = 500  # prompts of a small-world set unless a count is given
+WORLD_MOST = 5_000  # prompts of a small-world set at most: they take a minute to find
+NEUTRAL_PROMPTS = (
+    "a photo of a dog",
+    "a wooden chair in an empty room",
+    "a glass of water on a table",
+    "a street on a cloudy day",
+    "a bowl of fruit",
+    "a mountain lake at noon",
+    "a portrait of an old man",
+    "a parked bicycle",
+)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with the style of each.
+
+    Attributes:
+        name: how tables call the set.
+        prompts: each once.
+        styles: style of each prompt, "" where the set has none.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    styles: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, count: int, seed: int = 0) -> "PromptSet":
+        """`count` prompts, as evenly from the styles as they reach, in the set's order.
+
+        Args:
+            count: how many; 0 keeps all.
+            seed: of the draw within each style.
+
+        Raises:
+            ValueError: if the set has too few.
+
+        >>> both = PromptSet("x", ("a", "b", "c", "d"), ("photo", "photo", "photo", "anime"))
+        >>> both.take(2).styles
+        ('photo', 'anime')
+        """
+        if count == 0:
+            return self
+        kept = even_rows(self.styles, count, seed)
+        return PromptSet(self.name, tuple(self.prompts[i] for i in kept), tuple(self.styles[i] for i in kept))
+
+
+def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
+    """`count` rows drawn as evenly from the styles as they reach, in rising order.
+
+    A style that has too few gives all of its rows, and the others share what it lacks.
+
+    Args:
+        styles: style of each row.
+        count: how many; earlier styles get the rest of an uneven division.
+        seed: of the draw within each style.
+
+    Raises:
+        ValueError: if there are too few rows.
+
+    >>> even_rows(["photo", "anime", "photo", "photo"], 2, seed=0)
+    [1, 3]
+    >>> len(even_rows(["photo", "anime", "photo", "photo"], 4, seed=0))
+    4
+    """
+    if not 0 < count <= len(styles):
+        raise ValueError(f"count must be in [1, {len(styles)}], the number of prompts, got {count}")
+    rows_of = {style: [i for i, s in enumerate(styles) if s == style] for style in dict.fromkeys(styles)}
+    shares = dict.fromkeys(rows_of, 0)
+    while (left := count - sum(shares.values())) > 0:
+        open_styles = [style for style in rows_of if shares[style] < len(rows_of[style])]
+        for number, style in enumerate(open_styles):
+            more = left // len(open_styles) + (number < left % len(open_styles))
+            shares[style] = min(shares[style] + more, len(rows_of[style]))
+    kept: list[int] = []
+    for number, (style, rows) in enumerate(rows_of.items()):
+        kept += np.random.default_rng([seed, number]).permutation(rows)[: shares[style]].tolist()
+    return sorted(kept)
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a prompt set lies on the hub.
+
+    Attributes:
+        hub_id: dataset "owner/name".
+        files: paths or patterns inside it, fetched and read like local files.
+        style_by_file: whether each file is a style, named as the file.
+    """
+
+    hub_id: str
+    files: tuple[str, ...]
+    style_by_file: bool = False
+
+
+HUB_SETS = {
+    "hps_v2": HubSet(
+        "zhwang/HPDv2",
+        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+        style_by_file=True,
+    ),
+    "parti_prompts": HubSet("nateraw/parti-prompts", ("PartiPrompts.tsv",)),
+    "pick_a_pic_test": HubSet("pickapic-anonymous/pickapic_v1", ("data/test-*.parquet",)),
+    "pick_a_pic_validation": HubSet("pickapic-anonymous/pickapic_v1", ("data/validation-*.parquet",)),
+}
+WORLD_SETS = ("world_test", "world_validation", "world_neutral", "world_train")
+PROMPT_SETS = (*WORLD_SETS, "neutral", *HUB_SETS)
+
+
+def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: str = "") -> PromptSet:
+    """A prompt set by name, or from a file or folder.
+
+    Args:
+        source: a name in `PROMPT_SETS`, a file (.txt one prompt a line; .tsv, .csv, .jsonl, .parquet with a column
+            prompt, caption or text, and style or category where there are styles; .json with a list of prompts or
+            of such rows, or an object of lists by style), or a folder of such files, each a style. Text is UTF-8;
+            a .csv quotes fields that hold a comma, a .tsv takes fields as they stand.
+        count: how many prompts, evenly from the styles; 0 takes all (500 of a small-world set).
+        seed: of the draw, or of the small world's prompts.
+        hub_id: another copy of a hub set, laid out in the same way.
+
+    Returns:
+        The set; a prompt that comes twice is kept once.
+
+    Raises:
+        FileNotFoundError: if there is neither such a file nor such a set, or the hub cannot be reached.
+        ValueError: if a file cannot be understood or holds no prompt, or `count` is too large; the sentence
+            names file and row.
+    """
+    name = str(source)
+    if hub_id and name not in HUB_SETS:
+        raise ValueError(f"hub_id is for the sets {', '.join(HUB_SETS)}, got it with {name!r}")
+    if name in WORLD_SETS:
+        return _world_prompts(name, count, seed)
+    if name == "neutral":
+        return PromptSet(name, NEUTRAL_PROMPTS, ("",) * len(NEUTRAL_PROMPTS)).take(count, seed)
+    found = _hub_set(name, hub_id) if name in HUB_SETS else read_prompts(Path(source))
+    return found.take(count, seed)
+
+
+def check_disjoint(*, judged: Iterable[str], **others: Iterable[str]) -> None:
+    """See to it that no judged prompt was used before: settings that were chosen, or weights trained, on it know it.
+
+    Args:
+        judged: the prompts of a comparison.
+        others: prompts of validation or training, by what they were used for.
+
+    Raises:
+        ValueError: if a prompt is among both; the sentence names the first.
+
+    >>> check_disjoint(judged=["a star"], validation=["a ring"], training=["a dot"])
+    """
+    judged = list(dict.fromkeys(judged))
+    for name, prompts in others.items():
+        used = set(prompts)
+        shared = [prompt for prompt in judged if prompt in used]
+        if shared:
+            raise ValueError(
+                f"judged and {name} prompts must differ, but share {len(shared)} of {len(judged)}, "
+                f"the first {shared[0]!r}"
+            )
+
+
+def read_prompts(path: str | Path) -> PromptSet:
+    """Prompts of a file, or of a folder whose files are the styles; formats as in `load_prompts`."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        rows = [(prompt, file.stem) for file in files for prompt, _ in _read_file(file)]
+    elif path.is_file():
+        rows = _read_file(path)
+    else:
+        near = get_close_matches(str(path), PROMPT_SETS, 1)
+        raise FileNotFoundError(
+            f"prompts {str(path)!r} are neither a file or folder that exists nor a known set"
+            f"{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(PROMPT_SETS)}"
+        )
+    return _unique(path.stem, rows, path)
+
+
+def _unique(name: str, rows: Iterable[tuple[str, str]], source: object) -> PromptSet:
+    styles: dict[str, str] = {}
+    for prompt, style in rows:
+        styles.setdefault(prompt, style)
+    if not styles:
+        raise ValueError(f"{source} holds no prompt")
+    return PromptSet(name, tuple(styles), tuple(styles.values()))
+
+
+def _world_prompts(name: str, count: int, seed: int) -> PromptSet:
+    """Prompts of a split by style; the neutral ones are test prompts on grey without red or pink."""
+    neutral = name == "world_neutral"
+    found = [prompt for prompt in prompts_for("test", WORLD_COUNT, seed) if _is_neutral(prompt)] if neutral else []
+    most = len(found) if neutral else WORLD_MOST
+    if not 0 <= count <= most:
+        raise ValueError(f"count must be in [0, {most}] for prompt set {name}, where 0 takes all, got {count}")
+    split = name.removeprefix("world_")
+    prompts = found[: count or most] if neutral else prompts_for(split, count or WORLD_COUNT, seed)
+    return PromptSet(name, tuple(prompts), tuple(parse(prompt).style for prompt in prompts))
+
+
+def _is_neutral(prompt: str) -> bool:
+    scene = parse(prompt)
+    return scene.background == "grey" and not {"red", "pink"} & {thing.colour for thing in scene.things}
+
+
+def _read_file(path: Path) -> list[tuple[str, str]]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"prompts must be a {', '.join(SUFFIXES)} file, got {path.name}")
+    try:
+        if suffix == ".parquet":
+            return _parquet_rows(path, str(path))
+        text = path.read_text(encoding="utf-8-sig")
+        if suffix == ".json":
+            return _json_rows(json.loads(text), path)
+        lines = [line for line in text.split("\n") if line.strip()]
+        if suffix == ".txt":
+            return [(line.strip(), "") for line in lines]
+        if suffix == ".jsonl":
+            return _json_rows([json.loads(line) for line in lines], path)
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) if suffix == ".csv" else _tsv_rows(lines)
+        return _text_rows([row for row in rows if row], path)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as {suffix} prompts: {error}") from error
+
+
+def _tsv_rows(lines: list[str]) -> list[list[str]]:
+    """Fields as they stand: spreadsheets export tabs without quoting. One that is quoted as a whole is unquoted."""
+    return [[_unquoted(field) for field in line.rstrip("\r").split("\t")] for line in lines]
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1]
+    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else field
+
+
+def _text_rows(rows: list[list[str]], path: object) -> list[tuple[str, str]]:
+    """Rows of a .csv or .tsv; one with other fields than the header is refused: a prompt would be cut in silence."""
+    if not rows:
+        return []
+    header, *values = rows
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} names the column {twice[0]!r} more than once")
+    for number, row in enumerate(values):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, row {number}: expected {len(header)} fields as in the header, got {len(row)}; "
+                "a field that holds a separator must be quoted"
+            )
+    return _table_rows(pd.DataFrame(values, columns=header), path)
+
+
+def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
+    if isinstance(values, dict) and any(str(key).lower() in PROMPT_COLUMNS for key in values):
+        raise ValueError(f"{path} holds columns: write a list of rows, each with its prompt and style")
+    if isinstance(values, dict) and all(isinstance(prompts, list) for prompts in values.values()):
+        return [
+            (_text(prompt, path, row), style) for style, texts in values.items() for row, prompt in enumerate(texts)
+        ]
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return [(_text(prompt, path, row), "") for row, prompt in enumerate(values)]
+    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+        return _table_rows(pd.DataFrame(values), path)
+    raise ValueError(f"{path} must hold a list of prompts, a list of rows, or lists of prompts by style")
+
+
+def _table_rows(frame: pd.DataFrame, path: object) -> list[tuple[str, str]]:
+    if frame.empty:
+        return []
+    prompt = _find_column(frame.columns, PROMPT_COLUMNS, path)
+    style = next((c for c in frame.columns if str(c).lower() in STYLE_COLUMNS), None)
+    styles = [""] * len(frame) if style is None else [_style(s, path, row) for row, s in enumerate(frame[style])]
+    return [(_text(text, path, row), styles[row]) for row, text in enumerate(frame[prompt])]
+
+
+def _style(value: object, path: object, row: int) -> str:
+    if isinstance(value, str | int | np.integer):
+        return str(value)
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    raise ValueError(f"{path}, row {row}: style must be text, got {value!r}")
+
+
+def _find_column(columns: Iterable, wanted: tuple[str, ...], path: object) -> object:
+    columns = list(columns)
+    found = [column for name in wanted for column in columns if str(column).lower() == name]
+    if not found:
+        raise ValueError(
+            f"{path} needs a column {', '.join(wanted[:-1])} or {wanted[-1]}, got {', '.join(map(str, columns))}"
+        )
+    return found[0]
+
+
+def _text(value: object, path: object, row: int) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path}, row {row}: prompt must be text, got {value!r}")
+    return value.strip()
+
+
+def _parquet_rows(file: object, where: object) -> list[tuple[str, str]]:
+    """Only the columns that hold prompts and styles: Pick-a-Pic's files are gigabytes of pictures beside them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *STYLE_COLUMNS)]
+        _find_column(names, PROMPT_COLUMNS, where)
+        rows = table.read(columns=wanted).to_pandas()
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} cannot be read as .parquet prompts: {error}") from error
+    return _table_rows(rows, where)
+
+
+def _hub_set(name: str, hub_id: str) -> PromptSet:
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    place = HUB_SETS[name]
+    hub_id = hub_id or place.hub_id
+    rows: list[tuple[str, str]] = []
+    try:
+        for file in place.files:
+            if "*" in file:
+                system = HfFileSystem()
+                paths = sorted(system.glob(f"datasets/{hub_id}/{file}"))
+                if not paths:
+                    raise FileNotFoundError(f"no file {file}")
+                for path in paths:
+                    with system.open(path) as stream:
+                        rows += _parquet_rows(stream, path)
+            else:
+                path = Path(hf_hub_download(hub_id, file, repo_type="dataset"))
+                rows += [(p, path.stem if place.style_by_file else s) for p, s in _read_file(path)]
+    except ValueError:
+        raise
+    except Exception as error:
+        raise FileNotFoundError(
+            f"prompt set {name} cannot be fetched from the hub's {hub_id} ({type(error).__name__}): name a copy by "
+            f"hub_id, or download {', '.join(place.files)} and give the file or its folder instead of {name!r}"
+        ) from error
+    return _unique(name, rows, f"{hub_id} on the hub")

@@ -1,0 +1,180 @@
+"""Prompts x seeds to images on disk, with the same starting noise for every method, resumable.
+
+    images/
+      manifest.json        model, hash of its weights, sampler settings, prompts and seeds
+      p00003-s1.png        image of prompt 3, seed number 1
+
+The noise of an image depends only on (seed, prompt number, image number): methods are compared on equal
+noise, and batch size or number of processes change no more than the last digits of a sum (one grey level of 255 in
+float32, two or three in bfloat16).
+"""
+
+from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
+
+# isort: split
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from diffusers import (
+    DiffusionPipeline,
+)
+
+from dkto.common.files import claim, read_json, write_png
+from dkto.common.processes import worker_pool
+from dkto.common.progress import progress
+from dkto.models.system import System, computes_bfloat16, draw, noise_generator
+
+MANIFEST = "manifest.json"
+CHUNK = 50  # images per task handed to a worker
+
+
+def image_path(folder: Path, prompt_number: int, image_number: int) -> Path:
+    """Where the image of one prompt and image number lies."""
+    return folder / f"p{prompt_number:05d}-s{image_number}.png"
+
+
+def generate_images(
+    system: System,
+    prompts: Sequence[str],
+    output_dir: str | Path,
+    *,
+    images_per_prompt: int = 5,
+    seed: int = 0,
+    batch_size: int = 25,
+    num_processes: int = 1,
+) -> Path:
+    """Draw `images_per_prompt` images of every prompt; images already on disk are kept.
+
+    Args:
+        system: model, adapter and sampler settings.
+        prompts: P prompts.
+        output_dir: folder for images and manifest.
+        images_per_prompt: n; the paper compares the median of 5.
+        seed: of all starting noise; equal seeds compare methods on equal noise.
+        batch_size: images per pass.
+        num_processes: workers, each with its own copy of the pipeline on one thread.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
+            of another system, prompt list or seed, or of other weights, or images that no manifest tells of.
+    """
+    output_dir = Path(output_dir)
+    options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
+    generate_all({output_dir.name: system}, prompts, output_dir.parent, **options, num_processes=num_processes)
+    return output_dir
+
+
+def generate_all(
+    systems: Mapping[str, System],
+    prompts: Sequence[str],
+    output_dir: str | Path,
+    *,
+    images_per_prompt: int = 5,
+    seed: int = 0,
+    batch_size: int = 25,
+    num_processes: int = 1,
+) -> dict[str, Path]:
+    """`generate_images` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("prompts must hold at least one, got none")
+    for name, value, least in (
+        ("images_per_prompt", images_per_prompt, 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    folders = {name: Path(output_dir) / name for name in systems}
+    sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
+    weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
+    if any(system.precision == "bfloat16" for system in systems.values()) and not computes_bfloat16():
+        warnings.warn("this processor does not compute in bfloat16: float32 is many times as fast here", stacklevel=2)
+    tasks = []
+    for name, system in systems.items():
+        folder = folders[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
+        about["weights"] = weights[system.model, system.unet, system.lora]
+        _check_unclaimed(folder)
+        claim(folder / MANIFEST, about, "images")
+        keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
+        wanted = [key for key in keys if not image_path(folder, *key).exists()]
+        for start in range(0, len(wanted), CHUNK):
+            tasks.append(_Task(system, prompts, folder, seed, batch_size, wanted[start : start + CHUNK]))
+    bar = progress(total=sum(len(task.wanted) for task in tasks), desc="drawing", unit="image")
+    for count in _perform(tasks, min(num_processes, len(tasks))):
+        bar.update(count)
+    bar.close()
+    return folders
+
+
+def _check_unclaimed(folder: Path) -> None:
+    """Pictures without a manifest could be of anything: they are not taken for those that are asked for."""
+    if not (folder / MANIFEST).exists() and any(folder.glob("p*-s*.png")):
+        raise ValueError(
+            f"{folder} holds images but no {MANIFEST} that says what they were drawn for: choose another folder"
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    system: System
+    prompts: list[str]
+    folder: Path
+    seed: int
+    batch_size: int
+    wanted: list[tuple[int, int]]
+
+
+def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
+    _PIPELINES.clear()  # weights on disk may have changed since the last call
+    if workers < 2:
+        yield from map(_draw_chunk, tasks)
+        return
+    with worker_pool(workers) as pool:
+        yield from pool.map(_draw_chunk, tasks)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a folder written by `generate_images`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not one; the sentence names the file and what is wrong with it.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no generated images ({MANIFEST} is missing)")
+    found = read_json(path, "manifest of generated images")
+    for key, (holds, expected) in _MANIFEST_HOLDS.items():
+        if key not in found or not holds(found[key]):
+            got = f"{found[key]!r:.80}" if key in found else "nothing"
+            raise ValueError(f"{path} is no manifest of generated images: {key} must be {expected}, got {got}")
+    return found
+
+
+_MANIFEST_HOLDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "prompts": (lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"),
+    "images_per_prompt": (lambda value: type(value) is int and value > 0, "a number of at least 1"),
+    "seed": (lambda value: type(value) is int, "a whole number"),
+}
+_PIPELINES: dict[System, DiffusionPipeline] = {}
+
+
+def _draw_chunk(task: _Task) -> int:
+    if task.system not in _PIPELINES:
+        _PIPELINES.clear()
+        _PIPELINES[task.system] = task.system.load()
+    for start in range(0, len(task.wanted), task.batch_size):
+        batch = task.wanted[start : start + task.batch_size]
+        generators = [noise_generator(task.seed, p, i) for p, i in batch]
+        images = draw(_PIPELINES[task.system], [task.prompts[p] for p, _ in batch], generators, task.system)
+        for key, image in zip(batch, images, strict=True):
+            write_png(image_path(task.folder, *key), image)
+    return len(task.wanted)

@@ -1,0 +1,164 @@
+"""What scorers that are networks share: loaded at the first call, pictures in batches, a differentiable way."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dkto.evaluation.scorers.preprocess import cropped_image, cropped_pixels
+
+KEEP_LOADED = 2  # networks that stay in memory
+BATCH_SIZE = 16  # pictures per pass
+
+
+class NetworkScorer:
+    """A scorer whose values come from a network; sub-classes are frozen dataclasses, so that they travel to workers.
+
+    A sub-class gives `name`, `about`, `load`, and `score_prepared`; `device` is "" for the GPU where there is
+    one, else for the CPU.
+    """
+
+    name: str
+    device: str
+
+    @property
+    def about(self) -> dict[str, str | bool | None]:
+        """What the values depend on; None for a hash of weights that lie in no folder here."""
+        raise NotImplementedError
+
+    def load(self) -> nn.Module:
+        """The network with its weights, frozen, in float32 on the CPU; its attribute `side` is the input size."""
+        raise NotImplementedError
+
+    def prepare_image(self, image: Image.Image, side: int) -> Tensor:
+        """(3, side, side) as the authors prepare a picture."""
+        return cropped_image(image, side)
+
+    def prepare_pixels(self, pixels: Tensor, side: int) -> Tensor:
+        """The same of (B, 3, H, W) in [0, 1], with gradient."""
+        return cropped_pixels(pixels, side)
+
+    def score_prepared(self, network: nn.Module, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) scores of prepared pictures."""
+        raise NotImplementedError
+
+    def network(self) -> nn.Module:
+        """The network on its device, loaded anew if its weights on disk have changed."""
+        return _load(self, json.dumps(self.about, sort_keys=True))
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """(N,) scores of pictures, prepared exactly as the authors do."""
+        network = self.network()
+        device, found = next(network.parameters()).device, []
+        for start in range(0, len(images), BATCH_SIZE):
+            prepared = [self.prepare_image(image, network.side) for image in images[start : start + BATCH_SIZE]]
+            with torch.inference_mode():
+                values = self.score_prepared(
+                    network, torch.stack(prepared).to(device), prompts[start : start + BATCH_SIZE]
+                )
+            found.append(values.float().cpu().numpy())
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores with gradient with respect to the pictures (AlignProp, paper 5.1.2, needs it).
+
+        Args:
+            pixels: (B, 3, H, W) float in [0, 1].
+            prompts: B prompts.
+
+        Returns:
+            (B,) float; equal to the scores of the pictures up to the rounding of pictures to bytes
+            (see `dkto.evaluation.scorers.preprocess`).
+
+        Raises:
+            ValueError: if the shape is another, or prompts and pictures differ in number.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(prompts):
+            raise ValueError(
+                f"pixels must have shape ({len(prompts)}, 3, H, W), one picture per prompt, got {tuple(pixels.shape)}"
+            )
+        network = self.network()
+        pixels = pixels.to(next(network.parameters()).device)
+        return self.score_prepared(network, self.prepare_pixels(pixels, network.side), prompts)
+
+
+@lru_cache(maxsize=KEEP_LOADED)
+def _load(scorer: NetworkScorer, about: str) -> nn.Module:
+    """`about` is there for the cache: a folder whose weights were trained anew holds another network."""
+    device = scorer.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return scorer.load().to(device)
+
+
+class ClipWithTokenizer(nn.Module):
+    """A CLIP model and its tokenizer: embeddings of unit length.
+
+    Args:
+        model: transformers' CLIPModel.
+        tokenizer: its CLIPTokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.side: int = model.config.vision_config.image_size
+        self.context: int = model.config.text_config.max_position_embeddings
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokenizer_folder: Path) -> "ClipWithTokenizer":
+        """From transformers' layout, safetensors only.
+
+        Raises:
+            ValueError: if the weights lack a parameter, which transformers would fill with random numbers.
+        """
+        from transformers import CLIPModel, CLIPTokenizer
+
+        model, told = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            missing = sorted(told["missing_keys"])
+            raise ValueError(
+                f"the weights in {folder} lack {len(missing)} parameters of a CLIPModel, the first {missing[0]!r}: "
+                "expected transformers' names"
+            )
+        return cls(model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(tokenizer_folder))
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B, D) of unit length."""
+        return _unit(self.model.get_image_features(pixel_values=pixel_values))
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D) of unit length; longer prompts are cut."""
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.context, return_tensors="pt"
+        ).to(self.model.device)
+        return _unit(self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask))
+
+    def cosine(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) cosine of each picture and its prompt."""
+        return (self.embed_images(pixel_values) * self.embed_prompts(prompts)).sum(-1)
+
+
+def _unit(output) -> Tensor:
+    """transformers 5 wraps projected features in an output object; older versions return them bare."""
+    features = getattr(output, "pooler_output", output)
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def aesthetics_head(width: int) -> nn.Sequential:
+    """width-1024-128-64-16-1 without activations, as the LAION aesthetics predictor and ImageReward publish it."""
+    return nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )

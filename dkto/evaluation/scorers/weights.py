@@ -1,0 +1,274 @@
+"""Where the weights of published scorers lie, how they are checked, and how a published pickle becomes safetensors.
+
+Weights are looked for in a folder of that path, then under `$DKTO_WEIGHTS` (by default ~/.cache/dkto/weights), then
+fetched from the hub. Every file whose hash is known is checked against it before its first use; what the hub stores
+carries its own sha256, in its cache as in a folder that `hf download --local-dir` filled. Three scorers are published
+as pickles only; they are converted once, after their hash was compared, and only safetensors are read afterwards:
+
+    python -m dkto.evaluation.scorers convert hps_v2 HPS_v2_compressed.pt --sha256 <from the file's page on the hub>
+"""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dkto.common.files import read_json, write_atomically, write_json
+from dkto.models.base import weights_fingerprint
+
+WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weights file that its authors publish as a pickle.
+
+    Attributes:
+        file: its name.
+        url: the page to download it from.
+        size: as text, for the message.
+        sha256: of that file, or "" where no source for it was found.
+        entry: under which key of the pickle the weights lie, "" for the pickle itself.
+    """
+
+    file: str
+    url: str
+    size: str
+    sha256: str = ""
+    entry: str = ""
+
+
+HPS_URL = "https://huggingface.co/xswu/HPSv2"
+PUBLISHED_FILES = {
+    "hps_v2": PublishedFile("HPS_v2_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
+    "hps_v2_1": PublishedFile("HPS_v2.1_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
+    "clip_h14": PublishedFile(
+        "open_clip_pytorch_model.bin", "https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"
+    ),
+    "image_reward": PublishedFile("ImageReward.pt", "https://huggingface.co/zai-org/ImageReward", "1.8 GB"),
+    "laion_aesthetics": PublishedFile(
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+        "4 MB",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    ),
+}
+
+
+def weights_folder() -> Path:
+    """Where converted and hand-copied weights are kept."""
+    return Path(os.environ.get(WEIGHTS_VARIABLE) or Path.home() / ".cache" / "dkto" / "weights")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare a file with its hash, once for as long as the file does not change.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    stamp = weights_folder() / "checked" / f"{expected}-{place}.json"
+    about = {"path": str(path.resolve()), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    with suppress(OSError, ValueError):  # a stamp that is missing or cannot be read: the file is hashed
+        if json.loads(stamp.read_text()) == about:
+            return
+    found = file_sha256(path)
+    if found != expected:
+        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
+    with suppress(OSError):  # where no stamp can be kept, the next call hashes again
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, about)
+
+
+def model_folder(
+    source: str, scorer: str, files: tuple[str, ...], optional: tuple[str, ...] = (), size: str = ""
+) -> Path:
+    """The folder of a model: a path, a folder of that name under the weights folder, or a hub id (fetched once).
+
+    Args:
+        source: path or hub id "owner/name".
+        scorer: who needs it, for the message.
+        files: names and patterns that are needed.
+        optional: those that some models have too.
+        size: of the download, as text.
+
+    Raises:
+        FileNotFoundError: if it is in none of the three, or lacks a file; the sentence says what to download and where
+            to put it.
+        ValueError: if a file differs from the hash that the hub announced for it.
+    """
+    wanted = " ".join(f"--include '{pattern}'" for pattern in (*files, *optional))
+    advice = f"run `hf download {source} {wanted} --local-dir {weights_folder() / source}`"
+    local = _local_folder(source)
+    try:
+        folder = local or Path(snapshot_download(source, allow_patterns=[*files, *optional]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"scorer {scorer} needs the model {source!r}{f' ({size})' if size else ''}, which is neither a folder nor "
+            f"a hub id that can be reached ({type(error).__name__}): with network call it once, or {advice}"
+        ) from error
+    for pattern in files:
+        if not any(folder.glob(pattern)):
+            end = "" if folder == Path(source) else f": {advice}"
+            raise FileNotFoundError(f"scorer {scorer} needs {pattern} of the model {source!r}, {folder} has none{end}")
+    for path in folder.rglob("*.safetensors"):
+        announced = _announced_sha256(folder, path)
+        if re.fullmatch(r"[0-9a-f]{64}", announced):
+            check_sha256(path, announced)
+    return folder
+
+
+def model_about(source: str) -> dict[str, str | None]:
+    """What a scorer tells of its model: which it is and, of a folder, a hash of its weights, which may be trained anew.
+
+    Args:
+        source: as `model_folder`; of a hub id that is no folder here `weights` is None.
+    """
+    folder = _local_folder(source)
+    found = sorted(folder.rglob("*.safetensors")) if folder else []
+    return {"model": source, "weights": weights_fingerprint(found) if found else None}
+
+
+def _local_folder(source: str) -> Path | None:
+    return next((folder for folder in (Path(source), weights_folder() / source) if folder.is_dir()), None)
+
+
+def _announced_sha256(folder: Path, path: Path) -> str:
+    """What the hub announced: its cache names a large file by its sha256, a local folder keeps it in a note beside."""
+    note = folder / ".cache" / "huggingface" / "download" / f"{path.relative_to(folder)}.metadata"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    return lines[1] if len(lines) > 1 else path.resolve().name
+
+
+def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
+    """The weights of a scorer that is published as a pickle, from its converted safetensors file.
+
+    Args:
+        name: key of `PUBLISHED_FILES`.
+        weights: path of the converted file, or "" for its place in the weights folder.
+
+    Raises:
+        FileNotFoundError: if it is not there, or not its note with the hash; the sentence says what to download and
+            how to convert it.
+        ValueError: if it is a pickle, or differs from what `convert` wrote.
+    """
+    published, path = PUBLISHED_FILES[name], _converted(name, weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"scorer {name} needs its weights: download {published.file} ({published.size}) from {published.url} and "
+            f"convert it once with {_command(name, published.file)}; expected in {path}"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name} is a pickle, which is not loaded: run {_command(name, path.name)}")
+    expected = converted_about(name, weights).get("sha256")
+    if not expected:
+        raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
+    check_sha256(path, expected)
+    return load_file(path)
+
+
+def converted_about(name: str, weights: str = "") -> dict[str, str | None]:
+    """What a scorer tells of its converted weights: which they are and their hash, None where they are not at hand.
+
+    Args:
+        name, weights: as in `read_converted`.
+    """
+    card = _converted(name, weights).with_suffix(".json")
+    found = read_json(card, "card of weights", ["sha256"])["sha256"] if card.is_file() else None
+    return {"weights": weights or name, "sha256": found}
+
+
+def _converted(name: str, weights: str) -> Path:
+    return Path(weights) if weights else weights_folder() / f"{name}.safetensors"
+
+
+def _command(name: str, file: str) -> str:
+    """How the pickle of a scorer is converted, as a part of a sentence."""
+    published = PUBLISHED_FILES[name]
+    if published.sha256:
+        return f"`python -m dkto.evaluation.scorers convert {name} {file}`"
+    return f"`python -m dkto.evaluation.scorers convert {name} {file} --sha256 HASH` (HASH stands at {published.url})"
+
+
+def convert(name: str, source: Path, sha256: str = "") -> Path:
+    """Turn a published pickle into safetensors in the weights folder, after comparing its hash.
+
+    The pickle is read with torch's `weights_only=True`, which builds tensors and plain containers and runs no code.
+
+    Args:
+        name: key of `PUBLISHED_FILES`.
+        source: the downloaded file.
+        sha256: of it, as its page shows; needed where the project does not know it.
+
+    Returns:
+        The safetensors file; beside it a .json with both hashes.
+
+    Raises:
+        FileNotFoundError: if `source` does not exist.
+        KeyError: for another name.
+        ValueError: if the hash is unknown, differs, or is given other than it is known; if the file holds anything but
+            weights.
+    """
+    if name not in PUBLISHED_FILES:
+        raise KeyError(f"no published file {name!r}; known: {', '.join(PUBLISHED_FILES)}")
+    published = PUBLISHED_FILES[name]
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist: download {published.file} from {published.url}")
+    if sha256 and published.sha256 and sha256.lower() != published.sha256:
+        raise ValueError(f"the sha256 of {published.file} is known to be {published.sha256}, got --sha256 {sha256}")
+    found, expected = file_sha256(source), published.sha256 or sha256.lower()
+    if not expected:
+        raise ValueError(
+            f"the sha256 of {published.file} is not known here: pass the one that {published.url} shows for it "
+            f"with --sha256 (this file has {found})"
+        )
+    if found != expected:
+        raise ValueError(f"{source} is damaged or another file: its sha256 is {found}, expected {expected}")
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} holds something else than weights, or is damaged") from error
+    state = state[published.entry] if published.entry and published.entry in state else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{source} holds something else than weights by name")
+    path = weights_folder() / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    copied = {key: value.contiguous().clone() for key, value in state.items()}
+    write_atomically(path, lambda part: save_file(copied, part, metadata={"format": "pt"}))
+    about = {"published": published.file, "published_sha256": found, "sha256": file_sha256(path)}
+    write_json(path.with_suffix(".json"), about)
+    return path
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
+    """Put weights into a network, every name on both sides accounted for; frozen, in float32.
+
+    Raises:
+        ValueError: if a name is missing, too many or of another shape.
+    """
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [name for name in own.keys() | given.keys() if own.get(name) != given.get(name)]
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{source} does not fit {type(network).__name__}: {len(wrong)} of {len(own)} names differ, first {name} "
+            f"(expected {own.get(name, 'nothing')}, got {given.get(name, 'nothing')})"
+        )
+    network.load_state_dict({name: value.float() for name, value in state.items()})
+    return network.eval().requires_grad_(False)

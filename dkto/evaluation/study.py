@@ -1,0 +1,312 @@
+"""The user study: two blinded pictures of a prompt, "Which image do you prefer given the prompt?" (paper 5.1.2, A.2).
+
+    study/
+      questions.json     prompts, styles, and for every judge the order of questions and which picture stands left
+      images/q007-a.png  the two pictures of question 7; which method is "a" was drawn
+      answers/ann.jsonl  one line per answer, only ever appended
+      key.json           which method "a" and "b" are: not for judges
+
+Each method stands left in half of a judge's questions of every style; judges come in twos who see every question
+mirrored. Answers can be stopped and gone on with at any question. Sides and letters hang on a number that is drawn
+for each study and stands in the key alone: who knows the seed does not know them.
+`dkto.evaluation.study_answers` counts.
+"""
+
+import json
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from dkto.common.files import claim, read_json, write_json, write_png
+from dkto.data.images import load_image
+from dkto.data.prompts import even_rows
+from dkto.evaluation.generate import image_path
+from dkto.evaluation.win_rates import check_comparable
+
+QUESTION = "Which image do you prefer given the prompt?"
+SIDES = ("left", "right")
+UNDONE = "undone"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a judge sees of one question.
+
+    Attributes:
+        number: of the question.
+        prompt: what both pictures were drawn for.
+        left, right: the picture files.
+        position, total: how far the judge has come, counted from 1.
+    """
+
+    number: int
+    prompt: str
+    left: Path
+    right: Path
+    position: int
+    total: int
+
+
+def make_study(
+    folders: Mapping[str, str | Path],
+    output_dir: str | Path,
+    judges: Sequence[str],
+    styles: Sequence[str],
+    *,
+    per_style: int = 25,
+    chosen: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draw up a study of two methods from their folders of generated images.
+
+    Args:
+        folders: the two methods by name, ours first, drawn for the same prompts and noise.
+        output_dir: folder for the study; called again with the same arguments its pictures are left as they are.
+        judges: names of letters, digits, `_` and `-`; those that an existing study does not know yet join it.
+        styles: (P,) style of each prompt, as `PromptSet.styles`.
+        per_style: prompts of each style (25: with four styles the 100 of the protocol).
+        chosen: by method, (P,) which image of each prompt is shown, such as the median one; the first unless given.
+        seed: of the prompts drawn.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if there are not two methods, they drew different prompts, a style has too few prompts, a judge's
+            name is taken twice or has other characters, `chosen` names no image of a prompt, or the folder holds
+            another study.
+        FileNotFoundError: if an image is missing, or the key of the study that the folder holds.
+    """
+    if len(folders) != 2:
+        raise ValueError(f"a study compares 2 methods, got {len(folders)}: {', '.join(folders)}")
+    _check_judges(judges)
+    manifest = check_comparable(folders)
+    prompts = manifest["prompts"]
+    if len(styles) != len(prompts):
+        raise ValueError(f"styles must name one style for each of {len(prompts)} prompts, got {len(styles)}")
+    styles = list(styles)
+    if per_style < 1:
+        raise ValueError(f"per_style must be at least 1, got {per_style}")
+    for style in dict.fromkeys(styles):
+        if styles.count(style) < per_style:
+            raise ValueError(
+                f"there are {styles.count(style)} prompts of style {style!r}, but {per_style} are asked for (per_style)"
+            )
+    if chosen is not None:
+        _check_chosen(chosen, list(folders), manifest)
+    rows = even_rows(styles, per_style * len(set(styles)), seed)
+    output_dir, methods = Path(output_dir), list(folders)
+    asked = {"prompts": [prompts[row] for row in rows], "styles": [styles[row] for row in rows]}
+    shown = {name: [int(chosen[name][row]) if chosen else 0 for row in rows] for name in methods}
+    about = {"methods": methods, "folders": [str(folders[name]) for name in methods], "shown": shown, "seed": seed}
+    key, questions = output_dir / "key.json", output_dir / "questions.json"
+    if key.exists():
+        claim(key, {**about, **asked}, "a study")
+    salt = read_key(output_dir)["salt"] if key.exists() or questions.exists() else secrets.randbits(64)
+    a_is_ours = np.random.default_rng([salt, 1]).random(len(rows)) < 0.5
+    if not questions.exists():
+        for folder in (output_dir / "images", output_dir / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for number, row in enumerate(rows):
+            for letter in "ab":  # in this order, so that the age of a file says nothing
+                name = methods[0 if (letter == "a") == a_is_ours[number] else 1]
+                picture = load_image(image_path(Path(folders[name]), row, shown[name][number]))
+                write_png(output_dir / _file(number, letter), picture)
+        write_json(key, {**about, **asked, "salt": salt, "a_is_ours": a_is_ours.tolist()})
+    known = read_questions(output_dir)["judges"] if questions.exists() else {}
+    joined = [*known, *(judge for judge in judges if judge not in known)]
+    plans = _plans(joined, asked["styles"], a_is_ours, salt)
+    if plans != known:
+        write_json(questions, {"question": QUESTION, **asked, "judges": plans})
+    return output_dir
+
+
+def _check_chosen(chosen: Mapping[str, Sequence[int]], methods: Sequence[str], manifest: dict) -> None:
+    wanted, last = len(manifest["prompts"]), manifest["images_per_prompt"] - 1
+    for name in methods:
+        numbers = list(chosen.get(name, ()))
+        if len(numbers) != wanted or not all(0 <= number <= last for number in numbers):
+            raise ValueError(
+                f"chosen[{name!r}] must name an image in [0, {last}] for each of {wanted} prompts, got {numbers!r:.80}"
+            )
+
+
+def _check_judges(judges: Sequence[str]) -> None:
+    if not judges:
+        raise ValueError("a study needs at least 1 judge, got none")
+    for judge in judges:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", judge):
+            raise ValueError(f"a judge's name must be letters, digits, '_' and '-', got {judge!r}")
+    twice = {judge for judge in judges if list(judges).count(judge) > 1}
+    if twice:
+        raise ValueError(f"every judge is named once, got {', '.join(sorted(twice))} more often")
+
+
+def _file(number: int, letter: str) -> str:
+    return f"images/q{number:03d}-{letter}.png"
+
+
+def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt: int) -> dict[str, dict]:
+    """Order of questions and the letter that stands left, by judge; two judges in a row see mirrored sides."""
+    plans = {}
+    for index, judge in enumerate(judges):
+        rng = np.random.default_rng([salt, 2, index // 2])
+        ours_left = np.zeros(len(styles), bool)
+        for style in dict.fromkeys(styles):
+            of_style = np.array([number for number, other in enumerate(styles) if other == style])
+            half = len(of_style) / 2 + rng.choice([-0.5, 0.5]) * (len(of_style) % 2)
+            ours_left[rng.permutation(of_style)[: int(half)]] = True
+        if index % 2:
+            ours_left = ~ours_left
+        order = np.random.default_rng([salt, 3, index]).permutation(len(styles))
+        left = np.where(ours_left == a_is_ours, "a", "b")
+        plans[judge] = {"order": order.tolist(), "left": left.tolist()}
+    return plans
+
+
+class StudySession:
+    """One judge's way through a study; made anew, it goes on where the judge stopped.
+
+    Args:
+        study_dir: folder written by `make_study`.
+        judge: one of its judges.
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        KeyError: if the study has no such judge; the sentence lists those it has.
+        ValueError: if an answer on disk cannot be read; the sentence names file and line.
+    """
+
+    def __init__(self, study_dir: str | Path, judge: str) -> None:
+        self.folder = Path(study_dir)
+        self.about = read_questions(self.folder)
+        if judge not in self.about["judges"]:
+            raise KeyError(f"the study has no judge {judge!r}; its judges: {', '.join(self.about['judges'])}")
+        self.judge, self.plan = judge, self.about["judges"][judge]
+        self.path = self.folder / "answers" / f"{judge}.jsonl"
+        self.lines = _read_answers(self.path, len(self.about["prompts"]))
+
+    @property
+    def question(self) -> str:
+        """The question put for every pair."""
+        return self.about["question"]
+
+    @property
+    def answers(self) -> dict[int, str]:
+        """ "left" or "right" by question number; the last answer counts, an undone one does not."""
+        last = {line["question"]: line["choice"] for line in self.lines}
+        return {number: choice for number, choice in last.items() if choice != UNDONE}
+
+    def next(self) -> Pair | None:
+        """The next pair without an answer, or None when all have one."""
+        answered = self.answers
+        for number in self.plan["order"]:
+            if number not in answered:
+                left = self.plan["left"][number]
+                right = "b" if left == "a" else "a"
+                return Pair(
+                    number,
+                    self.about["prompts"][number],
+                    self.folder / _file(number, left),
+                    self.folder / _file(number, right),
+                    len(answered) + 1,
+                    len(self.plan["order"]),
+                )
+        return None
+
+    def answer(self, number: int, side: str) -> None:
+        """Keep an answer, on disk before this returns; a question may be answered again.
+
+        Raises:
+            ValueError: if there is no such question, or `side` is neither left nor right.
+        """
+        if number not in self.plan["order"]:
+            raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {number!r}")
+        if side not in SIDES:
+            raise ValueError(f"side must be left or right, got {side!r}")
+        self._append(number, side)
+
+    def undo(self) -> int | None:
+        """Take back the last answer that stands; returns its question, or None if there is none."""
+        standing = self.answers
+        for line in reversed(self.lines):
+            if line["question"] in standing:
+                self._append(line["question"], UNDONE)
+                return line["question"]
+        return None
+
+    def _append(self, number: int, choice: str) -> None:
+        line = {"question": int(number), "choice": choice, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        with self.path.open("a+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if end:  # a line that a kill cut short is closed, so that it spoils no other
+                stream.seek(end - 1)
+                if stream.read(1) != b"\n":
+                    stream.write(b"\n")
+            stream.write(json.dumps(line).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines.append(line)
+
+
+def read_questions(folder: Path) -> dict:
+    """What a judge may know of a study: question, prompts, styles and each judge's order and sides.
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        ValueError: if its file cannot be read.
+    """
+    if not (folder / "questions.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no study (questions.json is missing)")
+    return _read_json(folder / "questions.json")
+
+
+def read_key(folder: Path) -> dict:
+    """Which method is "a" and which is "b", question by question.
+
+    Raises:
+        FileNotFoundError: if the key is missing.
+        ValueError: if it cannot be read.
+    """
+    if not (folder / "key.json").is_file():
+        raise FileNotFoundError(f"{folder} holds a study whose key.json is missing: put it back")
+    return _read_json(folder / "key.json")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return read_json(path, "part of a study")
+    except ValueError as error:
+        raise ValueError(f"{error}; put back the file that make_study wrote") from error
+
+
+def _read_answers(path: Path, questions: int) -> list[dict]:
+    """Every whole line; one that a kill cut short is passed over with a warning."""
+    if not path.exists():
+        return []
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+            if text.startswith("{"):
+                warnings.warn(f"{path}, line {number} was cut short and is left out: {text!r:.80}", stacklevel=2)
+                continue
+        asked = line.get("question") if isinstance(line, dict) else None
+        if type(asked) is not int or not 0 <= asked < questions or line.get("choice") not in (*SIDES, UNDONE):
+            raise ValueError(
+                f"{path}, line {number}: expected a question in [0, {questions - 1}] and a choice of "
+                f"{', '.join((*SIDES, UNDONE))}, got {text!r:.80}"
+            )
+        found.append(line)
+    return found

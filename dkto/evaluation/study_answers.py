@@ -1,0 +1,125 @@
+"""What the judges of a user study said: answers unblinded, win-rate with interval, agreement (paper 5.1.2, Fig. 3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dkto.evaluation.metrics import MeanDifference, WinRate, paired_bootstrap, wilson_interval, win_rate
+from dkto.evaluation.study import StudySession, read_key, read_questions
+
+
+def read_answers(study_dir: str | Path) -> pd.DataFrame:
+    """Every standing answer, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
+
+    Raises:
+        FileNotFoundError: if the folder holds no study, or its key is missing.
+        ValueError: if its files or an answer on disk cannot be read.
+    """
+    folder = Path(study_dir)
+    about, key = read_questions(folder), read_key(folder)
+    rows = []
+    for judge, plan in about["judges"].items():
+        for number, side in sorted(StudySession(folder, judge).answers.items()):
+            left_is_ours = (plan["left"][number] == "a") == key["a_is_ours"][number]
+            ours = (side == "left") == left_is_ours
+            asked = {"prompt": about["prompts"][number], "style": about["styles"][number]}
+            chosen = key["methods"][0 if ours else 1]
+            rows.append({"judge": judge, "question": number, **asked, "side": side, "chosen": chosen, "ours": ours})
+    return pd.DataFrame(rows, columns=["judge", "question", "prompt", "style", "side", "chosen", "ours"])
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What the judges said.
+
+    Attributes:
+        methods: ours and theirs.
+        by_prompt: share of prompts whose majority of judges prefers ours, ties half.
+        votes: share of a prompt's answers that are for ours, mean over prompts, with a bootstrap interval over prompts.
+        styles, judges: win-rate by style (majority) and by judge (answers).
+        left: share of answers that were "left", with its interval: far from one half, judges looked at sides.
+        alpha: Krippendorff's alpha between judges (1 agreement, 0 chance); None if fewer than two judged one
+            prompt, or all answers are for one method.
+        answered, asked: answers given and planned.
+    """
+
+    methods: tuple[str, str]
+    by_prompt: WinRate
+    votes: MeanDifference
+    styles: dict[str, WinRate]
+    judges: dict[str, WinRate]
+    left: MeanDifference
+    alpha: float | None
+    answered: int
+    asked: int
+
+    def __str__(self) -> str:
+        agreement = "not defined" if self.alpha is None else f"{self.alpha:.2f}"
+        return (
+            f"{self.methods[0]} is preferred to {self.methods[1]} on {self.by_prompt}; {self.answered} of {self.asked} "
+            f"answers by {len(self.judges)} judges, Krippendorff's alpha {agreement}"
+        )
+
+    def to_metrics(self) -> dict[str, float]:
+        """Flat keys `study/<ours>_vs_<theirs>` with /low, /high, /n, /votes, /alpha and by style."""
+        key = f"study/{self.methods[0]}_vs_{self.methods[1]}"
+        found = {f"{key}/votes": self.votes.mean, f"{key}/left": self.left.mean, f"{key}/answers": self.answered}
+        for name, result in {key: self.by_prompt, **{f"{key}/{s}": r for s, r in self.styles.items()}}.items():
+            found |= {name: result.rate, f"{name}/low": result.low, f"{name}/high": result.high, f"{name}/n": result.n}
+        return found if self.alpha is None else {**found, f"{key}/alpha": self.alpha}
+
+
+def study_result(study_dir: str | Path) -> StudyResult:
+    """Count a study's answers; unfinished judges count with what they have answered.
+
+    Raises:
+        FileNotFoundError: if the folder holds no study.
+        ValueError: if there is no answer yet.
+    """
+    folder = Path(study_dir)
+    about, key = read_questions(folder), read_key(folder)
+    answers = read_answers(folder)
+    if answers.empty:
+        raise ValueError(f"{folder} has no answer yet")
+    for_ours = answers.groupby("question")["ours"].sum()
+    for_theirs = answers.groupby("question")["ours"].count() - for_ours
+    style = answers.groupby("question")["style"].first()
+    share = (for_ours / (for_ours + for_theirs)).to_numpy()
+    spread = paired_bootstrap(share, np.zeros(len(share))) if len(share) > 1 else MeanDifference(share[0], 0.0, 1.0)
+    lefts, n = int((answers["side"] == "left").sum()), len(answers)
+    return StudyResult(
+        methods=tuple(key["methods"]),
+        by_prompt=win_rate(for_ours, for_theirs),
+        votes=spread,
+        styles={s: win_rate(for_ours[style == s], for_theirs[style == s]) for s in dict.fromkeys(style) if s},
+        judges={j: win_rate(group, ~group) for j, group in answers.groupby("judge")["ours"]},
+        left=MeanDifference(lefts / n, *wilson_interval(lefts, n)),
+        alpha=judge_agreement(answers),
+        answered=n,
+        asked=sum(len(plan["order"]) for plan in about["judges"].values()),
+    )
+
+
+def judge_agreement(answers: pd.DataFrame) -> float | None:
+    """Krippendorff's alpha of who was chosen (nominal), over the prompts that at least two judges answered.
+
+    Args:
+        answers: as `read_answers` gives them.
+
+    Returns:
+        1 for full agreement, 0 for chance; None where it is not defined.
+
+    Raises:
+        ModuleNotFoundError: if the package krippendorff is not installed.
+    """
+    try:
+        import krippendorff
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("agreement between judges needs the package krippendorff: pip install it") from error
+    table = answers.pivot(index="judge", columns="question", values="ours").astype(float)
+    shared = table.loc[:, table.notna().sum() >= 2]
+    if shared.empty or np.nanmin(shared.to_numpy()) == np.nanmax(shared.to_numpy()):
+        return None
+    return float(krippendorff.alpha(reliability_data=shared.to_numpy(), level_of_measurement="nominal"))

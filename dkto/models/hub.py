@@ -1,0 +1,81 @@
+"""Published checkpoints: where a UNet or an adapter lies, by folder, file or hub id, and those the paper compares.
+
+Only safetensors are loaded; a checkpoint that is published as a pickle is refused with a sentence.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from dkto.common.files import read_json
+from dkto.models.policy import LORA_FILE
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PUBLISHED = {
+    "base": {"model": STABLE_DIFFUSION},
+    "dpo": {"model": STABLE_DIFFUSION, "unet": "mhdang/dpo-sd1.5-text2image-v1"},
+    "kto": {"model": STABLE_DIFFUSION, "unet": "jacklishufan/diffusion-kto"},
+    "alignprop": {"model": STABLE_DIFFUSION, "lora": "mihirpd/alignprop-trl-aesthetics"},
+}
+"""Weights that the paper's tables compare, as fields of `dkto.models.system.System`, by the name of the method."""
+WEIGHTS = tuple(
+    f"diffusion_pytorch_model{rest}" for rest in (".safetensors", "-*.safetensors", ".safetensors.index.json")
+)
+"""Files of a UNet's weights; a pattern that begins with * would fetch those of the other parts and half precision."""
+TUNED_ON = {"alignprop": "laion_aesthetics"}
+"""Scorer that a published checkpoint was tuned on, by the name of the method: it may have been hacked."""
+
+
+def unet_folder(source: str | Path) -> Path:
+    """The folder of a UNet in diffusers' layout: `source` itself, its sub-folder `unet`, or the same on the hub.
+
+    Raises:
+        FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
+        ValueError: if it holds no UNet, or one without safetensors weights.
+    """
+    folder = _fetch(
+        source, "unet", ["config.json", "unet/config.json", *WEIGHTS, *(f"unet/{name}" for name in WEIGHTS)]
+    )
+    for place in (folder / "unet", folder):
+        config = place / "config.json"
+        about = read_json(config, "configuration of a UNet") if config.is_file() else {}
+        if about.get("_class_name") == "UNet2DConditionModel":
+            if not list(place.glob("*.safetensors")):
+                raise ValueError(f"unet {str(source)!r} has no safetensors weights in {place}; pickles are not loaded")
+            return place
+    raise ValueError(f"unet {str(source)!r} holds no UNet2DConditionModel (no config.json of one in {folder} or unet/)")
+
+
+def lora_file(source: str | Path) -> Path:
+    """The file of an adapter: `source` itself, the one safetensors file in that folder, or the same on the hub.
+
+    Raises:
+        FileNotFoundError: if there is neither such a file or folder nor, as far as can be reached, such a hub id.
+        ValueError: if it is no safetensors file, or the folder holds none or several, none of the usual name.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"lora must be a .safetensors file, got {path.name}; pickles are not loaded")
+        return path
+    folder = _fetch(source, "lora", ["*.safetensors"])
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / LORA_FILE) in files:
+        return folder / LORA_FILE
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"lora {str(source)!r} must hold {LORA_FILE} or one other .safetensors file, found {found}")
+    return files[0]
+
+
+def _fetch(source: str | Path, what: str, patterns: list[str]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{what} {str(source)!r} is neither a folder that exists nor a hub id that can be reached "
+            f"({type(error).__name__})"
+        ) from error

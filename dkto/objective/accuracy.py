@@ -1,0 +1,88 @@
+"""How often implicit rewards are on the right side: accuracies and the margin (paper 7).
+
+Measures on tensors keep leading ensemble dimensions, and a NaN makes that member's measure NaN, so that a diverged run
+is seen.
+"""
+
+import torch
+from torch import Tensor
+
+from dkto.objective.losses import check_labels
+
+ACCURACIES = ("pair", "sample", "sample_centred")
+
+
+def implicit_accuracy(
+    reward: Tensor,
+    is_desirable: Tensor | None = None,
+    *,
+    definition: str,
+    rejected_reward: Tensor | None = None,
+    reference_point: Tensor | float = 0.0,
+) -> Tensor:
+    """Share of samples, or pairs, whose implicit reward is on the right side (paper 7).
+
+        pair            share of pairs with chosen reward > rejected reward; a tie counts half
+        sample          share of samples with w * r > 0, w = +1 liked, -1 disliked
+        sample_centred  share of samples with w * (r - reference point) > 0 (the released code)
+
+    A tie of a sample (a reward of exactly 0, or at the reference point) is not on the right side: before
+    the first step, policy = reference gives 0 by "sample", and 0.5 by "pair".
+
+    Args:
+        reward: (..., B) implicit rewards; for "pair" those of the chosen sides.
+        is_desirable: (..., B) bool, for the two definitions on samples.
+        definition: one of `ACCURACIES`; there is no default, since published numbers mix them.
+        rejected_reward: (..., B), for "pair".
+        reference_point: (...) or a number, for "sample_centred".
+
+    Returns:
+        (...) in [0, 1]; NaN where a reward is NaN.
+
+    Raises:
+        ValueError: for an unknown definition, or a missing or misshapen argument.
+
+    >>> implicit_accuracy(torch.tensor([2.0, -1.0]), torch.tensor([True, True]), definition="sample")
+    tensor(0.5000)
+    """
+    if definition not in ACCURACIES:
+        raise ValueError(f"unknown definition {definition!r}; known: {', '.join(ACCURACIES)}")
+    if definition == "pair":
+        if rejected_reward is None:
+            raise ValueError("definition 'pair' needs rejected_reward")
+        if rejected_reward.shape != reward.shape:
+            shape, came = tuple(reward.shape), tuple(rejected_reward.shape)
+            raise ValueError(f"rejected_reward must have the shape of reward {shape}, got {came}")
+        gap = reward - rejected_reward
+        right = torch.where(reward == rejected_reward, 0.5, (gap > 0).to(torch.float32))
+    else:
+        if is_desirable is None:
+            raise ValueError(f"definition {definition!r} needs is_desirable")
+        check_labels(is_desirable, reward)
+        point = torch.as_tensor(reference_point if definition == "sample_centred" else 0.0).to(reward)
+        gap = reward - point[..., None]
+        right = torch.where(is_desirable, gap > 0, gap < 0).to(torch.float32)
+    unknown = reward.isnan() if rejected_reward is None else reward.isnan() | rejected_reward.isnan()
+    return right.to(torch.promote_types(reward.dtype, torch.float32)).masked_fill(unknown, torch.nan).mean(-1)
+
+
+def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
+    """Mean implicit reward of the liked minus that of the disliked samples.
+
+    Args:
+        reward: (..., B) implicit rewards.
+        is_desirable: (..., B) bool.
+
+    Returns:
+        (...) in beta x MSE; NaN if a class has no sample.
+
+    Raises:
+        ValueError: if `is_desirable` is not bool of that shape.
+
+    >>> reward_margin(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
+    tensor(3.)
+    """
+    check_labels(is_desirable, reward)
+    liked = torch.where(is_desirable, reward, 0).sum(-1) / is_desirable.sum(-1)
+    disliked = torch.where(is_desirable, 0, reward).sum(-1) / (~is_desirable).sum(-1)
+    return liked - disliked

@@ -1,0 +1,118 @@
+"""The paper's tables with several training seeds as one: every seed beside their mean, the widest interval, one figure.
+
+A rate over seeds is their mean; its interval reaches from the lowest to the highest bound of the seeds' own, so that
+it is never narrower than that of one seed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from dkto.common.files import write_atomically
+from dkto.evaluation.metrics import WinRate
+from dkto.paper.tables import ordering_cards, orderings
+from dkto.paper.train_all import controls_first
+from dkto.plotting import plot_win_rates
+
+
+def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:
+    """Win-rates of a method over each opponent, from the `win_rates.csv` of one seed's tables.
+
+    Args:
+        folder: of the tables.
+        scorer: whose judgement counts.
+        method: the one that is held against the others.
+    """
+    table = pd.read_csv(Path(folder) / "win_rates.csv")
+    return {
+        row.opponent: WinRate(row.win_rate, row.low, row.high, row.n, row.wins, row.ties, row.losses)
+        for row in table[(table["scorer"] == scorer) & (table["method"] == method)].itertuples()
+    }
+
+
+def pool_values(kind: str, values: Sequence[float]) -> float:
+    """One number of several seeds as one: lowest of a "low", highest of a "high", sum of an "n", else the mean.
+
+    >>> pool_values("low", [0.4, 0.6]), pool_values("high", [0.4, 0.6]), pool_values("rate", [0.25, 0.75])
+    (0.4, 0.6, 0.5)
+    >>> pool_values("n", [500, 500])
+    1000
+    """
+    pick = {"low": min, "high": max, "n": sum}.get(kind, lambda found: sum(found) / len(found))
+    return pick(values)
+
+
+def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]:
+    """The mean over seeds with the widest interval, for every opponent that all seeds met.
+
+    Args:
+        seeds: win-rates by opponent, by seed.
+
+    Raises:
+        ValueError: if there is no seed.
+
+    >>> from dkto.evaluation.metrics import win_rate
+    >>> one, other = win_rate([1.0] * 30, [0.0] * 30), win_rate([1.0, 0.0] * 15, [0.0, 1.0] * 15)
+    >>> print(pool_seeds({"0": {"base": one}, "1": {"base": other}})["base"])
+    75 % [33, 100] n=60
+    """
+    if not seeds:
+        raise ValueError("seeds must hold at least one, got none")
+    first, *others = seeds.values()
+    pooled = {}
+    for opponent in first:
+        if all(opponent in other for other in others):
+            found = [seed[opponent] for seed in seeds.values()]
+            counts = {name: sum(getattr(one, name) for one in found) for name in ("n", "wins", "ties", "losses")}
+            ends = {name: pool_values(name, [getattr(one, name) for one in found]) for name in ("rate", "low", "high")}
+            pooled[opponent] = WinRate(**ends, **counts)
+    return pooled
+
+
+def write_pooled(
+    folder: str | Path, seeds: Mapping[str, Mapping[str, WinRate]], scorer: str, cost: str
+) -> pd.DataFrame:
+    """Leave `seeds.csv`, `orderings.csv`, `cards.csv` and `win_rates.png` of all seeds in a folder.
+
+    Args:
+        folder: where they land.
+        seeds: see `pool_seeds`.
+        scorer: its name, for the titles.
+        cost: what one seed took, for the reproduction cards.
+
+    Returns:
+        The orderings of the paper, see `dkto.paper.tables.orderings`.
+    """
+    folder, pooled = Path(folder), pool_seeds(seeds)
+    rows = [
+        {
+            "opponent": opponent,
+            **{f"seed {name}": found[opponent].rate for name, found in seeds.items()},
+            "win_rate": result.rate,
+            "low": result.low,
+            "high": result.high,
+            "n": result.n,
+            "ties": result.ties,
+        }
+        for opponent, result in pooled.items()
+    ]
+    order = orderings(pooled)
+    cards = ordering_cards(
+        order,
+        measured=f"{scorer}, mean over seeds, the widest interval",
+        seeds=f"{len(seeds)} ({', '.join(seeds)})",
+        cost=f"{cost}, each seed",
+    )
+    for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", cards)):
+        write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))
+    axes = plot_win_rates([(f"kto vs {opponent}", pooled[opponent]) for opponent in controls_first(pooled)])
+    judged = sorted({found[opponent].n for found in seeds.values() for opponent in pooled})
+    axes.set_title(f"{scorer}, {len(seeds)} training seeds\nmean and widest interval")
+    axes.set_xlabel(f"win-rate (%) with its interval\nn = {' or '.join(map(str, judged))} prompts for each seed")
+    write_atomically(
+        folder / "win_rates.png", lambda part: axes.figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
+    )
+    plt.close(axes.figure)
+    return order

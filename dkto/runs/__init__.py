@@ -1,0 +1,19 @@
+"""Every execution of a notebook: parameters checked, a record kept, sweeps that resume, runs read as one table."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "notebooks": ["environment_table", "run_notebook", "write_metrics"],
+        "table": [
+            "column",
+            "diff_runs",
+            "over_seeds",
+            "pivot_runs",
+            "plot_over_seeds",
+            "read_runs",
+            "varying_parameters",
+        ],
+    },
+)

@@ -1,0 +1,277 @@
+"""Run parameterised notebooks with papermill, refusing what papermill only warns of, and hand results over.
+
+A notebook declares its parameters in one cell tagged `parameters`, one annotated literal a line, and
+ends by writing `metrics.json` with `write_metrics`.
+"""
+
+import ast
+import io
+import json
+import logging
+import math
+import os
+import tokenize
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dkto.common.files import read_json, write_json
+from dkto.common.machine import versions
+from dkto.common.processes import sole_writer
+from dkto.common.progress import QUIET_VARIABLE
+from dkto.runs.record import PeakMemory, recorded
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+PARAMETER_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+PATIENCE = 5.0  # seconds in which a kernel whose runner was killed ends too
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter: its name, type name, default value and the comment that gives its meaning and unit."""
+
+    name: str
+    type_name: str
+    default: object
+    comment: str
+
+
+def parameters_cell(notebook: Mapping, name: str) -> Mapping:
+    """The one cell tagged `parameters` of a notebook as nbformat or json reads it.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f"notebook {name} must have one cell tagged 'parameters', found {len(cells)}")
+    return cells[0]
+
+
+def declared_parameters(path: str | Path) -> dict[str, Parameter]:
+    """What a notebook can be told, by name, in the order of its `parameters` cell.
+
+    Raises:
+        FileNotFoundError: if there is no such notebook.
+        ValueError: if the cell is missing, is repeated, or holds anything but annotated literals of plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"notebook {path} does not exist")
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"notebook {path} is no notebook: {error}") from error
+    if not (isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)):
+        raise ValueError(f"notebook {path} is no notebook: it holds no list of cells")
+    source = "".join(parameters_cell(notebook, path.name)["source"])  # json has it as lines
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"notebook {path.name}: line {error.lineno} of its parameters is not Python") from error
+    comments = _comments(source)
+    found = {}
+    for statement in statements:
+        line = ast.get_source_segment(source, statement)
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
+            raise ValueError(f"notebook {path.name}: parameters must read 'name: type = literal', got {line!r}")
+        name, type_name = statement.target.id, ast.unparse(statement.annotation)
+        if name in found:
+            raise ValueError(f"notebook {path.name}: parameter {name} is declared twice")
+        if type_name not in PARAMETER_TYPES:
+            known = ", ".join(PARAMETER_TYPES)
+            raise ValueError(f"notebook {path.name}: type of {name} must be one of {known}, got {type_name}")
+        try:
+            default = ast.literal_eval(statement.value)
+        except ValueError as error:
+            value = ast.unparse(statement.value)
+            raise ValueError(f"notebook {path.name}: default of {name} must be a literal, got {value}") from error
+        if type(default) is not PARAMETER_TYPES[type_name]:
+            raise ValueError(f"notebook {path.name}: default of {name} must be {type_name}, got {default!r}")
+        found[name] = Parameter(name, type_name, default, comments.get(statement.end_lineno, ""))
+    return found
+
+
+def _comments(source: str) -> dict[int, str]:
+    """The comment that ends each line, by line number; a # inside a string is none."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+
+
+def coerce(parameter: Parameter, value: object, where: str) -> object:
+    """Read a value by the declared type: text from a shell or YAML becomes a number, never the other way.
+
+    Raises:
+        TypeError: if it cannot be read so.
+
+    >>> coerce(Parameter("rate", "float", 1e-4, ""), "1e-7", "train.ipynb")
+    1e-07
+    """
+    kind = PARAMETER_TYPES[parameter.type_name]
+    try:
+        if isinstance(value, str) and kind in (int, float):
+            return kind(value)
+        if isinstance(value, str) and kind is bool and value.lower() in (*YES, *NO):
+            return value.lower() in YES
+        if isinstance(value, str) and kind is list and isinstance(json.loads(value), list):
+            return json.loads(value)
+    except ValueError:
+        pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise TypeError(f"{where}: parameter {parameter.name} must be {parameter.type_name}, got {value!r}")
+
+
+def check_parameters(path: str | Path, given: Mapping[str, object]) -> dict[str, object]:
+    """The given parameters read by their declared types.
+
+    Raises:
+        ValueError: for a name the notebook does not declare; the sentence names the nearest one.
+        TypeError: for a value of another type.
+    """
+    declared, name = declared_parameters(path), Path(path).name
+    for unknown in (key for key in given if key not in declared):
+        near = get_close_matches(unknown, declared, 1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name} has no parameter {unknown!r}; {guess}known: {', '.join(declared)}")
+    return {key: coerce(declared[key], value, name) for key, value in given.items()}
+
+
+def run_notebook(
+    path: str | Path, output: str | Path, parameters: Mapping[str, object] | None = None, *, progress: bool = True
+) -> dict[str, float]:
+    """Execute a notebook with papermill and return the metrics it wrote.
+
+    Args:
+        path: the notebook.
+        output: where the executed copy goes; it is kept when a cell fails.
+        parameters: values by name. `output_dir` is taken relative to the working directory.
+        progress: show papermill's bar.
+
+    Returns:
+        The metrics of the `metrics.json` in the notebook's `output_dir`; `run.json` is there too (`dkto.runs.record`).
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: before anything runs, see `check_parameters`.
+        BlockingIOError: if another process writes into `output_dir`.
+        RuntimeError: if a cell fails or the kernel dies; the sentence names the notebook, the cell and the error.
+    """
+    path, output = Path(path), Path(output)
+    checked = check_parameters(path, parameters or {})
+    every = {name: declared.default for name, declared in declared_parameters(path).items()} | checked
+    if "output_dir" not in every:
+        raise ValueError(f"notebook {path.name} must declare the parameter output_dir; declared: {', '.join(every)}")
+    folder = Path(every["output_dir"])
+    with sole_writer(folder, patience=PATIENCE), recorded(folder, path, output, every) as memory:
+        result = folder / "metrics.json"
+        result.unlink(missing_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _execute(path, output, checked, progress, memory)
+        if not result.is_file():
+            raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
+        return read_json(result, "table of metrics", ["metrics"])["metrics"]
+
+
+def _execute(path: Path, output: Path, parameters: Mapping[str, object], progress: bool, memory: PeakMemory) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    from dkto.runs.kernels import AskingKernelManager
+
+    try:
+        with _kernel_environment():
+            papermill.execute_notebook(
+                str(path),
+                str(output),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=progress,
+                cwd=os.getcwd(),
+                kernel_manager_class=AskingKernelManager,
+                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            )
+    except PapermillExecutionError as error:
+        raise RuntimeError(
+            f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (executed copy: {output})"
+        ) from error
+    except DeadKernelError as error:
+        raise RuntimeError(
+            f"{path.name}: its kernel died, most often for lack of memory (it held {memory.megabytes:.0f} MB "
+            f"at its peak); use smaller parameters (executed copy: {output})"
+        ) from error
+
+
+KERNEL_ENVIRONMENT = {
+    QUIET_VARIABLE: "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # figures stay in the notebook, whatever the shell says
+}
+
+
+@contextmanager
+def _kernel_environment():
+    """What the kernel inherits: no bars, figures inline; papermill's notices are kept off the terminal."""
+    before = {key: os.environ.get(key) for key in KERNEL_ENVIRONMENT}
+    os.environ.update(KERNEL_ENVIRONMENT)
+    logger = logging.getLogger("papermill")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def write_metrics(
+    output_dir: str | Path, metrics: Mapping[str, float], parameters: Mapping[str, object], seed: int
+) -> Path:
+    """Write `metrics.json` (metrics, parameters, seed, versions) whole or not at all.
+
+    Args:
+        output_dir: folder of the run.
+        metrics: flat names such as "win_rate/kto_vs_base/world_redness" to numbers.
+        parameters: what the notebook was told.
+        seed: its seed.
+
+    Raises:
+        ValueError: if a metric is not a finite number; the sentence names it.
+    """
+    values = {}
+    for name, value in metrics.items():
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"metric {name!r} must be a finite number, got {value!r}")
+        values[name] = number
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"schema_version": SCHEMA_VERSION, "metrics": values, "parameters": dict(parameters)}
+    write_json(folder / "metrics.json", {**about, "seed": seed, "versions": versions()})
+    return folder / "metrics.json"
+
+
+def environment_table() -> "pd.DataFrame":
+    """Versions and devices that a notebook runs on, for its first cell."""
+    import pandas as pd
+    import torch
+
+    found = versions()
+    found["torch"] = torch.__version__
+    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return pd.DataFrame({"": found}).T

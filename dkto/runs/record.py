@@ -1,0 +1,135 @@
+"""What every run of a notebook leaves beside its metrics: `run.json`, from which it can be judged and made again."""
+
+import ast
+import hashlib
+import json
+import resource
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from dkto.common.files import read_json, write_json
+from dkto.common.machine import git_commit, hardware, largest_resident_mb, versions
+
+RECORD_NAME = "run.json"
+FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
+MEGABYTE = 1024 * 1024
+
+
+class PeakMemory:
+    """The most memory that this process's children held together, looked at often at first, every 5 seconds later.
+
+    The sum of the resident sets of all processes below this one: pages that two of them share count twice. Between
+    two looks the system still notes the most that one process held, once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.megabytes = 0.0
+        self._before = _largest_ended()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if _largest_ended() > self._before:  # otherwise it is that of an earlier run
+            self.megabytes = max(self.megabytes, _largest_ended())
+
+    def _watch(self) -> None:
+        me, pause = psutil.Process(), FIRST_LOOK
+        while not self._over.wait(pause):
+            pause = min(1.2 * pause, LONGEST_WAIT)
+            total = 0
+            for process in me.children(recursive=True):
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:  # it has just ended
+                    continue
+            self.megabytes = max(self.megabytes, total / MEGABYTE)
+
+
+def _largest_ended() -> float:
+    """The largest resident set of one process below this that has ended, in MB."""
+    return largest_resident_mb(resource.RUSAGE_CHILDREN)
+
+
+def source_hash(notebook: str | Path) -> str:
+    """Hash of what a notebook computes: its code cells without their imports.
+
+    Prose, outputs, metadata and the place that a name is imported from change no result.
+    """
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    sources = [_without_imports("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps([source for source in sources if source]).encode()).hexdigest()[:16]
+
+
+def _without_imports(source: str) -> str:
+    """The lines of a cell that belong to no import statement; all of it where it is not Python.
+
+    >>> _without_imports("import os\\nfrom a import (\\n    b,\\n)\\n\\nprint(os)")
+    'print(os)'
+    """
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return source.strip()
+    lines: list[str | None] = list(source.splitlines())
+    for statement in statements:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            lines[statement.lineno - 1 : statement.end_lineno] = [None] * (statement.end_lineno - statement.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line is not None).strip()
+
+
+@contextmanager
+def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[str, object]) -> Iterator[PeakMemory]:
+    """Write `run.json` when a run starts and again when it ends, well or not.
+
+    A record that still says "running" when nothing holds the folder belongs to a run that was killed.
+
+    Args:
+        folder: the run's output folder.
+        notebook: its source.
+        executed: where the executed copy goes.
+        parameters: all of them, defaults included.
+
+    Raises:
+        ValueError: if the folder holds the record of something else, a training, which would be lost.
+    """
+    path = folder / RECORD_NAME
+    if path.exists() and "notebook" not in read_json(path, "record of a run"):
+        raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
+    began = time.monotonic()
+    record = {
+        "schema_version": 1,
+        "status": "running",
+        "notebook": str(notebook),
+        "source_hash": source_hash(notebook),
+        "executed": str(executed),
+        "parameters": dict(parameters),
+        "seed": parameters.get("seed"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(path, record)
+    error = None
+    try:
+        with PeakMemory() as memory:
+            yield memory
+    except BaseException as caught:
+        error = str(caught) or type(caught).__name__
+        raise
+    finally:
+        record |= {"status": "finished" if error is None else "failed", "error": error}
+        record |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_mb": round(memory.megabytes, 1)}
+        write_json(path, record)

@@ -1,0 +1,20 @@
+"""From prepared likes to tuned weights: `train` is a generator of step records over accelerate.
+
+Read `loop.py`, `step.py` and `dkto.objective.methods`, in this order: that is the whole training.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "batches": ["GlobalBatches"],
+        "calibration": ["CONVENTIONS", "calibrate", "convert_beta"],
+        "config": ["TrainConfig"],
+        "engine": ["Engine"],
+        "launch": ["run_trainings", "training_command"],
+        "loop": ["denoising_errors", "objective", "run_training", "train"],
+        "online": ["run_online"],
+        "online_config": ["OnlineConfig"],
+    },
+)

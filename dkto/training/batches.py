@@ -1,0 +1,137 @@
+"""The global batch of a step: which rows, which noise, which timesteps, whatever the number of processes.
+
+Every random number is drawn from a counter-based generator at the address (seed, step, stream, index in
+the global batch). A rank draws only its own share, a resumed run repeats what an uninterrupted one does,
+and 1 process or 16 see the same samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dkto.data.encoded import PreparedFeedback
+from dkto.data.sampler import BiasedSampler
+from dkto.models import DiffusionModel
+from dkto.training.config import TrainConfig
+
+# streams of random numbers; the biased sampler draws from stream 0
+PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS = 1, 2, 3, 4, 5, 6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank works on at once; B is its share of a global micro-batch.
+
+    With the objective "dpo" the rows are pairs: chosen, rejected, chosen, rejected, ...
+    """
+
+    noisy_latents: Tensor  # (B, C, h, w)
+    target: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,)
+    conditioning: dict[str, Tensor]  # each (B, ...)
+    is_desirable: Tensor  # (B,) bool
+    unrelated: dict[str, Tensor] | None = None  # the conditioning of another sample, for that estimator
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        unrelated = None if self.unrelated is None else {k: v.to(device) for k, v in self.unrelated.items()}
+        return Batch(
+            self.noisy_latents.to(device),
+            self.target.to(device),
+            self.timesteps.to(device),
+            {name: value.to(device) for name, value in self.conditioning.items()},
+            self.is_desirable.to(device),
+            unrelated,
+        )
+
+
+def stream(seed: int, step: int, which: int, index: int = 0) -> np.random.Generator:
+    """The generator at one address; streams at different addresses never meet."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, which, step]))
+
+
+class GlobalBatches:
+    """Draws any rank's share of any step's global batch.
+
+    Rows by objective: "kto" draws them with the biased sampler (paper 4.3), "sft" uniformly among the
+    liked, "sft_all" and "csft" uniformly among all, "dpo" as uniform pairs (chosen, rejected).
+
+    Args:
+        config: seed, batch size, objective, gamma, estimator, prompt dropout.
+        data: the prepared feedback.
+        model: noises latents and says what is to be predicted.
+
+    Raises:
+        ValueError: if a class, pairs or mirrored images are needed that the data lack.
+    """
+
+    def __init__(self, config: TrainConfig, data: PreparedFeedback, model: DiffusionModel) -> None:
+        self.config, self.data, self.model = config, data, model
+        if config.random_flip and not data.has_flips:
+            raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")
+        if config.objective == "dpo":
+            if not len(data.pairs):
+                raise ValueError(
+                    f"objective 'dpo' needs pairs, but no liked and disliked image of {data.folder} share a pair_id"
+                )
+            self._sampler = None
+            return
+        gamma = {"kto": config.desirable_fraction, "sft": 1.0}.get(config.objective, data.is_desirable.mean())
+        self._sampler = BiasedSampler(data.is_desirable, float(gamma), config.seed)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers of the global batch of one step, (batch_size,) int64."""
+        size = self.config.batch_size
+        if self._sampler is not None:
+            return self._sampler.rows(step, size)
+        chosen = stream(self.config.seed, step, PAIRS).integers(len(self.data.pairs), size=size // 2)
+        return self.data.pairs[chosen].reshape(-1)
+
+    def draw(self, step: int, micro: int = 0, rank: int = 0, ranks: int = 1) -> Batch:
+        """One rank's share of one micro-batch of a step.
+
+        Args:
+            step: counts from 0.
+            micro: which of the `gradient_accumulation` micro-batches.
+            rank, ranks: whose share, of how many.
+        """
+        whole = self.config.batch_size // self.config.gradient_accumulation  # of the global micro-batch
+        group = np.arange(micro * whole, (micro + 1) * whole)
+        index = group[rank * whole // ranks : (rank + 1) * whole // ranks]
+        return self._draw(self.rows(step), step, index, others=np.roll(group, 1)[index - group[0]])
+
+    def draw_rows(self, rows: np.ndarray, step: int) -> Batch:
+        """These very rows with the noise of a step: for measuring, where every row counts once."""
+        index = np.arange(len(rows))
+        return self._draw(rows, step, index, others=np.roll(index, 1))
+
+    def _draw(self, rows: np.ndarray, step: int, index: np.ndarray, others: np.ndarray) -> Batch:
+        """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
+        config, model, size = self.config, self.model, len(rows)
+        # the two sides of a pair share timestep, noise, prompt and mirroring (Diffusion-DPO)
+        shared = np.arange(size) // (2 if config.objective == "dpo" else 1)
+        timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
+        timesteps = timesteps[torch.from_numpy(shared[index])]
+        dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]
+        flipped = (stream(config.seed, step, FLIPS).random(size) < 0.5)[shared[index]] if config.random_flip else None
+        mean, std = self.data.latents(rows[index], flipped)
+        latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
+        noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
+        style = config.csft_style if config.objective == "csft" else None
+        unrelated = None
+        if config.objective == "kto" and config.estimator == "unrelated":
+            unrelated = self.data.conditioning(rows[others], dropped[others])
+        return Batch(
+            noisy_latents=model.add_noise(latents, noise, timesteps),
+            target=model.target(latents, noise, timesteps),
+            timesteps=timesteps,
+            conditioning=self.data.conditioning(rows[index], dropped[index], csft=style),
+            is_desirable=torch.from_numpy(self.data.is_desirable[rows[index]]),
+            unrelated=unrelated,
+        )
+
+    def _noise(self, step: int, which: int, index: np.ndarray, shape: torch.Size) -> Tensor:
+        drawn = [stream(self.config.seed, step, which, int(i)).standard_normal(tuple(shape), np.float32) for i in index]
+        return torch.from_numpy(np.stack(drawn))

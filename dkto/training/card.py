@@ -1,0 +1,173 @@
+"""The card beside tuned weights: what they are, how they were made, how they are used, what they inherit."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from dkto.common.files import read_json, read_records
+from dkto.common.machine import versions
+from dkto.models import SMALL_WORLD, DiffusionModel
+from dkto.training.config import TrainConfig
+
+SHOWN = ("loss", "reward/margin", "implicit_accuracy/sample", "implicit_accuracy/pair", "mean_abs_reward")
+FIELDS = (
+    "objective",
+    "csft_style",
+    "reward",
+    "utility",
+    "beta",
+    "desirable_fraction",
+    "estimator",
+    "backprop_steps",
+    "sampling_steps",
+    "guidance",
+    "lora_rank",
+    "learning_rate",
+    "warmup_steps",
+    "max_train_steps",
+    "batch_size",
+    "prompt_dropout",
+    "mixed_precision",
+    "ema_decay",
+    "seed",
+)
+ONLY_FOR = {
+    "csft_style": ("csft",),
+    "utility": ("kto",),
+    "beta": ("kto", "dpo", "d3po"),
+    "desirable_fraction": ("kto",),
+    "estimator": ("kto",),
+    "backprop_steps": ("alignprop",),
+}
+METHODS = {
+    "kto": "Diffusion-KTO",
+    "dpo": "Diffusion-DPO",
+    "sft": "supervised fine-tuning",
+    "sft_all": "supervised fine-tuning on all pictures",
+    "csft": "conditional supervised fine-tuning",
+    "alignprop": "AlignProp",
+    "d3po": "D3PO",
+}
+TRAINED_ON = {
+    "kto": """on single likes and dislikes (Li et al.,
+*Aligning Diffusion Models by Optimizing Human Utility*, arXiv 2404.04465)""",
+    "dpo": """on pairs of a preferred picture and another
+(Wallace et al., *Diffusion Model Alignment Using Direct Preference Optimization*, arXiv 2311.12908)""",
+    "sft": "on liked pictures alone",
+    "sft_all": "on liked and disliked pictures alike, without the preference",
+    "csft": "on all pictures, the like written into the prompt",
+    "alignprop": """on the gradient of what a scorer says of its own pictures
+(Prabhudesai et al., *Aligning Text-to-Image Diffusion Models with Reward Backpropagation*, arXiv 2310.03739)""",
+    "d3po": """on which of two of its own pictures a scorer prefers
+(Yang et al., *Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model*, arXiv 2311.13231)""",
+}
+CSFT_HINTS = {
+    "prefix": 'Write "good image, " before a prompt.',
+    "negative": 'Use "Weird image. " as negative prompt.',
+}
+FULL = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+pipeline("a prompt").images[0]"""
+LORA = """from diffusers import DiffusionPipeline
+{imports}
+pipeline = DiffusionPipeline.from_pretrained({base})
+pipeline.load_lora_weights("FOLDER")
+pipeline("a prompt").images[0]"""
+
+
+def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionModel, state: dict) -> None:
+    """Write `README.md` with the front matter that the model hub reads.
+
+    Args:
+        folder: where the weights lie.
+        run: the run's folder, with its records.
+        config: what was trained.
+        model: on what.
+        state: steps done and skipped, seconds.
+    """
+    local = Path(config.model).exists()
+    base = Path(config.model).name if local else config.model
+    tags = ["text-to-image", f"diffusion-{config.objective}", *(["lora"] if config.lora_rank else [])]
+    front = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    usage = _usage(config, f"PATH/TO/{base}" if local else base)
+    if hasattr(config, "reward"):  # AlignProp and D3PO draw their own pictures and have a scorer judge them
+        data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
+    else:
+        prepared = Path(config.prepared_dir) / "prepared.json"
+        rows = read_json(prepared, "record of prepared feedback", ["rows"])["rows"] if prepared.exists() else 0
+        data = f"{rows} rated images"
+    records = read_records(run / "metrics.jsonl")[-20:]
+    measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
+    figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
+    fields = [name for name in FIELDS if name not in ONLY_FOR or config.objective in ONLY_FOR[name]]
+    settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
+    what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+    text = CARD.format(
+        front=front.to_yaml(),
+        base=base,
+        method=METHODS[config.objective],
+        what=what,
+        kind=model.pipeline_class.__name__,
+        usage=usage,
+        data=data,
+        trained_on=TRAINED_ON[config.objective],
+        settings=settings,
+        steps=state["global_step"],
+        skipped=state["skipped_steps"],
+        hours=state["seconds"] / 3600,
+        figures=figures,
+        count=len(records),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+    )
+    (folder / "README.md").write_text(text)
+
+
+def _usage(config: TrainConfig, base: str) -> str:
+    """Code for plain diffusers; the small world lies in this package, and no card tells a place on its machine."""
+    usage = FULL
+    if config.lora_rank and config.model == SMALL_WORLD:
+        usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
+    elif config.lora_rank:
+        usage = LORA.format(imports="", base=json.dumps(base))
+    return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
+
+
+CARD = """---
+{front}
+---
+
+# {base}, tuned with {method}
+
+A {kind} of which {what} of the denoiser were trained {trained_on}.
+
+```python
+{usage}
+```
+
+## Training
+
+{data}; {steps} steps, of which {skipped} were skipped for a loss that was not finite; {hours:.2f} hours.
+
+| setting | value |
+|---|---|
+{settings}
+
+{versions}
+
+## Measured in training, mean of the last {count} steps
+
+| measure | value |
+|---|---|
+{figures}
+
+These say how well the policy tells its training data apart, not how good its pictures are: judge those on prompts that
+were not trained on.
+
+## Limits
+
+The model inherits the biases of the people whose likes it was trained on, and likes can reward unsafe or unwanted
+pictures (paper, section 8). Its licence is that of {base}. No safety checker was trained or is part of these weights;
+one that the base model has works with them as before.
+"""

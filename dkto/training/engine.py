@@ -1,0 +1,197 @@
+"""What a run trains with: processes, precision, policy and reference, optimiser, weight average."""
+
+from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
+
+# isort: split
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from dkto.common.machine import peak_memory_mb
+from dkto.models import DiffusionModel, make_policy
+from dkto.training.config import TrainConfig
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """The parts of one run, on this process' device and among its other processes.
+
+    Precision is applied here, to policy and reference alike: trained weights stay in float32, passes run under
+    autocast, frozen matrices are kept in the precision of the passes. accelerate's own mixed precision
+    would reach the policy alone and has to stay off.
+
+    Args:
+        config: what to train and how.
+        model: whose denoiser.
+
+    Raises:
+        ValueError: if a package or device that the configuration asks for is not there, or accelerate was told to
+            apply mixed precision itself.
+    """
+
+    def __init__(self, config: TrainConfig, model: DiffusionModel) -> None:
+        self.config = config
+        check_packages(config)
+        # without an accelerator, cpu=True makes gloo ranks under torchrun
+        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        tracker = None if config.tracker == "none" else config.tracker
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=config.output_dir)
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"accelerate's own mixed precision is {self.accelerator.mixed_precision!r} and would reach the policy "
+                "but not the reference: leave it 'no' there and give mixed_precision to the training"
+            )
+        self.device = self.accelerator.device
+        config.samples_per_rank(self.accelerator.num_processes)
+        self.dtype = PRECISIONS[config.mixed_precision]
+        self.pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed, frozen_dtype=self.dtype)
+        if config.gradient_checkpointing:
+            self.pair.policy.enable_gradient_checkpointing()
+        self.pair.to(self.device)
+        self.optimizer = make_optimizer(config, list(self.pair.trainable().values()))
+        scaled = config.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self.policy: nn.Module = self.pair.policy
+        self.ema: EMAModel | None = None
+        if self.sharded and config.ema_decay:
+            raise ValueError("ema_decay needs whole weights on every process, which FSDP does not keep: set it to 0")
+        if self.deepspeed:
+            self._tell_deepspeed()
+
+    def _tell_deepspeed(self) -> None:
+        if self.config.gradient_accumulation > 1:
+            raise ValueError(
+                "DeepSpeed steps after every backward pass: set gradient_accumulation to 1, got "
+                f"{self.config.gradient_accumulation}"
+            )
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = self.config.samples_per_rank(self.accelerator.num_processes)
+        settings["gradient_clipping"] = self.config.max_grad_norm
+
+    def start(self) -> None:
+        """Hand policy and optimiser to accelerate; weights that are to be resumed are in place by now."""
+        self.policy, self.prepared_optimizer = self.accelerator.prepare(self.pair.policy, self.optimizer)
+        self.pair = replace(self.pair, policy=self.accelerator.unwrap_model(self.policy))
+        if self.config.ema_decay and self.ema is None:
+            self.ema = make_ema(self.config, self.parameters)
+        if self.config.compile:
+            self.policy = torch.compile(self.policy)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.pair.trainable().values())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights lie in pieces on several processes (FSDP)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed keeps the optimiser."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def autocast(self) -> AbstractContextManager:
+        """A context for one pass of a denoiser, in the precision of the run."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def no_sync(self, last: bool) -> AbstractContextManager:
+        """Gradients are added up over processes in the last micro-batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.policy)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all processes."""
+        return self.accelerator.reduce(values, "sum")
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch."""
+        self.accelerator.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
+    def clip(self) -> float:
+        """Scale gradients down to `max_grad_norm`; returns their norm before."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        return 0.0 if norm is None else float(norm)  # DeepSpeed knows it after its first step
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Learning rate of the step to come, before its first backward pass: DeepSpeed steps within that."""
+        for group in self.prepared_optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self, finite: bool) -> bool:
+        """Change the weights if loss and gradients are finite; says whether it did."""
+        if self.scaler is not None:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            finite = finite and self.scaler.get_scale() >= before  # a step left out lowers the scale
+        elif finite:
+            self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad()
+        if finite and self.ema is not None:
+            self.ema.step(self.parameters)
+        return finite
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weight average in the policy's place, if there is one, for the length of a `with` block."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """All weights of the policy where they are sharded over processes (every rank has to ask), else None."""
+        if self.sharded:
+            return self.accelerator.get_state_dict(self.policy)
+        return None
+
+    def peak_memory_mb(self) -> float:
+        """Most memory that was ever held at once: of the GPU, or on a CPU of the process; MB of 2^20 bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return peak_memory_mb()
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuse what the machine lacks before anything is loaded."""
+    wanted = {"optimizer 'adamw8bit'": "bitsandbytes"} if config.optimizer == "adamw8bit" else {}
+    if config.tracker != "none":
+        wanted[f"tracker {config.tracker!r}"] = config.tracker
+    for what, package in wanted.items():
+        if find_spec(package) is None:
+            raise ValueError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+    if config.compile and not torch.cuda.is_available():
+        raise ValueError(
+            "compile needs a GPU and there is none here: on a CPU the compiled policy's gradients were measured to "
+            "differ from the plain ones; train with compile off"
+        )
+
+
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW in float32, in one pass over memory where the device has a kernel for it, or with moments of 8 bits."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def make_ema(config: TrainConfig, parameters: list[nn.Parameter]) -> EMAModel:
+    """The weight average; it begins at the weights as they are."""
+    return EMAModel(parameters, decay=config.ema_decay, foreach=True)

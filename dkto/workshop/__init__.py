@@ -1,0 +1,1 @@
+"""For maintainers: makes the shipped weights, keeps the executed lessons, builds the site. Users need nothing of it."""

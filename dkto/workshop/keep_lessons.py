@@ -1,0 +1,287 @@
+"""Kept runs of the lessons: `python -m dkto.workshop.keep_lessons` makes what is missing or outdated.
+
+A lesson is outdated when its code has changed since its kept run; the hash of its code cells without imports is in its
+`run.json`. A change of its prose, or of where a name is imported from, is copied into the kept notebook without a run.
+A lesson that reads another's folder (a parameter whose default is the other's `output_dir`) runs after it.
+
+The tables of `make paper PROFILE=full` are kept by the same command with their folder as its argument.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from dkto.common.files import read_json, write_atomically
+from dkto.runs.notebooks import Parameter, declared_parameters
+from dkto.runs.record import RECORD_NAME, source_hash
+from dkto.runs.runner import State, run_states, run_sweep
+from dkto.runs.sweeps import Plan, PlannedRun, Resources, read_sweep
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" reads
+EXAMPLE_FOLDER = "sweep"
+NOT_RUN_HERE = {"54_published_checkpoints": "needs released weights and a GPU"}  # lessons without a reference run
+HANDS: dict[str, dict[str, object]] = {
+    "61_teach_by_likes": {"simulated_judge": "likes_red", "press_button": True},
+    "62_judge_blind": {"simulated_scorer": "world_aesthetics"},
+    "63_watch_training": {"wait": True},
+}
+"""Lessons that wait for a person: in their reference runs a simulated one takes the place."""
+CARDS = ("*card*.csv", "verdicts.csv")
+PAPER = "paper_full"
+TABLES = ("metrics.json", "step.json", "*.csv")  # of a replay and of each of its steps
+FIGURE = "win_rates.png"  # of the replay
+LIKES = "likes.csv"  # what a step's user was shown: of the pictures, which are not kept
+LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
+
+
+def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
+    """Lessons without a reference run of just this text, with the reason, in the order of their numbers."""
+    found = {}
+    for path in _lessons(root).values():
+        if path.stem in NOT_RUN_HERE:
+            continue
+        kept = root / "papermill_runs" / "reference" / path.stem / RECORD_NAME
+        if not kept.is_file():
+            found[path.stem] = "no reference run"
+        elif read_json(kept, "record of a run", ["source_hash"])["source_hash"] != source_hash(path):
+            found[path.stem] = "its cells have changed since its reference ran"
+    return found
+
+
+def refresh(root: Path = ROOT) -> list[str]:
+    """Bring prose and imports of the kept notebooks up to the lessons', where the code is the same; nothing is run.
+
+    Returns:
+        The lessons whose kept notebook was changed.
+    """
+    changed, outdated = [], outdated_lessons(root)
+    for name, path in _lessons(root).items():
+        kept = root / "papermill_runs" / "reference" / name / "notebook.ipynb"
+        if name in outdated or not kept.is_file():
+            continue
+        text = kept.read_text(encoding="utf-8")
+        notebook = refreshed(json.loads(text), json.loads(path.read_text(encoding="utf-8")))
+        new = json.dumps(notebook, indent=1) + "\n"
+        if new != text:
+            write_atomically(kept, lambda part, new=new: part.write_text(new, encoding="utf-8"))
+            changed.append(name)
+    return changed
+
+
+def refreshed(executed: dict, lesson: dict) -> dict:
+    """The lesson's cells with the outputs of an executed copy whose code cells are the same, imports aside.
+
+    Raises:
+        ValueError: if the copy has another number of code cells.
+    """
+    ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    given = [cell for cell in ran if "injected-parameters" in cell["metadata"].get("tags", [])]
+    ran = [cell for cell in ran if cell not in given]
+    code = [cell for cell in lesson["cells"] if cell["cell_type"] == "code"]
+    if len(ran) != len(code):
+        raise ValueError(f"the executed copy has {len(ran)} code cells, its notebook {len(code)}: run it again")
+    outputs, cells = iter(ran), []
+    for cell in lesson["cells"]:
+        cells.append(cell if cell["cell_type"] != "code" else next(outputs) | {"source": cell["source"]})
+        if "parameters" in cell["metadata"].get("tags", []):
+            cells += given
+    return executed | {"cells": cells}
+
+
+def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
+    """A plan of these lessons and of those whose folders they read, with their defaults, one at a time."""
+    declared = {name: declared_parameters(path) for name, path in _lessons(root).items()}
+    home = {parameters["output_dir"].default: name for name, parameters in declared.items()}
+    needed = list(names)
+    for name in needed:  # grows while it is read
+        needed += [other for other in _inputs(declared[name], home).values() if other not in needed]
+    runs = []
+    for name in _in_order(needed, declared, home):
+        inputs = {key: _run_name(other) for key, other in _inputs(declared[name], home).items()}
+        given = HANDS.get(name, {})
+        values = {key: parameter.default for key, parameter in declared[name].items()} | given
+        runs.append(
+            PlannedRun(
+                name=_run_name(name),
+                notebook=str(Path("notebooks") / f"{name}.ipynb"),
+                given=given,
+                parameters={key: value for key, value in values.items() if key not in {"output_dir", *inputs}},
+                inputs=inputs,
+                varying={},
+                resources=Resources(cpus=os.cpu_count() or 1),  # one at a time, so that its seconds mean something
+            )
+        )
+    return Plan("reference", Path("papermill_runs") / "outputs" / "reference", tuple(runs))
+
+
+def _lessons(root: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+
+
+def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str, str]:
+    found = {key: p.default for key, p in parameters.items() if key != "output_dir" and p.type_name == "str"}
+    return {key: home[default] for key, default in found.items() if default in home}
+
+
+def _in_order(names: list[str], declared: dict, home: dict[str, str]) -> list[str]:
+    """Each after those that it reads, otherwise by number."""
+    found = []
+
+    def add(name: str) -> None:
+        for other in sorted(_inputs(declared[name], home).values()):
+            add(other)
+        if name not in found:
+            found.append(name)
+
+    for name in sorted(names):
+        add(name)
+    return found
+
+
+def _run_name(lesson: str) -> str:
+    return f"lesson_{lesson}/run"
+
+
+def make_reference(root: Path = ROOT) -> list[str]:
+    """Run what is missing or outdated and keep it; what has run in `outputs/reference` before is not run again.
+
+    Args:
+        root: the checkout, which must be the working directory.
+
+    Returns:
+        The lessons whose reference was made.
+
+    Raises:
+        ValueError: outside the checkout.
+        RuntimeError: if a lesson fails; the others are kept.
+    """
+    if Path.cwd() != root.resolve():
+        raise ValueError(f"reference runs are made in the checkout: cd {root}")
+    reference = root / "papermill_runs" / "reference"
+    _make_example(root, reference / EXAMPLE_FOLDER)
+    names = list(outdated_lessons(root))
+    if not names:
+        return []
+    plan = lesson_plan(names, root)
+    made = []
+    try:
+        run_sweep(plan, redo=True)
+    finally:
+        states = run_states(plan)
+        for name in names:
+            if states[_run_name(name)] == State("done"):
+                keep(plan.folder / _run_name(name), reference / name)
+                made.append(name)
+    return made
+
+
+def _make_example(root: Path, kept: Path) -> None:
+    """The records of a real sweep, as small files, for the notebook that reads runs."""
+    sweep = root / "papermill_runs" / "sweeps" / f"{EXAMPLE}.yaml"
+    if not sweep.is_file():
+        return
+    plan = read_sweep(sweep)
+    hashes = {run.name: source_hash(run.notebook) for run in plan.runs}
+    records = [kept / name / RECORD_NAME for name in hashes]
+    if all(p.is_file() for p in records):
+        stored = [read_json(path, "record of a run", ["source_hash"])["source_hash"] for path in records]
+        if stored == list(hashes.values()):
+            return
+    run_sweep(plan, redo=True)
+    shutil.rmtree(kept, ignore_errors=True)
+    for run in plan.runs:
+        (kept / run.name).mkdir(parents=True)
+        for name in (RECORD_NAME, "metrics.json"):
+            shutil.copyfile(plan.folder / run.name / name, kept / run.name / name)
+
+
+def keep(run: Path, kept: Path) -> None:
+    """Copy what a reader needs of a run: notebook with small figures, record, metrics, cards; all or nothing."""
+    with _replacing(kept) as part:
+        notebook = json.loads((run / "notebook.ipynb").read_text(encoding="utf-8"))
+        (part / "notebook.ipynb").write_text(json.dumps(shrink(notebook), indent=1) + "\n", encoding="utf-8")
+        cards = [path for pattern in CARDS for path in run.glob(pattern)]
+        for path in (run / RECORD_NAME, run / "metrics.json", *cards):
+            shutil.copyfile(path, part / path.name)
+
+
+@contextmanager
+def _replacing(kept: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `kept` once it is filled."""
+    part = kept.with_name(kept.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(kept, ignore_errors=True)
+    part.replace(kept)
+
+
+def keep_paper(folder: Path, kept: Path) -> list[str]:
+    """Copy numbers and tables of a replay's finished steps, and those of the whole if all ran; all or nothing.
+
+    Args:
+        folder: of the profile, see `dkto.paper.replay.run_paper`.
+        kept: where they are kept; what was there of another replay goes.
+
+    Returns:
+        The names of the steps.
+
+    Raises:
+        FileNotFoundError: if no step has finished there.
+    """
+    steps = sorted(path.parent for path in folder.glob("*/step.json"))
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no finished step of a replay (STEP/step.json)")
+    with _replacing(kept) as part:
+        for source, patterns in ((folder, (*TABLES, FIGURE)), *((step, TABLES) for step in steps)):
+            target = part / source.relative_to(folder)
+            target.mkdir(exist_ok=True)
+            for path in (path for pattern in patterns for path in source.glob(pattern) if path.name != LIKES):
+                shutil.copyfile(path, target / path.name)
+    return [path.name for path in steps]
+
+
+def shrink(notebook: dict) -> dict:
+    """The notebook with large figures in 256 colours where that is smaller, and without the state of live widgets."""
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if len(data) > 1:
+                data.pop("application/vnd.jupyter.widget-view+json", None)
+            if "image/png" in data:
+                data["image/png"] = _smaller(data["image/png"])
+    return notebook
+
+
+def _smaller(encoded: str) -> str:
+    data = base64.b64decode(encoded)
+    if len(data) < LARGE_FIGURE:
+        return encoded
+    image = Image.open(io.BytesIO(data))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
+    file = io.BytesIO()
+    flat.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode() if len(file.getvalue()) < len(data) else encoded
+
+
+if __name__ == "__main__":
+    try:
+        if len(sys.argv) > 1:
+            found = keep_paper(Path(sys.argv[1]), ROOT / "papermill_runs" / "reference" / PAPER)
+            print(f"steps kept: {', '.join(found)}")
+        else:
+            print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
+            print(f"refreshed without running: {', '.join(refresh()) or 'none'}")
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"dkto: {error}")

@@ -1,0 +1,13 @@
+"""The small world: scenes with captions, their painter, the exact judge, and simulated users. Weights lie beside it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "scenes": ["parse", "prompts_for"],
+        "sessions": ["session_pairs"],
+        "truth": ["aesthetics", "judge"],
+        "users": ["USERS", "tint_red"],
+    },
+)

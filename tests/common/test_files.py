@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dkto.common.files import claim, keep_records, read_json, read_records, write_json
+from dkto.common.machine import accelerators, hardware, peak_memory_mb, versions
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"a": 1', "Expecting ',' delimiter"),
+        ("\xff", "'utf-8' codec can't decode"),
+        ("[1]", r"expected an object, got \[1\]"),
+        ('{"b": 1}', "a is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_said_with_its_name(text, problem, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"run\.json is no record of a run: {problem}"):
+        read_json(path, "record of a run", ["a"])
+    path.write_text('{"a": 1}')
+    assert read_json(path, "record of a run", ["a"]) == {"a": 1}
+    with pytest.raises(FileNotFoundError, match=r"no\.json"):
+        read_json(tmp_path / "no.json", "record of a run")
+
+
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 1}\n{"global_step": 2}\n{"global_st')
+    assert [r["global_step"] for r in read_records(path)] == [1, 2]
+    keep_records(path, 1)
+    assert path.read_text() == '{"global_step": 1}\n'
+    keep_records(tmp_path / "none.jsonl", 1)
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    claim(tmp_path / "m.json", {"seed": 0, "prompts": ["a"]}, "images")
+    claim(tmp_path / "m.json", {"seed": 0, "prompts": ["a"]}, "images")
+    with pytest.raises(ValueError, match=r"holds images of another run \(seed, prompts differ\)"):
+        claim(tmp_path / "m.json", {"seed": 1, "prompts": ["b"]}, "images")
+
+
+def test_versions_and_hardware_are_named():
+    assert {"python", "dkto", "torch", "diffusers"} <= set(versions())
+    assert hardware()["cores"] >= 1
+
+
+def test_cards_are_named_without_loading_torch(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho NVIDIA A100\necho NVIDIA A100\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert accelerators() == ["NVIDIA A100", "NVIDIA A100"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    found = hardware()
+    assert found["accelerators"] == "NVIDIA A100, NVIDIA A100" and found["visible_accelerators"] == "1"
+    command.write_text("#!/bin/sh\nexit 9\n")
+    assert accelerators() == []
+
+
+def test_peak_memory_is_of_this_program_alone(tmp_path):
+    """The parent holds 300 MB when it starts a program that holds little."""
+    code = "from dkto.common.machine import peak_memory_mb; print(peak_memory_mb())"
+    held = b"x" * (300 * 2**20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 < float(done.stdout) < 250 < peak_memory_mb() and held

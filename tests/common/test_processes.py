@@ -1,0 +1,138 @@
+"""Locks and parental death, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from dkto.common.processes import PARENT_VARIABLE, graphics_cards, has_writer, sole_writer
+
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom dkto.common.processes import sole_writer\n"
+HOLD += "with sole_writer(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+
+
+def start(code, *arguments, **more):
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, **more
+    )
+    process.line = process.stdout.readline().strip()
+    return process
+
+
+def end(process):
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_folder_has_one_writer_until_its_process_ends_however_it_ends(tmp_path):
+    folder = tmp_path / "run"
+    assert not has_writer(folder)
+    process = start(HOLD, folder)
+    assert process.line == "held" and has_writer(folder)
+    with (
+        pytest.raises(BlockingIOError, match=rf"run is being written by process {process.pid} on \S+: wait for it"),
+        sole_writer(folder),
+    ):
+        pass
+    end(process)
+    assert not has_writer(folder)
+    with sole_writer(folder):
+        assert has_writer(folder)
+    assert not has_writer(folder)
+
+
+def test_patience_waits_for_a_writer_that_is_about_to_end(tmp_path):
+    process = start(HOLD.replace("60", "1"), tmp_path)
+    began = time.monotonic()
+    with sole_writer(tmp_path, patience=20):
+        assert 0.2 < time.monotonic() - began < 15
+    end(process)
+
+
+CARDS = "import sys, time\nfrom pathlib import Path\nfrom dkto.common.processes import graphics_cards\n"
+CARDS += "with graphics_cards(int(sys.argv[2]), ['0', '1', 'GPU-ab'], Path(sys.argv[1])) as mine:\n"
+CARDS += "    print(','.join(mine), flush=True)\n    time.sleep(float(sys.argv[3]))\n"
+
+
+def test_two_runs_never_hold_one_card_and_a_killed_one_gives_it_back(tmp_path):
+    first, second = start(CARDS, tmp_path, 1, 60), start(CARDS, tmp_path, 1, 60)
+    assert [first.line, second.line] == ["0", "1"]
+    end(first)
+    third = start(CARDS, tmp_path, 2, 0)
+    assert third.line == "0,GPU-ab"
+    for process in (second, third):
+        end(process)
+
+
+def test_runs_that_want_several_cards_wait_in_turn_and_never_for_each_other(tmp_path):
+    first = start(CARDS, tmp_path, 2, 1)
+    others = [
+        subprocess.Popen([sys.executable, "-c", CARDS, str(tmp_path), "2", "0.2"], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert all(len(process.communicate(timeout=60)[0].strip().split(",")) == 2 for process in others)
+    end(first)
+
+
+def test_more_cards_than_there_are_is_refused(tmp_path):
+    sentence = "gpus must be between 0 and 1, the number of cards here, got 2"
+    with pytest.raises(ValueError, match=sentence), graphics_cards(2, ["0"], tmp_path):
+        pass
+    with graphics_cards(0, [], tmp_path) as mine:
+        assert mine == []
+
+
+CHILD = """
+import os, subprocess, sys, time
+code = "from dkto.common.processes import die_with_engine as d; d(); print(1, flush=True); import time; time.sleep(60)"
+environment = os.environ | {"DKTO_PARENT": str(os.getpid())}
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
+def test_a_run_dies_with_its_engine(tmp_path):
+    engine = start(CHILD)
+    child = psutil.Process(int(engine.line))
+    engine.send_signal(signal.SIGKILL)
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    end(engine)
+
+
+def test_a_run_whose_engine_has_ended_already_does_not_start():
+    code = "from dkto.common.processes import die_with_engine; die_with_engine(); print('started')"
+    environment = os.environ | {PARENT_VARIABLE: "1" if os.getpid() != 1 else "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "which started this run, has ended" in done.stderr
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dkto.processes import start_worker
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the request is Linux's")
+def test_the_worker_of_a_pool_ends_with_a_killed_process(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(process.stdout.readline()))
+    assert worker.is_running()
+    end(process)
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running()

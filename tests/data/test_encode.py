@@ -1,0 +1,400 @@
+"""The way to disk and back, with a real tiny pipeline, real processes really killed, and folders of a million rows."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dkto.data.encode import prepare_feedback, to_pixel_values
+from dkto.data.encoded import PreparedFeedback, shard_path
+from dkto.data.feedback import make_feedback, write_feedback
+from dkto.data.images import load_image
+from dkto.models import load_model
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="children and memory are read in /proc")
+
+
+def test_pixel_values_are_centred_and_scaled():
+    picture = Image.new("RGB", (40, 20), (255, 0, 127))
+    values = to_pixel_values(picture, 10)
+    assert values.shape == (3, 10, 10)
+    torch.testing.assert_close(values.mean((1, 2)), torch.tensor([1.0, -1.0, -0.0039]), atol=1e-3, rtol=0)
+
+
+def test_latents_are_the_vaes_own(prepared, likes, tiny_pipeline):
+    model = load_model(str(tiny_pipeline))
+    data = PreparedFeedback(prepared, model)
+    mean, std = data.latents(np.array([5, 0]))
+    picture = to_pixel_values(load_image(likes.images[5]), 16)[None]
+    expected_mean, expected_std = model.encode_images(model.load_vae(), picture)
+    torch.testing.assert_close(mean[:1], expected_mean, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(std[:1], expected_std, atol=2e-3, rtol=2e-3)
+    assert data.is_desirable.tolist() == likes.is_desirable.tolist() and len(data) == 12
+
+
+def test_a_picture_that_was_compared_several_times_is_encoded_once(likes, tiny_pipeline, tmp_path, monkeypatch):
+    decoded = []
+
+    def load(path):
+        decoded.append(path)
+        if Path(path) == likes.images[3]:
+            raise ValueError(f"image {path} is broken")
+        return load_image(path)
+
+    monkeypatch.setattr("dkto.data.images.load_image", load)
+    twice = make_feedback([*likes.images] * 2, [*likes.prompts] * 2, [*likes.is_desirable, *~likes.is_desirable])
+    with pytest.warns(UserWarning, match="2 of 24 images are set aside"):
+        folder = prepare_feedback(twice, tmp_path, str(tiny_pipeline))
+    assert len(decoded) == len(likes) == 12
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in skipped] == [4, 16]
+    data = PreparedFeedback(folder, load_model(str(tiny_pipeline)))
+    first, second = data.latents(np.arange(11))[0], data.latents(np.arange(11, 22))[0]
+    assert torch.equal(first, second) and len(first.unique(dim=0)) == 11
+    assert (data.is_desirable[:11] != data.is_desirable[11:]).all()
+
+
+def test_prompts_are_encoded_once_with_the_empty_one_first(prepared, likes, tiny_pipeline):
+    model = load_model(str(tiny_pipeline))
+    stored = load_file(prepared / "prompts-00000.safetensors")["encoder_hidden_states"]
+    assert stored.shape == (4, 24, 16)
+    expected = model.encode_prompts(*model.load_text(), ["", likes.prompts[2]])["encoder_hidden_states"]
+    data = PreparedFeedback(prepared, model)
+    torch.testing.assert_close(stored[0].float(), expected[0], atol=2e-3, rtol=2e-3)
+    rows = data.conditioning(np.array([2]))["encoder_hidden_states"]
+    torch.testing.assert_close(rows[0], expected[1], atol=2e-3, rtol=2e-3)
+
+
+def test_a_second_call_does_only_what_is_missing(likes, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.data.encode.SHARD_ROWS", 5)
+    folder = prepare_feedback(likes, tmp_path / "p", str(tiny_pipeline))
+    shards = sorted(folder.glob("latents-*.safetensors"))
+    assert len(shards) == 3
+    before = [path.stat().st_mtime_ns for path in shards]
+    whole = shards[1].read_bytes()
+    shards[1].unlink()
+    prepare_feedback(likes, folder, str(tiny_pipeline))
+    after = [path.stat().st_mtime_ns for path in shards]
+    assert after[0] == before[0] and after[2] == before[2] and after[1] != before[1]
+    assert shards[1].read_bytes() == whole
+    mean, _ = PreparedFeedback(folder, load_model(str(tiny_pipeline))).latents(np.arange(12))
+    assert mean.shape == (12, 4, 8, 8)
+
+
+def test_other_comparisons_of_the_same_likes_are_other_feedback(likes, tiny_pipeline, tmp_path):
+    prepare_feedback(likes, tmp_path, str(tiny_pipeline))
+    other = replace(likes, pair_ids=np.arange(len(likes)) // 2)
+    with pytest.raises(ValueError, match="holds encoded feedback of another run"):
+        prepare_feedback(other, tmp_path, str(tiny_pipeline))
+
+
+def test_a_thread_of_pixels_is_refused_before_it_is_blown_up():
+    with pytest.raises(ValueError, match="image of 1 x 20000 pixels is too long: 512 x 10240000 at 512"):
+        to_pixel_values(Image.new("RGB", (1, 20_000)), 512)
+
+
+@pytest.fixture
+def spoilt(likes, tmp_path):
+    """Twelve rows of which the second is no picture, the fifth is cut short and the eighth is not there."""
+    folder = tmp_path / "spoilt"
+    folder.mkdir()
+    paths = [shutil.copy(path, folder / path.name) for path in likes.images]
+    paths[1].write_bytes(b"not a picture")
+    paths[4].write_bytes(paths[4].read_bytes()[:200])
+    paths[7].unlink()
+    return make_feedback(paths, likes.prompts, likes.is_desirable.tolist(), pair_ids=[i // 2 for i in range(12)])
+
+
+def test_images_that_cannot_be_read_are_set_aside(spoilt, likes, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.data.encode.SHARD_ROWS", 5)
+    with pytest.warns(UserWarning, match=r"3 of 12 images are set aside, see .*skipped\.jsonl"):
+        folder = prepare_feedback(spoilt, tmp_path / "p", str(tiny_pipeline), batch_size=2)
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in skipped] == [2, 5, 8]
+    assert skipped[0]["image"] == str(spoilt.images[1]) and "cannot be read" in skipped[0]["reason"]
+    assert "does not exist" in skipped[2]["reason"]
+    data, kept = PreparedFeedback(folder, load_model(str(tiny_pipeline))), [0, 2, 3, 5, 6, 8, 9, 10, 11]
+    assert data.is_desirable.tolist() == spoilt.is_desirable[kept].tolist()
+    assert data.pairs.tolist() == [[1, 2], [5, 6], [7, 8]], "pairs of rows 2-3, 8-9 and 10-11 by their new numbers"
+    whole = PreparedFeedback(
+        prepare_feedback(likes, tmp_path / "w", str(tiny_pipeline)), load_model(str(tiny_pipeline))
+    )
+    for part, expected in zip(data.latents(np.arange(9)), whole.latents(np.array(kept)), strict=True):
+        torch.testing.assert_close(part, expected, atol=2e-3, rtol=2e-3)
+    for name, values in data.conditioning(np.arange(9)).items():
+        torch.testing.assert_close(values, whole.conditioning(np.array(kept))[name])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rows"], summary["kept"], summary["skipped"], summary["desirable"]) == (12, 9, 3, 5)
+
+
+def test_strict_raises_at_the_first_and_leaves_nothing_half_written(spoilt, tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"image .*01\.png cannot be read"):
+        prepare_feedback(spoilt, tmp_path / "p", str(tiny_pipeline), strict=True)
+    assert not list((tmp_path / "p").glob("latents-*"))
+    with pytest.warns(UserWarning, match="3 of 12"):
+        prepare_feedback(spoilt, tmp_path / "p", str(tiny_pipeline))
+    with pytest.raises(ValueError, match=r"3 of 12 images cannot be used; the first: image .*01\.png cannot be read"):
+        prepare_feedback(spoilt, tmp_path / "p", str(tiny_pipeline), strict=True)
+    with pytest.raises(ValueError, match=r"1 of 1 images cannot be used; the first: image .*01\.png"):
+        prepare_feedback(spoilt.subset([1]), tmp_path / "q", str(tiny_pipeline))
+
+
+def test_an_image_whose_latents_are_not_finite_is_set_aside(likes, tiny_pipeline, tmp_path, monkeypatch):
+    from dkto.models import StableDiffusion
+
+    encode = StableDiffusion.encode_images
+
+    def burst(self, vae, pixel_values):
+        mean, std = encode(self, vae, pixel_values)
+        return torch.where(pixel_values.mean((1, 2, 3), keepdim=True) > 0, mean, torch.inf), std
+
+    monkeypatch.setattr(StableDiffusion, "encode_images", burst)
+    with pytest.warns(UserWarning, match="6 of 12 images are set aside"):
+        folder = prepare_feedback(likes, tmp_path, str(tiny_pipeline))
+    reasons = [json.loads(line)["reason"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert all("the VAE's output is not finite" in reason for reason in reasons)
+    with pytest.raises(ValueError, match="the VAE's output is not finite"):
+        prepare_feedback(likes, tmp_path / "strict", str(tiny_pipeline), strict=True)
+
+
+def test_long_prompts_are_cut_counted_and_listed(likes, tiny_pipeline, tmp_path):
+    table = replace(likes, prompts=("a red star " * 20, *likes.prompts[1:]))
+    with pytest.warns(UserWarning, match=r"1 of 5 prompts are longer than the text encoder takes and are cut, see .*"):
+        folder = prepare_feedback(table, tmp_path, str(tiny_pipeline))
+    (line,) = [json.loads(text) for text in (folder / "truncated.jsonl").read_text().splitlines()]
+    prompts = pd.read_parquet(folder / "prompts.parquet")["prompt"]
+    assert prompts[line["prompt_id"]] == table.prompts[0] and prompts[0] == ""
+    assert re.match(r"\d+ tokens, 24 are taken: a red star", line["tokens"])
+    assert json.loads((folder / "summary.json").read_text())["truncated"] == 1
+
+
+def test_mirrored_images_are_there_when_asked_for(likes, prepared, tiny_pipeline, tmp_path):
+    model = load_model(str(tiny_pipeline))
+    data = PreparedFeedback(prepare_feedback(likes, tmp_path, str(tiny_pipeline), flip=True), model)
+    mean, std = data.latents(np.array([3, 3]), np.array([False, True]))
+    pixel_values = to_pixel_values(load_image(likes.images[3]), 16)[None]
+    for row, side in ((0, pixel_values), (1, pixel_values.flip(-1))):
+        for found, expected in zip((mean, std), model.encode_images(model.load_vae(), side), strict=True):
+            torch.testing.assert_close(found[row], expected[0], atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(mean[0], mean[1], atol=1e-2)
+    plain = PreparedFeedback(prepared, model)
+    assert data.has_flips and not plain.has_flips
+    plain.latents(np.array([3]), np.array([False]))
+    with pytest.raises(ValueError, match="holds no mirrored images: prepare it with flip=True"):
+        plain.latents(np.array([3]), np.array([True]))
+    with pytest.raises(ValueError, match=r"\(flip differ\)"):
+        prepare_feedback(likes, prepared, str(tiny_pipeline), flip=True)
+
+
+def test_dropped_prompts_are_the_empty_one(prepared, tiny_pipeline):
+    data = PreparedFeedback(prepared, load_model(str(tiny_pipeline)))
+    rows, dropped = np.array([0, 1, 2]), np.array([False, True, False])
+    plain, found = (data.conditioning(rows, d)["encoder_hidden_states"] for d in (None, dropped))
+    empty = load_file(prepared / "prompts-00000.safetensors")["encoder_hidden_states"][0].float()
+    torch.testing.assert_close(found, torch.stack([plain[0], empty, plain[2]]))
+
+
+def test_a_model_that_is_told_of_sizes_gets_them(likes, prepared, tiny_pipeline):
+    """SDXL's time ids are made of the original size and the crop; pictures here are 24 x 20, shown at 16 x 16."""
+    model = load_model(str(tiny_pipeline))
+    model.image_conditioning = lambda sizes: {"time_ids": torch.cat([sizes, torch.full((len(sizes), 2), 16)], 1)}
+    found = PreparedFeedback(prepared, model).conditioning(np.array([4, 0]))
+    assert found.keys() == {"encoder_hidden_states", "time_ids"}
+    assert found["time_ids"].tolist() == [[20, 24, 0, 1, 16, 16]] * 2
+
+
+def test_csft_prompts_carry_the_like_and_may_be_asked_for_later(likes, tiny_pipeline, tmp_path):
+    model = load_model(str(tiny_pipeline))
+    folder = prepare_feedback(likes, tmp_path, str(tiny_pipeline))
+    tokenizer, encoder = model.load_text()
+    rows, dropped = np.array([0, 1, 3, 5]), np.array([False, False, False, True])
+    with pytest.raises(FileNotFoundError, match="run prepare again with csft='prefix'"):
+        PreparedFeedback(folder, model).conditioning(rows, csft="prefix")
+    for style, (liked, disliked) in {
+        "prefix": ("good image, ", "bad image, "),
+        "negative": ("", "Weird image. "),
+    }.items():
+        prepare_feedback(likes, folder, str(tiny_pipeline), csft=style)
+        found = PreparedFeedback(folder, model).conditioning(rows, dropped, csft=style)
+        texts = [liked + "a picture 0", disliked + "a picture 1", disliked + "a picture 0", ""]
+        expected = model.encode_prompts(tokenizer, encoder, texts)
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="csft must be one of prefix, negative, got 'suffix'"):
+        prepare_feedback(likes, folder, str(tiny_pipeline), csft="suffix")
+    with pytest.raises(ValueError, match="feedback must hold at least one image to encode, got none"):
+        prepare_feedback(likes.subset([]), folder, str(tiny_pipeline))
+
+
+def test_pairs_have_one_liked_and_one_disliked_side(likes, tiny_pipeline, tmp_path):
+    """A ranking of three gives every liked side over every disliked one; likes alone give none."""
+    numbers = [0, 0, 1, 1, 1, 2, 3, -1, 3, -1, -1, -1]
+    table = replace(likes, pair_ids=np.array(numbers))
+    data = PreparedFeedback(prepare_feedback(table, tmp_path, str(tiny_pipeline)), load_model(str(tiny_pipeline)))
+    assert sorted(map(tuple, data.pairs.tolist())) == [(0, 1), (2, 3), (4, 3)]
+
+
+SLOW_PREPARE = """
+import sys, time
+import dkto.prepare as prepare
+from dkto.feedback import read_feedback
+prepare.SHARD_ROWS = prepare.PROMPT_SHARD_ROWS = 2
+run = prepare._Job.run
+def slowly(self, task):
+    time.sleep(float(sys.argv[4]))
+    run(self, task)
+prepare._Job.run = slowly
+if __name__ == "__main__":
+    prepare.prepare_feedback(read_feedback(sys.argv[1]), sys.argv[2], sys.argv[3], num_processes=int(sys.argv[5]))
+"""
+
+
+def assert_same_shards(folder, expected):
+    """Equal but for the last bit, which the number of CPU threads may change."""
+    names = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == names and len(names) == 8
+    for name in names:
+        torch.testing.assert_close(load_file(folder / name), load_file(expected / name), atol=2e-3, rtol=2e-3)
+    assert (folder / "index.parquet").read_bytes() == (expected / "index.parquet").read_bytes()
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("dkto.data.encode.SHARD_ROWS", 2)
+    monkeypatch.setattr("dkto.data.encode.PROMPT_SHARD_ROWS", 2)
+
+
+@pytest.fixture(scope="module")
+def whole(likes, tiny_pipeline, tmp_path_factory):
+    """What one process writes that nobody kills."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dkto.data.encode.SHARD_ROWS", 2)
+        patch.setattr("dkto.data.encode.PROMPT_SHARD_ROWS", 2)
+        return prepare_feedback(likes, tmp_path_factory.mktemp("whole"), str(tiny_pipeline))
+
+
+def slow_call(likes, model, output_dir, seconds, processes):
+    table = write_feedback(likes, likes.images[0].parent / "likes.csv")
+    script = output_dir.with_name("slow.py")
+    script.write_text(SLOW_PREPARE)
+    return [str(script), str(table), str(output_dir), str(model), str(seconds), str(processes)]
+
+
+@needs_proc
+def test_a_kill_loses_no_shard_and_leaves_no_worker(likes, tiny_pipeline, tmp_path, whole, small_shards):
+    """SIGKILL to a run of two workers in the middle; they end with it; a second call encodes only what is missing."""
+    cut = tmp_path / "cut"
+    call = [sys.executable, *slow_call(likes, tiny_pipeline, cut, 0.5, 2)]
+    process = subprocess.Popen(call, stderr=subprocess.DEVNULL)
+    while len(list(cut.glob("*.safetensors"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(map(_alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) >= 2 and not any(map(_alive, children)), "a worker outlives the process that started it"
+    before = {path: path.stat().st_mtime_ns for path in cut.glob("*.safetensors")}
+    assert 3 <= len(before) < 8
+    with pytest.raises(FileNotFoundError, match=r"is not complete \(latents-0000\d\.safetensors is missing\)"):
+        PreparedFeedback(cut, load_model(str(tiny_pipeline)))
+    prepare_feedback(likes, cut, str(tiny_pipeline))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_same_shards(cut, whole)
+
+
+def _alive(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_two_launched_processes_share_the_shards(likes, tiny_pipeline, tmp_path, whole, monkeypatch):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    call = [*launch, *slow_call(likes, tiny_pipeline, tmp_path / "launched", 0, 1)]
+    done = subprocess.run(call, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_shards(tmp_path / "launched", whole)
+
+
+def test_launched_processes_start_no_others(likes, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.data.encode._Launch", lambda: SimpleNamespace(count=2, rank=1))
+    with pytest.raises(ValueError, match="num_processes must be 1 among 2 launched processes, got 3"):
+        prepare_feedback(likes, tmp_path, num_processes=3)
+
+
+def test_another_vae_is_noticed(likes, prepared, tiny_pipeline, tmp_path):
+    other = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    path = other / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.weight"] *= 1.01
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"was prepared with the VAE and text encoder .* prepare again"):
+        PreparedFeedback(prepared, load_model(str(other)))
+    with pytest.raises(ValueError, match=r"\(model differ\)"):
+        prepare_feedback(likes, prepared, str(other))
+
+
+MEASURE_START = """
+import re, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from dkto.feedback import BiasedSampler
+from dkto.models import load_model
+from dkto.prepare import PreparedFeedback
+model = load_model(sys.argv[2])
+read = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before, began = read("VmRSS"), time.process_time()
+data = PreparedFeedback(sys.argv[1], model)
+rows = BiasedSampler(data.is_desirable, 0.8, 0).rows(0, 32)
+seconds, grown = time.process_time() - began, read("VmHWM") - before
+data.latents(rows), data.conditioning(rows)
+print(len(data), seconds, grown)
+"""
+
+
+@needs_proc
+def test_a_million_rows_are_opened_at_once(prepared, tiny_pipeline, tmp_path, sparse_copy):
+    """The whole of Pick-a-Pic: 928,068 rows, as many as the paper counts, in sparse shards."""
+    folder = sparse_copy(prepared, tmp_path / "million", 928_068)
+    call = [sys.executable, "-c", MEASURE_START, str(folder), str(tiny_pipeline)]
+    rows, seconds, grown = subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()
+    assert int(rows) == 928_068
+    assert float(grown) < 150, f"{grown} MB"
+    assert float(seconds) < 1, f"{seconds} CPU seconds"
+    assert shard_path(folder, "latents", 1812).exists() and os.stat(folder / "index.parquet").st_size < 10_000_000
+
+
+def test_a_folder_of_other_feedback_is_refused(prepared, likes, tiny_pipeline):
+    with pytest.raises(ValueError, match=r"holds encoded feedback of another run \(feedback differ\)"):
+        prepare_feedback(likes.shuffled_likes(1), prepared, str(tiny_pipeline))
+
+
+def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline, tmp_path):
+    model = load_model(str(tiny_pipeline))
+    with pytest.raises(FileNotFoundError, match=r"prepared\.json is missing"):
+        PreparedFeedback(tmp_path, model)
+    about = json.loads((prepared / "prepared.json").read_text())
+    (tmp_path / "prepared.json").write_text(json.dumps(about))
+    with pytest.raises(FileNotFoundError, match=r"latents-00000\.safetensors is missing"):
+        PreparedFeedback(tmp_path, model)
+    (tmp_path / "prepared.json").write_text(json.dumps(about | {"model": "other"}))
+    with pytest.raises(ValueError, match="was prepared with the VAE and text encoder other"):
+        PreparedFeedback(tmp_path, model)

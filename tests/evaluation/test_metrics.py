@@ -1,0 +1,254 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dkto.evaluation.metrics import (
+    agreement,
+    diversity,
+    drift,
+    median_of_images,
+    paired_bootstrap,
+    sign_test,
+    wilson_interval,
+    win_rate,
+)
+from dkto.objective.accuracy import implicit_accuracy, reward_margin
+
+LIKED = torch.tensor([True, True, False, False])
+SCORES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40)
+
+
+# --- during training
+
+
+def test_the_three_accuracies_by_hand():
+    reward = torch.tensor([3.0, 1.0, 2.0, -1.0], dtype=torch.float64)
+    assert implicit_accuracy(reward, LIKED, definition="sample").item() == 0.75
+    assert implicit_accuracy(reward, LIKED, definition="sample_centred", reference_point=2.5).item() == 0.75
+    assert implicit_accuracy(reward, LIKED, definition="sample_centred", reference_point=1.5).item() == 0.5
+    pairs = implicit_accuracy(reward[:2], definition="pair", rejected_reward=reward[2:])
+    assert pairs.item() == 1.0
+    assert pairs.dtype == torch.float64
+
+
+def test_only_the_centred_accuracy_looks_at_the_reference_point():
+    reward = torch.tensor([3.0, 1.0, 2.0, -1.0])
+    assert implicit_accuracy(reward, LIKED, definition="sample", reference_point=99.0).item() == 0.75
+
+
+def test_ties_count_half_in_pairs_and_not_at_all_in_samples():
+    """Before the first step policy = reference: chance by pairs, 0 by samples."""
+    zeros = torch.zeros(4)
+    assert implicit_accuracy(zeros, definition="pair", rejected_reward=zeros).item() == 0.5
+    assert implicit_accuracy(zeros, LIKED, definition="sample").item() == 0.0
+    assert implicit_accuracy(zeros + 2, LIKED, definition="sample_centred", reference_point=2.0).item() == 0.0
+
+
+def test_accuracy_and_margin_of_an_ensemble_equal_a_loop():
+    reward = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    liked = reward.roll(1, -1) > 0
+    point = reward.mean(-1)
+    for i in range(2):
+        for j in range(3):
+            one, labels = reward[i, j], liked[i, j]
+            for definition in ("sample", "sample_centred"):
+                many = implicit_accuracy(reward, liked, definition=definition, reference_point=point)
+                alone = implicit_accuracy(one, labels, definition=definition, reference_point=point[i, j])
+                assert many[i, j] == alone
+            many = implicit_accuracy(reward, definition="pair", rejected_reward=reward.flip(-1))
+            assert many[i, j] == implicit_accuracy(one, definition="pair", rejected_reward=one.flip(-1))
+            assert reward_margin(reward, liked)[i, j] == reward_margin(one, labels)
+
+
+def test_a_diverged_member_shows_as_nan_and_leaves_the_others_alone():
+    reward = torch.tensor([[1.0, 1.0, -1.0, torch.nan], [1.0, 1.0, -1.0, -1.0]])
+    liked = LIKED.expand(2, 4)
+    for definition in ("sample", "sample_centred"):
+        accuracy = implicit_accuracy(reward, liked, definition=definition)
+        assert accuracy.isnan().tolist() == [True, False]
+        assert accuracy[1] == 1.0
+    pair = implicit_accuracy(torch.ones(2, 4), definition="pair", rejected_reward=reward)
+    assert pair.isnan().tolist() == [True, False]
+    assert reward_margin(reward, liked).isnan().tolist() == [True, False]
+
+
+def test_margin_by_hand():
+    assert reward_margin(torch.tensor([4.0, 2.0, 1.0, -5.0]), LIKED).item() == 5.0
+    assert reward_margin(torch.tensor([4.0, 2.0]), torch.tensor([True, True])).isnan()
+
+
+# --- win-rates
+
+
+@settings(deadline=None, max_examples=50)
+@given(SCORES)
+def test_win_rate_counts_every_prompt_once(scores):
+    ours, theirs = np.array(scores).T
+    result, mirrored = win_rate(ours, theirs), win_rate(theirs, ours)
+    assert result.wins + result.ties + result.losses == result.n == len(scores)
+    assert result.rate == (result.wins + 0.5 * result.ties) / result.n
+    assert 0 <= result.low <= result.rate <= result.high <= 1
+    assert (mirrored.wins, mirrored.losses, mirrored.ties) == (result.losses, result.wins, result.ties)
+    assert mirrored.rate == pytest.approx(1 - result.rate)
+    assert (mirrored.low, mirrored.high) == pytest.approx((1 - result.high, 1 - result.low))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_wilson_interval_equals_scipys_on_whole_counts(counts, confidence):
+    expected = stats.binomtest(*counts).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(*counts, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), st.floats(0, 1))
+def test_the_ends_of_a_wilson_interval_solve_the_score_equation(n, rate):
+    z = stats.norm.ppf(0.975)
+    for end in wilson_interval(rate * n, n):
+        assert abs(rate - end) == pytest.approx(z * (end * (1 - end) / n) ** 0.5, abs=1e-7)
+
+
+def test_the_interval_of_no_win_and_of_wins_only_reaches_the_rate_exactly():
+    for n in range(1, 200):
+        assert wilson_interval(0, n)[0] == 0.0
+        assert wilson_interval(n, n)[1] == 1.0
+
+
+def test_a_half_win_lies_between_its_neighbours():
+    low = [wilson_interval(successes, 20)[0] for successes in (12, 12.5, 13)]
+    high = [wilson_interval(successes, 20)[1] for successes in (12, 12.5, 13)]
+    assert low == sorted(low)
+    assert high == sorted(high)
+    assert len({*low, *high}) == 6
+
+
+def test_a_win_rate_reads_as_one_line():
+    ours = np.array([1.0] * 46 + [0.0] * 2 + [0.5] * 2)
+    assert str(win_rate(ours, np.full(50, 0.5))) == "94 % [84, 98] n=50"
+
+
+@settings(deadline=None, max_examples=50)
+@given(SCORES)
+def test_sign_test_is_the_binomial_test_without_ties(scores):
+    ours, theirs = np.array(scores).T
+    wins, losses = sum(a > b for a, b in scores), sum(a < b for a, b in scores)
+    expected = stats.binomtest(int(wins), int(wins + losses)).pvalue if wins + losses else 1.0
+    assert sign_test(ours, theirs) == pytest.approx(expected)
+
+
+def test_sign_test_by_hand():
+    assert sign_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]) == pytest.approx(2 / 2**5)
+    assert sign_test([1, 2], [1, 2]) == 1.0
+
+
+def test_paired_bootstrap_covers_the_normal_interval_of_a_large_sample():
+    generator = np.random.default_rng(0)
+    theirs = generator.normal(size=2000)
+    ours = theirs + generator.normal(0.3, 1.0, size=2000)  # paired: the prompts' own spread cancels
+    result = paired_bootstrap(ours, theirs)
+    standard_error = np.std(ours - theirs) / 2000**0.5
+    assert result.mean == pytest.approx(np.mean(ours - theirs))
+    assert result.low == pytest.approx(result.mean - 1.96 * standard_error, abs=0.2 * standard_error)
+    assert result.high == pytest.approx(result.mean + 1.96 * standard_error, abs=0.2 * standard_error)
+    narrower = paired_bootstrap(ours, theirs, confidence=0.5)
+    assert result.low < narrower.low < narrower.high < result.high
+
+
+def test_paired_bootstrap_is_repeatable():
+    ours, theirs = np.random.default_rng(1).normal(size=(2, 30))
+    assert paired_bootstrap(ours, theirs, seed=3) == paired_bootstrap(ours, theirs, seed=3)
+    assert paired_bootstrap(ours, theirs, seed=3) != paired_bootstrap(ours, theirs, seed=4)
+
+
+# --- pictures
+
+
+def test_the_median_image_exists_and_is_the_lower_middle_one_of_an_even_number():
+    values, which = median_of_images([[5.0, 1.0, 3.0, 2.0], [1.0, 2.0, 2.0, 9.0]])
+    assert values.tolist() == [2.0, 2.0]
+    assert which.tolist() == [3, 1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_the_median_of_five_is_numpys(scores):
+    values, which = median_of_images(scores)
+    assert values.tolist() == np.median(scores, axis=1).tolist()
+    assert [row[i] for row, i in zip(scores, which, strict=True)] == values.tolist()
+
+
+def test_drift_and_diversity_by_hand():
+    black, grey, white = (np.full((4, 4, 3), value, np.uint8) for value in (0, 51, 255))
+    assert drift(np.stack([grey, white]), np.stack([black, black])) == pytest.approx((0.2 + 1) / 2)
+    assert drift(np.stack([black]), np.stack([white])) == 1.0  # no wrap-around of unsigned numbers
+    assert diversity(np.stack([black, grey, white])[None]) == pytest.approx((0.2 + 1 + 0.8) / 3)
+    assert diversity(np.stack([grey, grey])[None]) == 0.0
+
+
+def test_diversity_does_not_see_the_difference_between_prompts():
+    black, white = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
+    assert diversity(np.stack([black, white])) == 0.0
+
+
+# --- wrong arguments
+
+
+R = torch.zeros(4)
+PIXELS = np.zeros((2, 3, 3, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: implicit_accuracy(R, LIKED, definition="acc"), "unknown definition 'acc'; known: pair, sample,"),
+        (lambda: implicit_accuracy(R, definition="sample"), "definition 'sample' needs is_desirable"),
+        (lambda: implicit_accuracy(R, definition="sample_centred"), "definition 'sample_centred' needs is_desirable"),
+        (lambda: implicit_accuracy(R, LIKED, definition="pair"), "definition 'pair' needs rejected_reward"),
+        (
+            lambda: implicit_accuracy(R, definition="pair", rejected_reward=R[:2]),
+            "rejected_reward must have the shape of reward (4,), got (2,)",
+        ),
+        (
+            lambda: implicit_accuracy(R, LIKED.long(), definition="sample"),
+            "is_desirable must be bool of shape (4,), got int64 of shape (4,)",
+        ),
+        (lambda: reward_margin(R, LIKED[:2]), "is_desirable must be bool of shape (4,), got bool of shape (2,)"),
+        (lambda: win_rate([1, 2], [1]), "scores must be two lists of equal length, got shapes (2,) and (1,)"),
+        (lambda: win_rate([], []), "scores must be two lists of equal length, got shapes (0,) and (0,)"),
+        (lambda: win_rate([[1]], [[1]]), "scores must be two lists of equal length, got shapes (1, 1) and (1, 1)"),
+        (lambda: win_rate([1, 2], [1, np.nan]), "score 1 of theirs is not finite"),
+        (lambda: sign_test([np.inf], [1]), "score 0 of ours is not finite"),
+        (lambda: win_rate([1], [2], confidence=95), "confidence must be in (0, 1), got 95"),
+        (lambda: wilson_interval(0, 0), "n must be at least 1, got 0"),
+        (lambda: wilson_interval(5.5, 5), "successes must be in [0, 5], got 5.5"),
+        (lambda: paired_bootstrap([1], [2]), "paired_bootstrap needs at least 2 prompts, got 1"),
+        (lambda: paired_bootstrap([1, 2], [2, 3], confidence=1), "confidence must be in (0, 1), got 1"),
+        (lambda: median_of_images([1.0, 2.0]), "scores must have shape (prompts, images), got (2,)"),
+        (lambda: median_of_images([[1.0, 2.0], [np.nan, 1.0]]), "score of prompt 1, image 0 is not finite"),
+        (lambda: drift(PIXELS, PIXELS[:1]), "base_images must have the shape of images (2, 3, 3, 3), got (1, 3, 3, 3)"),
+        (lambda: drift(PIXELS / 255, PIXELS), "images must be uint8 and not empty, got float64 of shape (2, 3, 3, 3)"),
+        (lambda: diversity(PIXELS), "images must have shape (prompts, 2 or more, H, W, 3), got (2, 3, 3, 3)"),
+        (
+            lambda: diversity(PIXELS[:, None]),
+            "images must have shape (prompts, 2 or more, H, W, 3), got (2, 1, 3, 3, 3)",
+        ),
+    ],
+)
+def test_a_wrong_argument_raises_its_sentence(call, sentence):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).startswith(sentence)
+
+
+def test_agreement_counts_prompts_where_both_scorers_name_a_winner():
+    result = agreement([1.0, 2.0, -1.0, 0.0, 3.0], [0.5, -2.0, -9.0, 1.0, 0.0])
+    assert (result.rate, result.n) == (2 / 3, 3)
+    assert (result.low, result.high) == wilson_interval(2, 3)
+    assert agreement([0.0, 1.0], [1.0, 0.0]) == (0.5, 0.0, 1.0, 0)
+    with pytest.raises(ValueError, match="scores must be two lists of equal length"):
+        agreement([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 2"):
+        agreement([1.0], [1.0], confidence=2)

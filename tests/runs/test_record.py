@@ -1,0 +1,94 @@
+"""`run.json`: what every run leaves, also when it fails."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dkto.common.files import write_json
+from dkto.common.machine import git_commit
+from dkto.runs.record import PeakMemory, recorded, source_hash
+
+DATA = Path(__file__).parents[1] / "files"
+
+
+def test_a_run_of_a_notebook_leaves_a_record_from_which_it_can_be_made_again(tmp_path):
+    told = ["beta=2", "seed=3", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "dkto.cli", "run", str(DATA / "tiny_train.ipynb")]
+    command += [str(tmp_path / "run" / "notebook.ipynb"), "--parameters", *told]
+    subprocess.run(command, check=True, capture_output=True)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["error"], record["seed"]) == ("finished", None, 3)
+    assert record["parameters"]["beta"] == 2.0 and record["parameters"]["slow_seed"] == -1, "defaults too"
+    assert record["git_commit"] == git_commit() and record["versions"]["torch"]
+    assert record["source_hash"] == source_hash(DATA / "tiny_train.ipynb")
+    assert record["hardware"]["cores"] >= 1 and record["hardware"]["memory_gb"] > 0
+    assert record["seconds"] > 0.2 and 10 < record["peak_memory_mb"] < 4000
+    assert Path(record["executed"]).is_file() and record["began"].endswith("+00:00")
+
+
+def test_a_failed_run_says_why_and_one_under_way_says_so(tmp_path):
+    notebook = DATA / "tiny_train.ipynb"
+    with pytest.raises(ValueError, match="no likes"), recorded(tmp_path, notebook, tmp_path / "n.ipynb", {"seed": 1}):
+        assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+        raise ValueError("no likes")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "no likes")
+
+
+def test_the_record_of_a_training_is_never_replaced(tmp_path):
+    write_json(tmp_path / "run.json", {"fingerprint": "ab"})
+    sentence = r"holds the run.json of a training: choose another output_dir"
+    notebook = DATA / "tiny_train.ipynb"
+    with pytest.raises(ValueError, match=sentence), recorded(tmp_path, notebook, tmp_path / "n.ipynb", {}):
+        pass
+    assert json.loads((tmp_path / "run.json").read_text()) == {"fingerprint": "ab"}
+
+
+def test_peak_memory_is_that_of_all_processes_below_together():
+    code = "block = bytearray(100_000_000)\nimport time; time.sleep(60)"
+    with PeakMemory() as memory:
+        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        deadline = time.monotonic() + 30
+        while memory.megabytes < 195 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert 195 < memory.megabytes < 400
+
+
+def test_a_process_that_ends_between_two_looks_is_not_missed():
+    code = """
+import subprocess, sys
+from dkto.run_record import PeakMemory
+block = "b = bytearray({}); b[::4096] = b'1' * len(b[::4096])"
+with PeakMemory() as first:
+    subprocess.run([sys.executable, "-c", block.format(200_000_000)])
+with PeakMemory() as second:
+    subprocess.run([sys.executable, "-c", block.format(1_000_000)])
+print(first.megabytes, second.megabytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = map(float, done.stdout.split())
+    assert 190 < first < 300 and second < 100, "the second run is not charged with the first one's"
+
+
+def test_the_source_of_a_notebook_is_its_code_without_imports_prose_and_outputs(tmp_path):
+    notebook = json.loads((DATA / "tiny_train.ipynb").read_text())
+    before = source_hash(DATA / "tiny_train.ipynb")
+    notebook["cells"][1]["outputs"], notebook["cells"][1]["source"] = [], "".join(notebook["cells"][1]["source"])
+    notebook["metadata"]["papermill"] = {"duration": 1}
+    (tmp_path / "same.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "same.ipynb") == before
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code[0]["source"] = "import json\nfrom os import (\n    path,\n)\n" + "".join(code[0]["source"])
+    notebook["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "Other words."})
+    (tmp_path / "prose.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "prose.ipynb") == before
+    code[1]["source"] = "1"
+    (tmp_path / "other.ipynb").write_text(json.dumps(notebook))
+    assert source_hash(tmp_path / "other.ipynb") != before

@@ -1,0 +1,176 @@
+"""A sweep's file is checked whole before anything starts, and its runs and their names follow from what varies."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dkto.runs.notebooks import check_parameters
+from dkto.runs.sweeps import LONGEST_NAME, read_sweep
+
+DATA = Path(__file__).parents[1] / "files"
+TRAIN, JUDGE = DATA / "tiny_train.ipynb", DATA / "tiny_judge.ipynb"
+ONE = f"notebook: {TRAIN}\n"
+TWO_STAGES = f"""
+stages:
+  - name: train
+    notebook: {TRAIN}
+    parameters: {{mended: here}}
+    resources: {{cpus: 2, gpus: 1, hours: 0.5, memory_gb: 8}}
+  - name: judge
+    notebook: {JUDGE}
+    parameters: {{runs_dir: {{stage: train}}}}
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Read a sweep from its text."""
+
+    def read(text):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return read_sweep(path)
+
+    return read
+
+
+def test_a_grid_is_every_combination_and_names_its_runs(sweep):
+    plan = sweep(f"notebook: {TRAIN}\nparameters: {{likes: many}}\ngrid: {{beta: [1e-7, 50], seed: [0, 1]}}")
+    assert [run.name for run in plan.runs] == [
+        "runs/beta=1e-07,seed=0",
+        "runs/beta=1e-07,seed=1",
+        "runs/beta=50,seed=0",
+        "runs/beta=50,seed=1",
+    ]
+    first = plan.runs[0]
+    assert first.varying == {"beta": 1e-7, "seed": 0}
+    assert first.parameters["beta"] == 1e-7 and type(plan.runs[2].parameters["beta"]) is float
+    assert first.parameters["likes"] == "many" and first.parameters["slow_seed"] == -1
+    assert plan.folder == Path("papermill_runs/outputs/tiny")
+    assert plan.told(first)["output_dir"] == "papermill_runs/outputs/tiny/runs/beta=1e-07,seed=0"
+
+
+def test_a_list_stands_times_the_grid(sweep):
+    plan = sweep(f"notebook: {TRAIN}\nlist: [{{beta: 1}}, {{beta: 1, likes: many}}]\ngrid: {{seed: [0, 1]}}")
+    assert [run.name.removeprefix("runs/") for run in plan.runs] == [
+        "beta=1,seed=0",
+        "beta=1,seed=1",
+        "beta=1,likes=many,seed=0",
+        "beta=1,likes=many,seed=1",
+    ]
+
+
+def test_without_grid_and_list_there_is_one_run(sweep):
+    assert [run.name for run in sweep(f"notebook: {TRAIN}").runs] == ["runs/run"]
+
+
+def test_stages_share_the_runs_that_agree(sweep):
+    plan = sweep(TWO_STAGES + "grid: {beta: [50, 100], prompts: [5, 10, 20]}")
+    names = [run.name for run in plan.runs]
+    assert names[:2] == ["train/beta=50", "train/beta=100"] and len(names) == 2 + 6
+    judged = {run.name: run for run in plan.runs}["judge/beta=100,prompts=20"]
+    assert judged.inputs == {"runs_dir": "train/beta=100"}
+    assert plan.told(judged)["runs_dir"] == str(plan.folder / "train/beta=100")
+    assert (plan.runs[0].resources.gpus, judged.resources.gpus) == (1, 0)
+
+
+def test_a_bare_name_goes_to_every_stage_and_a_full_one_to_its_own(sweep):
+    both = sweep(TWO_STAGES + "grid: {seed: [3]}")
+    assert [run.parameters["seed"] for run in both.runs] == [3, 3]
+    assert both.runs[1].name == "judge/seed=3"
+    own = sweep(TWO_STAGES + "grid: {judge.seed: [3]}\nparameters: {train.seed: 4}")
+    assert [run.parameters["seed"] for run in own.runs] == [4, 3]
+    assert [run.name for run in own.runs] == ["train/run", "judge/judge.seed=3"]
+
+
+def test_the_commands_by_hand_are_what_dkto_run_reads(sweep):
+    plan = sweep(TWO_STAGES + "grid: {likes: ['a b', \"it's\"]}")
+    command = plan.command(plan.runs[0])
+    assert command[:3] == ["dkto", "run", str(TRAIN)] and command[4] == "--parameters"
+    assert "likes='a b'" in plan.shell_command(plan.runs[0]) or "'likes=a b'" in plan.shell_command(plan.runs[0])
+    for run in plan.runs:
+        pairs = [text.partition("=") for text in plan.command(run)[5:]]
+        told = check_parameters(run.notebook, {name: value for name, _, value in pairs})
+        assert told == plan.told(run)
+
+
+def test_names_stay_inside_their_folder_and_apart(sweep):
+    plan = sweep(f"notebook: {TRAIN}\ngrid: {{likes: [../../etc/a, ..-..-etc-a, '', /, '{'x' * 300}']}}")
+    names = [run.name for run in plan.runs]
+    assert len(set(names)) == 5
+    for name in names:
+        assert name.startswith("runs/likes=") and name.count("/") == 1 and len(name) < LONGEST_NAME + 20
+        assert (plan.folder / name).resolve().is_relative_to((plan.folder / "runs").resolve())
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text(max_size=150), min_size=2, max_size=4, unique=True))
+def test_any_text_makes_names_that_are_apart(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("names") / "any.yaml"
+    quoted = ", ".join(json.dumps(text) for text in texts)
+    path.write_text(f"notebook: {TRAIN}\ngrid: {{likes: [{quoted}]}}")
+    names = [run.name for run in read_sweep(path).runs]
+    assert len(set(names)) == len(texts)
+    assert all(name.isascii() and name.count("/") == 1 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", r"the sweep must be a mapping with some of notebook, stages, .*, got None"),
+        ("notebok: a", r"the sweep has no key 'notebok'; did you mean 'notebook'\? known: notebook, stages,"),
+        ("grid: {}", r"the sweep must have either notebook or stages"),
+        (ONE + "stages: []", r"the sweep must have either notebook or stages"),
+        ("stages: []", r"stages must be a list of at least one stage, got \[\]"),
+        ("stages: [train]", r"stage 1 must be a mapping with some of name, notebook, parameters, resources, got"),
+        ("stages: [{name: Tr/ain}]", r"name of stage 1 must be small letters, digits and _, got 'Tr/ain'"),
+        ("notebook: 3", r"notebook of stage runs must be a path, got 3"),
+        ("notebook: none.ipynb", r"notebook none.ipynb does not exist"),
+        (ONE + "grid: {bta: [1]}", r"no parameter 'bta' in tiny_train.ipynb;"),
+        (ONE + "parameters: {betas: 1}", r"no parameter 'betas' in tiny_train.ipynb; did you mean 'beta'"),
+        (ONE + "parameters: [1]", r"parameters must be a mapping of names to values, got \[1\]"),
+        (ONE + "parameters: {beta: x}", r"parameters, .*: parameter beta must be float, got"),
+        (ONE + "grid: {seed: [1, 1.5]}", r"grid, .*: parameter seed must be int, got 1.5"),
+        (ONE + "grid: {likes: [no, 12]}", r"grid, .*: parameter likes must be str, got 12"),
+        (ONE + "list: [{seed: 1}, {sed: 2}]", r"no parameter 'sed' in tiny_train.ipynb; did"),
+        (ONE + "grid: {seed: 3}", r"grid: seed must be a list of at least one value, got 3"),
+        (ONE + "grid: {seed: []}", r"grid: seed must be a list of at least one value, got \[\]"),
+        (ONE + "list: {seed: 3}", r"list must be a list of mappings of names to values, got"),
+        (ONE + "grid: {seed: [1, 1]}", r"two runs are the same: seed=1"),
+        (ONE + "grid: {seed: [1]}\nlist: [{seed: 2}]", r"seed of stage runs is given twice, in grid and"),
+        (ONE + "grid: {seed: [1]}\nparameters: {seed: 2}", r"seed is given twice, in parameters and"),
+        (ONE + "parameters: {output_dir: a}", r"output_dir is chosen by the sweep"),
+        (ONE + "resources: {cpu: 1}", r"resources of stage runs has no key 'cpu'; did you mean"),
+        (ONE + "resources: {cpus: 0}", r"cpus must be a whole number of at least 1, got 0"),
+        (ONE + "resources: {gpus: 0.5}", r"gpus must be a whole number of at least 0, got 0.5"),
+        (ONE + "resources: {hours: soon}", r"hours must be a number above 0, got 'soon'"),
+        (TWO_STAGES + "resources: {cpus: 1}", r"resources stand in each stage when there are stages"),
+        (TWO_STAGES + "grid: {jugde.seed: [1]}", r"'jugde.seed' names no stage; did you mean 'judge'"),
+        (TWO_STAGES + "grid: {judge.beta: [1]}", r"tiny_judge.ipynb has no parameter 'beta'; known: runs_dir"),
+        (TWO_STAGES + "grid: {runs_dir: [a]}", r"runs_dir is given twice, in stage judge and in grid or list"),
+        (
+            TWO_STAGES + "parameters: {seed: 1, train.seed: 2}",
+            r"parameters: seed of stage train is given twice, as seed and train.",
+        ),
+        (
+            TWO_STAGES.replace("stage: train", "stage: tran"),
+            r"runs_dir: 'tran' is no earlier stage; did you mean 'train'",
+        ),
+        (TWO_STAGES.replace("stage: train", "from: train"), r"runs_dir must be a value or \{stage: NAME\}, got"),
+        (TWO_STAGES.replace("runs_dir:", "prompts:"), r"prompts must be str to be told the folder of"),
+        (TWO_STAGES.replace("name: judge", "name: train"), r"two stages are called 'train'"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_that_names_the_file(sweep, tmp_path, text, sentence):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=f"tiny.yaml: {sentence}") as caught:
+        sweep(text)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"], "nothing is written"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sweep .*none.yaml does not exist"):
+        read_sweep(tmp_path / "none.yaml")

@@ -1,0 +1,149 @@
+"""The toy's objectives are `dkto.objective.losses`: weights against autograd, groups, draws, names."""
+
+import pytest
+import torch
+
+from dkto.objective.losses import denoising_error, effective_weight, implicit_reward, reference_point
+from dkto.objective.utilities import UTILITIES
+from toy.network import Architecture, Ensemble
+from toy.objectives import (
+    METHODS,
+    TOY_ESTIMATORS,
+    Method,
+    draw_samples,
+    drawing_of,
+    error_weights,
+    get_method,
+    group_methods,
+    loss_of,
+)
+from toy.training import draw_steps
+from toy.world import DESIRABLE, UNDESIRABLE
+
+EVERY = [
+    *METHODS.values(),
+    *(Method(utility=name) for name in UTILITIES),
+    *(Method(estimator=name, clamp=clamp) for name in TOY_ESTIMATORS for clamp in (True, False)),
+    Method(beta=3.0, desirable_weight=2.0, undesirable_weight=0.5),
+    Method("dpo", beta=100.0),
+]
+
+
+def some_errors(methods, batch=8):
+    shape = (len(methods), 2, batch)
+    policy, reference = torch.rand(2, *shape, dtype=torch.float64)
+    is_desirable = torch.rand(shape) < 0.7
+    is_desirable[..., 0] = True
+    return policy, reference, is_desirable, torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{m.objective}-{m.utility}-{m.estimator}-{m.clamp}-{m.beta:g}")
+def test_weighted_denoising_is_the_gradient_of_every_loss(method):
+    """Weights on a hand-written backward pass = autograd from the loss to every parameter, to 1e-12 in float64."""
+    network = Ensemble.initial(Architecture(20, width=8), [0, 1], torch.float64)
+    leaf = Ensemble(network.architecture, network.parameters.clone().requires_grad_(True))
+    noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    read = network.inputs(torch.randn_like(noise), torch.randint(20, (2, 8)))
+    _, reference_error, is_desirable, gap = some_errors([method])
+    (objective,) = group_methods([method], torch.float64)
+
+    error = denoising_error(leaf.forward(read)[0], noise, batch_dims=2)
+    felt = loss_of(objective, error[None], reference_error, is_desirable, gap)
+    (expected,) = torch.autograd.grad(felt.loss.sum(), leaf.parameters)
+
+    noise_pred, trace = network.forward(read)
+    error = denoising_error(noise_pred, noise, batch_dims=2)
+    weights, _ = error_weights([objective], error[None], reference_error, is_desirable, gap)
+    by_hand = network.backward(trace, weights[0, ..., None] * (noise_pred - noise))
+    assert torch.allclose(by_hand, expected, rtol=1e-12, atol=1e-12)
+    assert float(expected.abs().max()) > 1e-4
+
+
+def test_weights_of_kto_are_beta_times_effective_weight():
+    method = Method(beta=7.0, desirable_weight=2.0)
+    policy, reference, is_desirable, _ = some_errors([method])
+    weights, (felt,) = error_weights(group_methods([method], torch.float64), policy, reference, is_desirable)
+    reward = implicit_reward(policy, reference, 7.0)
+    point = reference_point(reward)
+    expected = 7.0 * effective_weight(reward, is_desirable, point, desirable_weight=2.0) / 8
+    assert torch.allclose(weights, expected, atol=1e-14)
+    assert torch.equal(felt.point, point)
+
+
+def test_groups_give_what_methods_give_alone():
+    """Methods of one loss go through one call with a number each; nothing leaks between them."""
+    policy, reference, is_desirable, gap = some_errors(EVERY)
+    groups = group_methods(EVERY, torch.float64)
+    assert len(groups) < len(EVERY)
+    together, _ = error_weights(groups, policy, reference, is_desirable, gap)
+    for row, method in enumerate(EVERY):
+        part = slice(row, row + 1)
+        alone, _ = error_weights(
+            group_methods([method], torch.float64), policy[part], reference[part], is_desirable[part], gap[part]
+        )
+        assert torch.allclose(together[row], alone[0], atol=1e-14), method
+
+
+def test_samples_come_from_their_distributions():
+    draws = next(draw_steps([0], "test", 200_000, 20, torch.float64))
+    samples = draw_samples((False, 0.8, 0.0), draws)
+    liked = samples.is_desirable[0]
+    assert float(liked.double().mean()) == pytest.approx(0.8, abs=4e-3)
+    for role, mask in ((DESIRABLE, liked), (UNDESIRABLE, ~liked)):
+        points = samples.clean[0][mask]
+        assert points.mean(0).tolist() == pytest.approx(role.model_units().mean, abs=0.015)
+        assert points.std(0).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+    assert samples.timesteps.unique().tolist() == list(range(20))
+
+
+def test_flips_change_labels_at_their_rate_and_never_the_points():
+    draws = next(draw_steps([0], "test", 200_000, 20, torch.float32))
+    clean, noisy = (draw_samples((False, 0.8, rate), draws) for rate in (0.0, 0.3))
+    assert torch.equal(clean.clean, noisy.clean)
+    wrong = clean.is_desirable != noisy.is_desirable
+    assert float(wrong.float().mean()) == pytest.approx(0.3, abs=5e-3)
+    every = draw_samples((False, 0.8, 1.0), draws)
+    assert torch.equal(every.is_desirable, ~clean.is_desirable)
+
+
+def test_pairs_share_noise_and_time_and_flips_swap_their_sides():
+    draws = next(draw_steps([0], "test", 1000, 20, torch.float32))
+    right, wrong = (draw_samples((True, 1.0, rate), draws) for rate in (0.0, 1.0))
+    half = 500
+    assert torch.equal(right.noise[:, :half], right.noise[:, half:])
+    assert torch.equal(right.timesteps[:, :half], right.timesteps[:, half:])
+    assert right.is_desirable[:, :half].all() and not right.is_desirable[:, half:].any()
+    assert torch.equal(right.clean[:, :half], wrong.clean[:, half:])
+    assert float(right.clean[:, :half, 1].mean() - right.clean[:, half:, 1].mean()) == pytest.approx(1, abs=0.15)
+
+
+def test_methods_that_draw_alike_share_their_samples():
+    same = {drawing_of(METHODS[name]) for name in ("loss_averse", "risk_seeking", "kahneman_tversky")}
+    assert len(same) == 1
+    assert len({drawing_of(method) for method in METHODS.values()}) == 4
+    assert drawing_of(Method("dpo", desirable_fraction=0.3)) == drawing_of(METHODS["dpo"])
+
+
+def test_only_csft_is_told_a_label():
+    assert {name for name, method in METHODS.items() if method.label} == {"csft"}
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: Method("ktoo"), "unknown objective 'ktoo', did you mean 'kto'\\? known: sft, csft, dpo, kto"),
+        (
+            lambda: Method(estimator="unrelated"),
+            "unknown estimator 'unrelated'; known: batch, independent, per_class, zero",
+        ),
+        (lambda: Method(utility="sigmoid"), "unknown utility 'sigmoid'.*known: kahneman_tversky, loss_averse"),
+        (lambda: get_method("kahneman"), "unknown method 'kahneman', did you mean 'kahneman_tversky'\\? known: sft"),
+        (lambda: Method(beta=0.0), "beta must be > 0, got 0.0"),
+        (lambda: Method(undesirable_weight=-1.0), "undesirable_weight must be > 0, got -1.0"),
+        (lambda: Method(desirable_fraction=1.2), r"desirable_fraction must be in \[0, 1\], got 1.2"),
+        (lambda: Method(flip_rate=-0.1), r"flip_rate must be in \[0, 1\], got -0.1"),
+    ],
+)
+def test_wrong_arguments_raise_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()

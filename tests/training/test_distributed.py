@@ -1,0 +1,160 @@
+"""Several processes: two gloo ranks under torchrun train as one; configurations for GPUs are parsed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from dkto.common.files import read_records
+from dkto.training.launch import run_trainings, training_command
+from dkto.training.loop import train
+
+PROFILES = Path(__file__).parents[2] / "papermill_runs" / "profiles" / "accelerate"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+PARITY = """
+import itertools, sys
+import torch
+import torch.distributed as dist
+from dkto.batches import Batch
+from dkto.config import TrainConfig
+from dkto.trainer import measures, objective
+from dkto.utilities import UTILITIES, get_utility
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+
+def total(values):
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+def share(values, where):
+    return values[where].clone()
+
+checked = 0
+cases = [("kto", u, e) for u, e in itertools.product(UTILITIES, ("batch", "unrelated", "per_class", "zero"))]
+for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o in ("dpo", "sft", "csft")]:
+    for beta, liked_only_here in ((0.5, False), (20.0, True)):
+        config = TrainConfig("p", "o", objective=name, utility=utility, estimator=estimator, beta=beta, batch_size=8)
+        generator = torch.Generator().manual_seed(checked)
+        policy, reference, other_p, other_r = torch.rand(4, 8, generator=generator, dtype=torch.float64)
+        liked = torch.tensor([True] * 4 + [False] * 4 if liked_only_here else [True, False] * 4)
+        if name == "dpo":
+            liked = torch.tensor([True, False] * 4)
+
+        def run(where, total):
+            leaf = share(policy, where).requires_grad_()
+            batch = Batch(None, None, None, {}, share(liked, where))
+            errors = (leaf, share(reference, where))
+            unrelated = (share(other_p, where), share(other_r, where)) if estimator == "unrelated" else None
+            loss, table = objective(config, get_utility(utility), errors, unrelated, batch, total)
+            loss.backward()
+            return loss.detach(), leaf.grad, table
+
+        whole_loss, whole_grad, whole_table = run(slice(0, 8), lambda x: x)
+        mine = slice(rank * 4, rank * 4 + 4)
+        loss, grad, table = run(mine, total)
+        assert abs(float(total(loss) / ranks - whole_loss)) < 1e-6 * max(1, abs(float(whole_loss))), (name, utility)
+        # DDP averages the gradients of the ranks
+        assert torch.allclose(grad / ranks, whole_grad[mine], rtol=1e-6, atol=1e-12), (name, utility, estimator)
+        parts = [torch.empty_like(table.T.contiguous()) for _ in range(ranks)]
+        dist.all_gather(parts, table.T.contiguous())
+        one, two = measures(config, torch.cat(parts).T), measures(config, whole_table)
+        assert one.keys() == two.keys()
+        assert all(abs(one[k] - two[k]) <= 1e-6 * max(1, abs(two[k])) for k in one), (name, utility, estimator)
+        checked += 1
+if rank == 0:
+    print("checked", checked)
+dist.destroy_process_group()
+"""
+
+
+def run(command, **options):
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_loss_gradient_and_measures_are_those_of_the_global_batch(tmp_path):
+    """Every objective, utility and estimator: 1 rank x 8 equals 2 ranks x 4 to 1e-6, a class missing on a rank too."""
+    script = tmp_path / "parity.py"
+    script.write_text(PARITY)
+    assert int(run([*TORCHRUN, str(script)]).split()[-1]) >= 40
+
+
+def test_two_processes_train_as_one(config):
+    """The whole trainer, the estimator that mixes samples of both ranks: the records agree to rounding in float32."""
+    config = replace(config, beta=20.0, estimator="unrelated", prompt_dropout=0.2, gradient_accumulation=1)
+    expected = list(train(config))
+    double = replace(config, output_dir=config.output_dir.with_name("double"))
+    run_trainings([double], ranks=2)
+    records = read_records(double.output_dir / "metrics.jsonl")
+    assert [r["global_step"] for r in records] == [r["global_step"] for r in expected]
+    assert records[0]["loss"] == pytest.approx(expected[0]["loss"], abs=1e-6)
+    for one, two in zip(expected, records, strict=True):
+        for name in ("loss", "reference_point", "policy_error", "mean_abs_reward"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=2e-4), (one["global_step"], name)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(config):
+    with pytest.raises(RuntimeError, match=r"batch_size 3 is not a multiple of 2 processes"):
+        run_trainings([replace(config, batch_size=3)], ranks=2)
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_for_gpus_are_parsed(path):
+    """Not run on CPU: accelerate reads each, knows every key, and precision is left to the training."""
+    found = load_config_from_file(str(path))
+    assert found.mixed_precision == "no"
+    text = yaml.safe_load(path.read_text())
+    assert found.num_processes == text["num_processes"]
+    plugin = found.fsdp_config if "fsdp" in path.stem else found.deepspeed_config
+    assert bool(plugin) == path.stem.startswith(("fsdp", "deepspeed"))
+    assert f"`{path.name}`" in (PROFILES / "README.md").read_text()
+
+
+def test_the_five_configurations_are_there():
+    named = {yaml.safe_load(path.read_text())["distributed_type"] for path in PROFILES.glob("*.yaml")}
+    assert named == {"NO", "MULTI_GPU", "FSDP", "DEEPSPEED"} and len(list(PROFILES.glob("*.yaml"))) == 5
+
+
+def test_the_command_names_its_launcher(config):
+    plain = training_command(config, threads=1, ranks=1, accelerate_config="")
+    assert plain[1:4] == ["-m", "dkto.cli", "train"]
+    path = PROFILES / "eight_gpus.yaml"
+    launched = training_command(config, threads=1, ranks=1, accelerate_config=path)
+    assert launched[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"ranks": 0, "accelerate_config": ""}, "ranks must be 1 or more, got 0"),
+        (
+            {"ranks": 2, "accelerate_config": PROFILES / "one_gpu.yaml"},
+            "ranks must be 1 with accelerate_config",
+        ),
+        ({"ranks": 1, "accelerate_config": "nothing.yaml"}, "accelerate_config 'nothing.yaml' does not exist"),
+    ],
+)
+def test_launches_that_cannot_be_are_refused(config, options, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        training_command(config, threads=1, **options)
+
+
+def test_accelerate_launch_trains(config):
+    """On a machine without a GPU accelerate starts one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this test is about machines without a GPU")
+    run_trainings([replace(config, max_train_steps=3)], accelerate_config=PROFILES / "one_gpu.yaml")
+    assert len(read_records(config.output_dir / "metrics.jsonl")) == 3

@@ -1,0 +1,275 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from dkto.common.files import read_records
+from dkto.data.encode import prepare_feedback
+from dkto.training.launch import config_arguments, run_trainings, start_training
+from dkto.training.loop import learning_rate_at, run_training, train
+from dkto.training.run_folder import CheckpointStore
+
+MEASURES = {
+    "global_step",
+    "loss",
+    "policy_error",
+    "reference_point",
+    "mean_abs_reward",
+    "implicit_accuracy/sample",
+    "implicit_accuracy/sample_centred",
+    "grad_norm",
+    "learning_rate",
+    "samples_per_second",
+    "peak_memory_mb",
+    "skipped_steps",
+    "utility_slope",
+}
+
+
+def weights(folder):
+    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def without_time(records):
+    return [{k: v for k, v in r.items() if k not in ("samples_per_second", "peak_memory_mb")} for r in records]
+
+
+def test_a_run_leaves_records_and_a_pipeline_for_plain_diffusers(config, tiny_pipeline):
+    records = list(train(config))
+    assert [r["global_step"] for r in records] == list(range(1, 9))
+    assert records[0]["peak_memory_mb"] > 50
+    assert all(r.keys() >= MEASURES and all(np.isfinite(v) for v in r.values()) for r in records)
+    assert read_records(config.output_dir / "metrics.jsonl") == records
+    about = json.loads((config.output_dir / "run.json").read_text())
+    assert about["finished"] and about["config"]["beta"] == 500.0 and "torch" in about["versions"]
+    assert not list(config.output_dir.glob("checkpoint-*"))
+    before = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not same(weights(config.output_dir), before)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.output_dir / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a picture", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_the_first_step_starts_from_equal_policies(config):
+    first = next(train(config))
+    assert first["mean_abs_reward"] == 0 and first["reference_point"] == 0
+    assert first["loss"] == pytest.approx(0.5)  # 1 - sigmoid(0)
+
+
+def test_lora_trains_an_adapter_that_diffusers_loads(config, tiny_pipeline):
+    config = replace(config, lora_rank=2)
+    list(train(config))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.load_lora_weights(config.output_dir / "lora")
+    assert any(p.abs().sum() > 0 for n, p in pipeline.unet.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "unrelated", "per_class", "zero"])
+def test_every_estimator_runs(config, estimator):
+    records = list(train(replace(config, estimator=estimator, max_train_steps=3)))
+    assert records[0]["reference_point"] == 0
+    assert (records[-1]["reference_point"] == 0) or estimator != "zero"
+
+
+def test_sft_draws_liked_samples_only(config):
+    records = list(train(replace(config, objective="sft", max_train_steps=3)))
+    assert all("reward/undesirable" not in r and "reference_point" not in r for r in records)
+    assert records[0]["loss"] == pytest.approx(records[0]["policy_error"])
+
+
+def test_sft_on_everything_meets_both_classes(config):
+    records = list(train(replace(config, objective="sft_all", max_train_steps=6)))
+    assert {"reward/desirable", "reward/undesirable"} <= set().union(*records)
+    assert all(r["loss"] == pytest.approx(r["policy_error"]) for r in records)
+
+
+@pytest.mark.parametrize("style", ["prefix", "negative"])
+def test_csft_trains_on_prefixed_prompts(config, likes, tiny_pipeline, style):
+    csft = replace(config, objective="csft", csft_style=style, max_train_steps=3)
+    with pytest.raises(FileNotFoundError, match=f"run prepare again with csft='{style}'"):
+        next(train(replace(csft, prepared_dir=prepare_feedback(likes, config.output_dir / "p", str(tiny_pipeline)))))
+    prepare_feedback(likes, config.output_dir / "p", str(tiny_pipeline), csft=style)
+    csft = replace(csft, prepared_dir=config.output_dir / "p")
+    records = list(train(csft))
+    plain = list(train(replace(csft, objective="sft_all", output_dir=config.output_dir / "plain")))
+    assert records[0]["policy_error"] != plain[0]["policy_error"]
+    assert records[0]["policy_error"] == pytest.approx(plain[0]["policy_error"], rel=0.05)
+
+
+def test_dpo_runs_on_pairs(config, paired):
+    records = list(train(replace(config, prepared_dir=paired, objective="dpo", max_train_steps=3)))
+    assert records[0]["loss"] == pytest.approx(np.log(2)) and records[0]["implicit_accuracy/pair"] == 0.5
+    assert records[0]["utility_slope"] == pytest.approx(0.5)
+    assert records[1]["reward/margin"] != 0 and "reference_point" not in records[1]
+
+
+def test_dpo_without_pairs_is_refused(config):
+    with pytest.raises(ValueError, match="objective 'dpo' needs pairs, but no liked and disliked image of"):
+        next(train(replace(config, objective="dpo")))
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_micro_batches_add_up_to_the_whole_step(config, paired, objective):
+    """With a reference point that does not hang on the micro-batch, splitting a step changes rounding only."""
+    config = replace(config, prepared_dir=paired, objective=objective, estimator="zero", beta=5.0)
+    whole = list(train(config))
+    split = list(train(replace(config, gradient_accumulation=2, output_dir=config.output_dir.with_name("split"))))
+    for one, two in zip(whole, split, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_prompt_dropout_trains_on_the_empty_prompt(config):
+    with_prompt, without = (
+        list(
+            train(replace(config, prompt_dropout=p, max_train_steps=2, output_dir=config.output_dir.with_name(str(p))))
+        )
+        for p in (0.0, 1.0)
+    )
+    assert with_prompt[0]["policy_error"] != without[0]["policy_error"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(config):
+    whole = replace(config, output_dir=config.output_dir.with_name("whole"))
+    expected = list(train(whole))
+    steps = train(config)
+    for _ in range(5):  # two steps after the checkpoint of step 3
+        next(steps)
+    steps.close()
+    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    resumed = list(train(config))
+    assert [r["global_step"] for r in resumed] == [4, 5, 6, 7, 8]
+    assert without_time(read_records(config.output_dir / "metrics.jsonl")) == without_time(expected)
+    assert same(weights(config.output_dir), weights(whole.output_dir))
+
+
+def test_a_finished_run_is_not_trained_again(config):
+    run_training(config)
+    assert list(train(config)) == []
+
+
+def test_a_finished_run_of_another_configuration_is_not_overwritten(config):
+    run_training(config)
+    before = weights(config.output_dir)
+    with pytest.raises(ValueError, match=r"run belongs to another configuration \(beta: 500.0 stored, 7.0 asked\)"):
+        list(train(replace(config, beta=7.0)))
+    assert same(weights(config.output_dir), before)
+
+
+def test_killed_in_training_and_called_again_ends_the_same(config):
+    """A real process, really killed: SIGKILL after the first checkpoint has been written."""
+    long = replace(config, max_train_steps=40, checkpoint_every=4)
+    whole = replace(long, output_dir=config.output_dir.with_name("whole"))
+    run_trainings([whole], threads=1)
+    command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not CheckpointStore(long).checkpoints() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert CheckpointStore(long).checkpoints()
+    run_trainings([long], threads=1)
+    records = read_records(long.output_dir / "metrics.jsonl")
+    assert without_time(records) == without_time(read_records(whole.output_dir / "metrics.jsonl"))
+    assert same(weights(long.output_dir), weights(whole.output_dir))
+
+
+def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
+    """A real process that gets SIGTERM between two checkpoints: it ends by itself, and the rest is the same run."""
+    config = replace(config, max_train_steps=400, checkpoint_every=10_000)
+    process = start_training(config)
+    deadline = time.monotonic() + 120
+    while not (config.output_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "stopped at a checkpoint" in (config.output_dir / "train.log").read_text()
+    records = read_records(config.output_dir / "metrics.jsonl")
+    (checkpoint,) = config.output_dir.glob("checkpoint-*")
+    assert 0 < len(records) < 400 and int(checkpoint.name.split("-")[1]) == records[-1]["global_step"]
+    rest = list(itertools.islice(train(config), 2))
+    assert [record["global_step"] for record in rest] == [len(records) + 1, len(records) + 2]
+
+
+def test_two_trainings_do_not_write_one_folder(config):
+    first = train(config)
+    next(first)
+    with pytest.raises(BlockingIOError, match=r"is being written by process \d+ on .*: wait for it, or choose another"):
+        next(train(config))
+    assert [record["global_step"] for record in first][-1] == config.max_train_steps
+
+
+def test_a_caller_stops_a_run_at_a_checkpoint(config):
+    records = list(train(config, lambda: True))
+    assert [record["global_step"] for record in records] == [1]
+    assert [path.name for path in config.output_dir.glob("checkpoint-*")] == ["checkpoint-00000001"]
+
+
+def test_the_rate_warms_up_and_stays(config):
+    rates = [learning_rate_at(step, config) for step in range(4)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, monkeypatch):
+    monkeypatch.setattr(
+        "dkto.training.loop.denoising_error", lambda prediction, target: prediction.mean((1, 2, 3)) * float("nan")
+    )
+    with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, last at step 3"):
+        list(train(config))
+
+
+def test_one_class_and_unknown_utility_and_missing_data(config, likes, tiny_pipeline, tmp_path):
+    liked = replace(likes, is_desirable=np.ones(len(likes), bool))
+    folder = prepare_feedback(liked, tmp_path / "liked", str(tiny_pipeline))
+    with pytest.raises(ValueError, match="one class only: no disliked image among 12"):
+        next(train(replace(config, prepared_dir=folder)))
+    with pytest.raises(ValueError, match="unknown utility 'kahneman'"):
+        next(train(replace(config, utility="kahneman")))
+    with pytest.raises(FileNotFoundError, match=r"prepared\.json is missing"):
+        next(train(replace(config, prepared_dir=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"beta": 0.0}, "beta must be above 0, got 0.0"),
+        ({"desirable_fraction": 1.5}, r"desirable_fraction must be in \[0, 1\], got 1.5"),
+        ({"objective": "ppo"}, "objective must be one of kto, dpo, sft, sft_all, csft, got 'ppo'"),
+        ({"estimator": "mean"}, "estimator must be one of batch, unrelated, per_class, zero, got 'mean'"),
+        ({"prompt_dropout": -0.1}, r"prompt_dropout must be in \[0, 1\], got -0.1"),
+        ({"csft_style": "suffix"}, "csft_style must be one of prefix, negative, got 'suffix'"),
+        (
+            {"batch_size": 6, "objective": "dpo", "gradient_accumulation": 2},
+            r"multiple of 1 processes x 2 .* x 2 \(dpo",
+        ),
+        ({"batch_size": 7, "gradient_accumulation": 2}, "batch_size 7 is not a multiple of 1 processes x 2 gradient"),
+        (
+            {"batch_size": 2, "gradient_accumulation": 2, "estimator": "unrelated"},
+            "at least 2 samples in a micro-batch",
+        ),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or above, got -1"),
+    ],
+)
+def test_configurations_out_of_range_are_refused(config, values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        replace(config, **values)
+
+
+def test_a_failing_sub_process_is_reported_with_its_last_line(config, tmp_path):
+    with pytest.raises(RuntimeError, match=r"ended with code 2: dkto: .*prepared\.json is missing"):
+        run_trainings([replace(config, prepared_dir=tmp_path)])

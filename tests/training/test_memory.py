@@ -1,0 +1,111 @@
+"""Memory computed without taking it, against the same taken on this CPU; published sizes are the published ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dkto.cli import main
+from dkto.training.memory import (
+    SIZES,
+    build_denoiser,
+    largest_batch,
+    measured_step_memory,
+    memory_row,
+    memory_table,
+    step_memory,
+)
+
+PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_denoisers_have_their_published_number_of_parameters(name):
+    assert sum(p.numel() for p in build_denoiser(name).parameters()) == pytest.approx(PUBLISHED[name], rel=0.05)
+
+
+def test_stable_diffusion_and_sdxl_are_exact():
+    for name in ("sd15", "sdxl"):
+        assert sum(p.numel() for p in build_denoiser(name).parameters()) == PUBLISHED[name]
+
+
+def test_the_small_world_is_the_one_that_ships():
+    from dkto.models import load_model
+
+    shipped = load_model("small-world").load_denoiser().state_dict()
+    computed = build_denoiser("small-world").state_dict()
+    assert {name: value.shape for name, value in shipped.items()} == {n: v.shape for n, v in computed.items()}
+
+
+def test_weights_gradients_and_moments_are_the_floor():
+    """Full fine-tuning in float32: policy, reference, gradient and two moments, 4 bytes each; then activations."""
+    floor = 5 * 4 * sum(p.numel() for p in build_denoiser("small-world").parameters()) / 2**30
+    computed = step_memory("small-world")
+    assert floor < computed < 1.5 * floor
+
+
+def test_computed_memory_is_what_a_process_takes():
+    """Batch 64 in a process of its own: libraries and the allocator add some, nothing is missing."""
+    computed = step_memory("small-world", batch=64)
+    measured = measured_step_memory("small-world", batch=64)
+    assert 0.7 * measured < computed < 1.1 * measured
+
+
+def test_adapters_checkpointing_and_half_precision_save_memory():
+    full = step_memory("small-world", batch=32)
+    assert step_memory("small-world", batch=32, lora_rank=4) < full
+    assert step_memory("small-world", batch=32, gradient_checkpointing=True) < full
+    assert step_memory("small-world", batch=32, mixed_precision="bf16") < full
+    assert step_memory("small-world", batch=64) > full
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.5, 0), (1.0, 1), (9.2, 16), (3000.0, 512)])
+def test_the_largest_batch_is_found(limit, expected):
+    calls = []
+
+    def memory(batch):
+        calls.append(batch)
+        return max(1.0, 1.0 + 0.5 * (batch - 1)) if limit < 9 else max(5.0, 1.0 + 0.5 * batch)
+
+    found = largest_batch(memory, limit)
+    assert found == expected or (memory(found) <= limit < memory(found + 1))
+
+
+def test_a_row_says_which_batch_fits():
+    row = memory_row("small-world", 0, cards=(1, 80), overhead_gb=0.8)
+    fits = row.largest_batch[1]
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    assert step_memory("small-world", batch=fits, **options) <= 1 - 0.8
+    assert step_memory("small-world", batch=fits + 1, **options) > 1 - 0.8
+    assert row.largest_batch[80] == 512 > fits > 0
+    assert "| small world | all weights | 3 of 3 M |" in memory_table([row])
+
+
+def test_sizes_that_are_not_known_are_named():
+    with pytest.raises(ValueError, match="unknown size 'flux'; known: small-world, sd15, sdxl, sd3"):
+        step_memory("flux")
+    with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
+        step_memory("sd15", batch=0)
+
+
+def test_the_command_prints_a_table(capsys):
+    arguments = ["memory", "--models", "small-world", "--lora-ranks", "4", "--cards", "80"]
+    assert main([*arguments, "--overhead-gb", "80"]) == 0
+    said = capsys.readouterr().out
+    assert "largest batch, 80 GB" in said and "LoRA of rank 4" in said and "does not fit" in said
+    assert main(["memory", "--models", "small-world", "--lora-ranks", "0", "--measure"]) == 0
+    assert "computed 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_stable_diffusion_fits_where_it_is_said_to_fit():
+    """Full fine-tuning of SD 1.5 in float32 at batch 1 is what the benchmark takes on a machine of 24 GB."""
+    assert 15.5 < step_memory("sd15") < 18
+    assert SIZES["sd15"].latents == (4, 64, 64) and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_the_command_computes():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for rank in (0, 32):
+        assert memory_table([memory_row("sd15", rank)]).splitlines()[2] in readme

@@ -1,0 +1,226 @@
+"""Checkpoints: whole or absent, the last few kept, resumed bit by bit, whatever interrupts."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from dkto.common.files import read_records
+from dkto.data.encode import prepare_feedback
+from dkto.training.launch import config_arguments
+from dkto.training.loop import run_training, train
+from dkto.training.run_folder import CheckpointStore
+
+TIMED = {"samples_per_second", "peak_memory_mb"}
+
+
+def weights(folder):
+    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(one, two):
+    for a, b in zip(*(read_records(folder / "metrics.jsonl") for folder in (one, two)), strict=True):
+        assert {k: v for k, v in a.items() if k not in TIMED} == {k: v for k, v in b.items() if k not in TIMED}
+    expected = weights(two)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(one).items())
+
+
+def stop_after(config, steps):
+    run = train(config)
+    for _ in range(steps):
+        next(run)
+    run.close()
+
+
+def test_the_last_few_are_kept_and_latest_points_at_the_newest(config, tiny_pipeline):
+    config = replace(config, checkpoint_every=2, keep_checkpoints=2, max_train_steps=8)
+    stop_after(config, 7)
+    folder = config.output_dir
+    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000004", "checkpoint-00000006"]
+    assert (folder / "latest").resolve().name == "checkpoint-00000006"
+    UNet2DConditionModel.from_pretrained(folder / "latest" / "unet")
+    run_training(config)
+    assert (folder / "latest").resolve().name == "model"
+    DiffusionPipeline.from_pretrained(folder / "latest")
+    assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lora_rank": 2},
+        {"ema_decay": 0.9},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"mixed_precision": "fp16", "max_train_steps": 12},  # its first steps find the scale of the loss
+        {"gradient_accumulation": 2, "estimator": "unrelated", "prompt_dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_every_way_of_training_resumes_bit_by_bit(config, more):
+    config = replace(config, **{"max_train_steps": 5, "checkpoint_every": 2, **more})
+    whole = replace(config, output_dir=config.output_dir.with_name("whole"))
+    run_training(whole)
+    for record in train(config):
+        if record["global_step"] >= config.max_train_steps - 2:
+            break
+    resumed = list(train(config))
+    assert resumed[0]["global_step"] > 2 and resumed[-1]["global_step"] == config.max_train_steps
+    part = "lora" if config.lora_rank else "model"
+    for path in sorted((whole.output_dir / part).rglob("*.safetensors")):
+        expected, found = load_file(path), load_file(config.output_dir / path.relative_to(whole.output_dir))
+        assert all(torch.equal(expected[name], found[name]) for name in expected), path
+
+
+def test_a_save_that_is_cut_short_leaves_the_former_checkpoint(config, monkeypatch):
+    """The kill falls between the weights and the optimiser's moments."""
+    stop_after(config, 5)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStore, "_write_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(train(config))
+    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    monkeypatch.undo()
+    assert [r["global_step"] for r in train(config)] == [4, 5, 6, 7, 8]
+
+
+def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
+    """The limit on the size of a file stands in for a full disk: writes really fail."""
+    stop_after(config, 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    steps = train(config)
+    next(steps)
+    next(steps)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(RuntimeError, match=r"checkpoint-00000006 could not be written \(.*\); checkpoint-00000003"):
+            next(steps)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    assert not list(config.output_dir.glob("*.part"))
+    assert len(list(train(config))) == 5
+
+
+def test_another_configuration_does_not_resume(config):
+    stop_after(config, 4)
+    other = replace(config, beta=100.0, batch_size=8)
+    with pytest.raises(ValueError, match=r"\(beta: 500.0 stored, 100.0 asked, batch_size: 4 stored, 8 asked\)"):
+        next(train(other))
+
+
+def test_another_configuration_is_refused_also_before_the_first_checkpoint(config):
+    stop_after(replace(config, checkpoint_every=100), 2)
+    records = (config.output_dir / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"beta: 500.0 stored, 100.0 asked"):
+        next(train(replace(config, beta=100.0)))
+    assert (config.output_dir / "metrics.jsonl").read_text() == records != ""
+
+
+@pytest.mark.gpu
+def test_a_run_resumes_on_a_graphics_card(config):
+    """There the optimiser's kernel keeps its step count beside the weights."""
+    stop_after(config, 4)
+    assert [record["global_step"] for record in train(config)][-1] == config.max_train_steps
+
+
+def test_what_a_kill_left_of_a_save_is_gone_at_the_end(config):
+    (config.output_dir / "checkpoint-00000009.part").mkdir(parents=True)
+    list(train(config))
+    assert not list(config.output_dir.glob("checkpoint-*"))
+
+
+def test_other_feedback_does_not_resume_or_pass_for_finished(config, likes, tiny_pipeline, tmp_path):
+    other = replace(likes, is_desirable=~likes.is_desirable)
+    elsewhere = replace(config, prepared_dir=prepare_feedback(other, tmp_path / "other", str(tiny_pipeline)))
+    stop_after(config, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was trained on other feedback \(\w+ stored, \w+ in .*other\)"):
+            next(train(elsewhere))
+        list(train(config))
+    moved = replace(config, prepared_dir=shutil.copytree(config.prepared_dir, tmp_path / "moved"))
+    assert list(train(moved)) == [], "the same feedback in another place"
+
+
+def test_a_step_with_nan_in_its_batch_is_skipped_and_counted(config, monkeypatch):
+    """Step 3 sees a NaN; the weights pass it by, and a resumed run remembers."""
+    config = replace(config, checkpoint_every=4, max_train_steps=6)
+    from dkto.training import batches
+
+    draw = batches.GlobalBatches.draw
+
+    def poisoned(self, step, *rest):
+        batch = draw(self, step, *rest)
+        return replace(batch, noisy_latents=batch.noisy_latents * float("nan")) if step == 2 else batch
+
+    monkeypatch.setattr(batches.GlobalBatches, "draw", poisoned)
+    stop_after(config, 4)
+    records = read_records(config.output_dir / "metrics.jsonl")
+    assert [(r["global_step"], r["skipped_steps"]) for r in records] == [(1, 0), (2, 0), (4, 1), (5, 1)]
+    assert [r["skipped_steps"] for r in train(config)] == [1, 1]
+    about = json.loads((config.output_dir / "run.json").read_text())
+    assert about["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(config.output_dir).values())
+    assert "6 steps, of which 1 were skipped" in (config.output_dir / "model" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_five_random_moments_ends_the_same(config):
+    """SIGKILL to a real process, five times, wherever it is; the sixth call ends with bitwise the same run."""
+    long = replace(config, max_train_steps=60, checkpoint_every=3)
+    whole = replace(long, output_dir=config.output_dir.with_name("whole"))
+    command = [sys.executable, "-m", "dkto.cli", "train", "--threads", "1"]
+    subprocess.run([*command, *config_arguments(whole)], check=True, capture_output=True)
+    moments = random.Random(0)
+    kills = []
+    for _ in range(5):
+        process = subprocess.Popen([*command, *config_arguments(long)], stdout=subprocess.DEVNULL, stderr=-1)
+        path, seen = long.output_dir / "metrics.jsonl", len(read_records(whole.output_dir / "metrics.jsonl"))
+        before = read_records(path)[-1]["global_step"] if path.exists() and read_records(path) else 0
+        target = min(before + moments.randint(2, 12), seen - 2)
+        while process.poll() is None and not (path.exists() and _last(path) >= target):
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        kills.append(_last(path))
+    subprocess.run([*command, *config_arguments(long)], check=True, capture_output=True)
+    assert len(kills) == 5
+    assert_same_run(long.output_dir, whole.output_dir)
+
+
+def _last(path):
+    records = read_records(path)
+    return records[-1]["global_step"] if records else 0
+
+
+def test_the_card_is_read_by_the_hub_and_says_what_was_done(config, tiny_pipeline):
+    from huggingface_hub import ModelCard
+
+    run_training(replace(config, lora_rank=2))
+    text = (config.output_dir / "lora" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.base_model == tiny_pipeline.name and "lora" in card.data.tags
+    for said in (
+        "| beta | 500.0 |",
+        "12 rated images; 8 steps",
+        "load_lora_weights",
+        "inherits the biases",
+        "reward/margin",
+    ):
+        assert said in text, said
+    assert str(tiny_pipeline) not in text, "no place on this machine"

@@ -1,0 +1,131 @@
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from dkto.objective.utilities import UTILITIES, register_utility
+from dkto.widgets import Explorer
+from dkto.widgets.explorer import LARGEST_UPLOAD, rewards_of_records, rewards_of_text
+
+REWARDS, LIKED = np.array([1.0, -2.0, 0.5]), np.array([True, False, True])
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    yield
+    plt.close("all")
+
+
+def test_beta_spreads_the_rewards_that_were_given():
+    explorer = Explorer(REWARDS, LIKED, beta=100.0)
+    explorer.beta = 200.0
+    rewards, labels = explorer.rewards()
+    np.testing.assert_allclose(rewards, 2 * REWARDS, rtol=1e-6)
+    assert labels.tolist() == LIKED.tolist()
+
+
+def test_a_registered_utility_travels_as_a_table():
+    register_utility("cube", lambda x: x**3 + x)
+    explorer = Explorer()
+    (curve,) = [curve for curve in explorer.curves if curve["name"] == "cube"]
+    samples = np.frombuffer(curve["value"])
+    assert samples[0] == -(50.0**3) - 50 and samples[-1] == 50.0**3 + 50 and abs(samples[len(samples) // 2]) < 1e-12
+    assert "value" not in next(curve for curve in explorer.curves if curve["name"] == "linear")
+
+
+def test_the_page_asks_for_a_formula_and_reads_why_not():
+    explorer = Explorer()
+    explorer._on_message(explorer, {"type": "utility", "name": "mine", "formula": "x.real"}, [])
+    assert "is not allowed" in explorer.message and "mine" not in UTILITIES
+    explorer._on_message(explorer, {"type": "utility", "name": "mine", "formula": "tanh(x)"}, [])
+    assert explorer.message == "" and explorer.utility == "mine" and explorer.curves[-1]["formula"] == "tanh(x)"
+
+
+def test_the_page_sends_a_file():
+    explorer = Explorer()
+    explorer._on_message(explorer, {"type": "rewards", "name": "a.csv", "text": "reward,liked\n2,1\n-1,0\n"}, [])
+    assert explorer.source == "a.csv" and explorer.rewards()[1].tolist() == [True, False]
+    explorer._on_message(explorer, {"type": "rewards", "name": "a.csv", "text": "reward\n2\n"}, [])
+    assert explorer.message == "a.csv needs the columns reward and liked; missing: liked"
+
+
+def test_the_curves_hold_gamma_and_class_weights():
+    table = Explorer(utility="linear", desirable_fraction=0.75, undesirable_weight=2.0).curves_table()
+    assert (table["weight:liked"] == 1).all() and (table["weight:disliked"] == -2).all()
+    assert (table["drawn:liked"] == 0.75).all() and (table["drawn:disliked"] == -0.5).all()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_static_figure_shows_four_panels(given, tmp_path):
+    figure = (Explorer(REWARDS, LIKED, source="$three$") if given else Explorer()).figure()
+    assert len(figure.axes) == 4
+    figure.savefig(tmp_path / "figure.png")
+    if given:
+        assert figure.axes[3].get_title() == "$three$"
+
+
+def test_a_run_gives_its_step_means_its_beta_and_its_utility(tmp_path):
+    records = [
+        {"global_step": 1, "loss": 1.0, "reward/desirable": 1.0, "reward/undesirable": -1.0},
+        {"global_step": 2, "loss": 1.0, "reward/desirable": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"beta": 50.0, "utility": "flat = tanh(x/9)"}}))
+    explorer = Explorer.of_run(tmp_path)
+    assert explorer.beta == 50.0 and explorer.utility == "flat"
+    np.testing.assert_allclose(explorer.rewards()[0], [1, -1, 2], rtol=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"holds no run \(metrics.jsonl is missing\)"):
+        Explorer.of_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "sentence"),
+    [
+        ((REWARDS, LIKED[:2]), {}, "must be lists of one length"),
+        ((REWARDS, None), {}, "must be lists of one length"),
+        ((REWARDS, LIKED.astype(int)), {}, "the second of bool"),
+        (([np.nan], [True]), {}, "reward 0 is not finite"),
+        ((np.zeros(50_001), np.ones(50_001, bool)), {}, "1 to 50,000, got 50,001"),
+        ((), {"beta": 0.0}, "beta must be above 0"),
+        ((), {"largest_reward": -1.0}, "largest_reward must be above 0"),
+        ((), {"desirable_fraction": 1.5}, r"desirable_fraction must be in \[0, 1\]"),
+        ((), {"utility": "loss_avers"}, "did you mean 'loss_averse'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Explorer(*arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sentence"),
+    [
+        ("reward,liked\n1,maybe\n", "a.csv", "a.csv, row 1: liked must be"),
+        ("reward,liked\n1,1\nx,1\n", "a.csv", "a.csv, row 2: reward must be a number, got 'x'"),
+        ("reward,liked\n1\n", "a.csv", "row 1: liked must be"),
+        ("{", "a.jsonl", "a.jsonl is not JSON lines"),
+        ("3\n", "a.jsonl", "one JSON object a line"),
+        ('{"loss": 1}\n', "a.jsonl", "none of 1 records"),
+        ("", "a.xlsx", "must be a .csv"),
+        ("x" * (LARGEST_UPLOAD + 1), "a.csv", "characters, more than"),
+    ],
+)
+def test_wrong_files_are_refused_with_their_row(text, name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rewards_of_text(text, name)
+
+
+def test_step_records_become_one_reward_for_each_class():
+    rewards, labels = rewards_of_records([{"reward/undesirable": -3}, {"loss": 0}])
+    assert rewards.tolist() == [-3.0] and labels.tolist() == [False]
+
+
+def test_the_modules_hold_no_way_to_parse_html():
+    """Strings reach the page as text: no script of the widgets parses HTML or evaluates code."""
+    from dkto.widgets.base import FOLDER
+
+    for path in FOLDER.glob("*.js"):
+        source = path.read_text()
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "http"):
+            assert word not in source, f"{path.name} holds {word}"

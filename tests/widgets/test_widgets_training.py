@@ -1,0 +1,79 @@
+import time
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from dkto.data.feedback import make_feedback
+from dkto.widgets import TrainingView, Tuner
+from dkto.world.users import SimulatedUser
+
+SMALL = {"max_train_steps": 60, "batch_size": 4, "lora_rank": 2, "checkpoint_every": 20, "warmup_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    yield
+    plt.close("all")
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_training_is_watched_stopped_at_a_checkpoint_and_gone_on_with(config):
+    config = replace(config, max_train_steps=5000, checkpoint_every=10_000)
+    view = TrainingView(config, ["a picture"], sample_steps=1)
+    view.figure()
+    view.start()
+    assert view.can_start is False
+    with pytest.raises(RuntimeError, match="runs already"):
+        view.start()
+    until(lambda: view.updates >= 3)
+    view._on_message(view, {"type": "stop"}, [])
+    assert view.wait(60) == "stopped" and view.process.returncode == 0 and view.can_start
+    stopped_at = view.step
+    assert 0 < stopped_at < 5000 and len(list(config.output_dir.glob("checkpoint-*"))) == 1
+    assert view.curves["loss"][0][-1] <= stopped_at and len(view.figure().axes) == 2
+    view._on_message(view, {"type": "start"}, [])
+    until(lambda: view.step > stopped_at)
+    view.stop()
+    assert view.wait(60) == "stopped"
+
+
+def test_a_training_that_fails_says_why(config, tmp_path):
+    view = TrainingView(replace(config, prepared_dir=tmp_path / "nowhere"))
+    view.start()
+    assert view.wait(120) == "failed"
+    assert "holds no prepared feedback" in view.message and "train.log" in view.message and view.can_start
+
+
+def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pipeline, tmp_path):
+    folder = likes.images[0].parent
+    brightness = SimulatedUser("likes_bright", lambda image, prompt: float(np.mean(image)), 100.0)
+    options = {"model": str(tiny_pipeline), "user": brightness, "sample_steps": 2, "guidance": 1.0, "threads": 1}
+    tuner = Tuner(lambda: likes, folder, ["a picture 0", "a picture 1"], **options, **SMALL)
+    tuner.start()
+    assert tuner.wait(180) == "finished", tuner.message
+    assert tuner.samples[0]["label"] == "before" and tuner.samples[-1]["label"] == "after"
+    assert len(tuner.before) == len(tuner.after) == 2 and tuner.win_rate.n == 2
+    assert any(np.asarray(b).tolist() != np.asarray(a).tolist() for b, a in zip(tuner.before, tuner.after, strict=True))
+    assert "In the eyes of likes_bright" in tuner.result and tuner.step == 60
+    weights = load_file(folder / "run-01" / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
+    assert tuner.can_start, "more likes make a new run"
+    assert len(tuner.figure().axes) == 1 and (folder / "likes-01.csv").is_file()
+
+
+def test_the_button_without_likes_says_so(likes, tmp_path):
+    only = make_feedback(likes.images[:1], ["a"], [True])
+    tuner = Tuner(lambda: only, tmp_path, ["a"])
+    tuner._on_message(tuner, {"type": "start"}, [])
+    assert tuner.message == "tuning needs likes and dislikes, got 1 likes and 0 dislikes" and tuner.state == "ready"
+    with pytest.raises(ValueError, match="at least one prompt"):
+        Tuner(lambda: only, tmp_path, [])

@@ -1,0 +1,115 @@
+"""The site: what Sphinx reads, formulas without a script, links that lead somewhere, nothing from elsewhere."""
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from dkto.workshop.site import build_site, check_pages, literal_formulas, mathml, write_source
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small project: a README with every sort of link, one module, two lessons that ran, one card."""
+    root = tmp_path / "checkout"
+    (root / "dkto" / "runs").mkdir(parents=True)
+    (root / "toy").mkdir()
+    shutil.copyfile(ROOT / "dkto" / "runs" / "yaml12.py", root / "dkto" / "runs" / "yaml12.py")
+    (root / "dkto" / "empty.py").write_text("ONE = 1\n")
+    (root / "picture.png").write_bytes((ROOT / "notebooks" / "likes" / "00.png").read_bytes())
+    (root / "README.md").write_text(
+        "# small\n\n![a picture](picture.png)\n\n"
+        "[first](notebooks/10_first.ipynb), [`code`](dkto/runs/yaml12.py), [paper](https://example.org), "
+        "[here](#files)\n\n"
+        "## Files\n\nmore\n"
+    )
+    for name in ("10_first", "20_second"):
+        image = (ROOT / "notebooks" / "likes" / "00.png").read_bytes()
+        figure = new_output("display_data", {"image/png": base64.b64encode(image).decode(), "text/plain": "figure"})
+        text = "See [the next](20_second.ipynb) and [`solutions/x.ipynb`](solutions/10_first.ipynb)."
+        text += "\n\n$$ r = \\big(a\\big) $$"
+        cells = [new_markdown_cell(f"# {name}?\n\n{text}"), new_code_cell("1 + 1", outputs=[figure], execution_count=1)]
+        notebook = new_notebook(cells=cells)
+        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        folder = root / "papermill_runs" / "reference" / name
+        folder.mkdir(parents=True)
+        nbformat.write(notebook, folder / "notebook.ipynb")
+    (folder / "reproduction_card.csv").write_text("paper,ours\n86.4 %,<b>1</b>\n")
+    return root
+
+
+def test_what_sphinx_reads(checkout, tmp_path):
+    write_source(tmp_path / "source", checkout / "papermill_runs" / "reference", checkout)
+    index = (tmp_path / "source" / "index.md").read_text()
+    assert "[first](lessons/10_first.ipynb), `code`, [paper](https://example.org), [here](#files)" in index
+    assert "lessons/10_first\nlessons/20_second" in index and "cards/20_second-reproduction_card" in index
+    assert (tmp_path / "source" / "picture.png").is_file()
+    assert [path.stem for path in (tmp_path / "source" / "api").iterdir()] == ["dkto.runs.yaml12"]
+    lesson = json.loads((tmp_path / "source" / "lessons" / "10_first.ipynb").read_text())
+    text = "".join(lesson["cells"][0]["source"])
+    assert "[the next](20_second.ipynb)" in text and "and `solutions/x.ipynb`." in text
+    assert "&lt;b&gt;1" in (tmp_path / "source" / "cards" / "20_second-reproduction_card.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_site_is_built_and_checked(checkout, tmp_path):
+    page = build_site(tmp_path / "site", root=checkout)
+    lesson = (page.parent / "lessons" / "10_first.html").read_text()
+    assert "<math" in lesson and "mathjax@" not in lesson and "_images/" in lesson
+    assert "read_yaml" in (page.parent / "api" / "dkto.yaml12.html").read_text()
+    assert check_pages(page.parent) == []
+    (checkout / "README.md").write_text("# small\n\n[broken](#nowhere)\n")
+    with pytest.raises(RuntimeError, match="Sphinx is not content"):
+        build_site(tmp_path / "site", root=checkout)
+
+
+def test_wrong_links_and_foreign_files_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<link rel="stylesheet" href="https://cdn.example.org/x.css"><script src="//cdn.example.org/y.js"></script>'
+        '<p id="here"><a href="#here"></a><a href="#there"></a><a href="b.html"></a><a href="c.html#x"></a>'
+        '<a href="https://example.org"></a><img src="none.png"><a href="d%20e.html"></a>'
+    )
+    (tmp_path / "c.html").write_text("<p id=y>")
+    (tmp_path / "d e.html").write_text("")
+    (tmp_path / "style.css").write_text("@import url(https://fonts.example.org/a.css);")
+    assert check_pages(tmp_path) == [
+        "a.html fetches https://cdn.example.org/x.css",
+        "a.html fetches //cdn.example.org/y.js",
+        "a.html links to #there, which has no such place",
+        "a.html links to b.html, which does not exist",
+        "a.html links to c.html#x, which has no such place",
+        "a.html links to none.png, which does not exist",
+        "style.css fetches from another site",
+    ]
+
+
+def test_formulas_become_mathml_and_an_unknown_one_is_named():
+    assert mathml(r"\mathcal{L} = \big(1 - U(w\,r)\big)", display=True).count("<mi") >= 4
+    with pytest.raises(ValueError, match=r"formula '\\\\nosuch' cannot be shown"):
+        mathml(r"\nosuch", display=False)
+
+
+def test_every_formula_of_the_lessons_can_be_shown():
+    count = 0
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                text = "".join(cell["source"])
+                for formula in re.findall(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+?)\$(?!\$)", text, re.S):
+                    mathml("".join(formula), display=False)
+                    count += 1
+    assert count > 20
+
+
+def test_a_docstring_keeps_its_formulas_and_doctests():
+    lines = ["A |g| of x_ and `a*b`:", "", "    r = a * b", "    s = |r|", "", ">>> f(1) * 2", "2"]
+    assert literal_formulas(lines) == [
+        r"A \|g\| of x\_ and `a*b`:", "", "::", "", "    r = a * b", "    s = |r|", "", ">>> f(1) * 2", "2",
+    ]  # fmt: skip
