@@ -499,7 +499,7 @@ def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
 
 KILLED = """
 import sys
-from dkto.demo import run_demo
+from dkto.paper.demo import run_demo
 run_demo(sys.argv[1], train={train!r}, judge={judge!r})
 """
 

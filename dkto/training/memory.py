@@ -305,10 +305,10 @@ def memory_row(
 MEASURE = """
 import json, sys
 import torch
-from dkto.memory import SIZES, build_denoiser, run_step
+from dkto.training.memory import SIZES, build_denoiser, run_step
 from dkto.models import make_policy
-from dkto.engine import PRECISIONS
-from dkto.records import peak_memory_mb
+from dkto.training.engine import PRECISIONS
+from dkto.common.machine import peak_memory_mb
 
 name, batch, rank, precision, threads = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
 torch.set_num_threads(threads)

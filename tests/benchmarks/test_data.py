@@ -29,9 +29,9 @@ PAIRS_OF_STEPS = 40
 START = """
 import re, sys, time
 from pathlib import Path
-from dkto.feedback import BiasedSampler
+from dkto.data.sampler import BiasedSampler
 from dkto.models import load_model
-from dkto.prepare import PreparedFeedback
+from dkto.data.encoded import PreparedFeedback
 model = load_model(sys.argv[2])
 read = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before, began = read("VmRSS"), time.perf_counter()

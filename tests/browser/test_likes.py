@@ -95,7 +95,7 @@ MARKUP = """
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from dkto.config import TrainConfig
+from dkto.training.config import TrainConfig
 from dkto.widgets import Likes, TrainingView
 from dkto.widgets.base import png_bytes
 from dkto.widgets.likelog import Picture

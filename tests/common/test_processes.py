@@ -119,7 +119,7 @@ def test_a_run_whose_engine_has_ended_already_does_not_start():
 POOL = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from dkto.processes import start_worker
+from dkto.common.processes import start_worker
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

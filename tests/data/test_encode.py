@@ -55,7 +55,7 @@ def test_a_picture_that_was_compared_several_times_is_encoded_once(likes, tiny_p
             raise ValueError(f"image {path} is broken")
         return load_image(path)
 
-    monkeypatch.setattr("dkto.data.images.load_image", load)
+    monkeypatch.setattr("dkto.data.encode.load_image", load)
     twice = make_feedback([*likes.images] * 2, [*likes.prompts] * 2, [*likes.is_desirable, *~likes.is_desirable])
     with pytest.warns(UserWarning, match="2 of 24 images are set aside"):
         folder = prepare_feedback(twice, tmp_path, str(tiny_pipeline))
@@ -250,8 +250,8 @@ def test_pairs_have_one_liked_and_one_disliked_side(likes, tiny_pipeline, tmp_pa
 
 SLOW_PREPARE = """
 import sys, time
-import dkto.prepare as prepare
-from dkto.feedback import read_feedback
+import dkto.data.encode as prepare
+from dkto.data.feedback import read_feedback
 prepare.SHARD_ROWS = prepare.PROMPT_SHARD_ROWS = 2
 run = prepare._Job.run
 def slowly(self, task):
@@ -356,9 +356,9 @@ MEASURE_START = """
 import re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from dkto.feedback import BiasedSampler
+from dkto.data.sampler import BiasedSampler
 from dkto.models import load_model
-from dkto.prepare import PreparedFeedback
+from dkto.data.encoded import PreparedFeedback
 model = load_model(sys.argv[2])
 read = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before, began = read("VmRSS"), time.process_time()

@@ -87,13 +87,13 @@ def test_bfloat16_is_advised_against_where_the_processor_lacks_it(tiny_pipeline,
     for found, expected in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=found: found)
         assert computes_bfloat16() == expected or torch.cuda.is_available()
-    monkeypatch.setattr("dkto.models.system.computes_bfloat16", lambda: False)
+    monkeypatch.setattr("dkto.evaluation.generate.computes_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="this processor does not compute in bfloat16: float32 is many times as fast"):
         generate_images(system, PROMPTS[:1], tmp_path / "slow", images_per_prompt=1)
 
 
 def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("dkto.models.system.computes_bfloat16", lambda: True)  # slow elsewhere, and the same
+    monkeypatch.setattr("dkto.evaluation.generate.computes_bfloat16", lambda: True)  # slow elsewhere, and the same
     drawn = {}
     for precision in PRECISIONS:
         system = System(model=str(tiny_pipeline), steps=4, precision=precision)

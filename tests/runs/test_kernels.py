@@ -18,7 +18,7 @@ from dkto.runs.notebooks import run_notebook
 BUSY = 0.1  # seconds that the kernel stays with a request after it answered it
 LINGER = f"""\
 import time
-from dkto.notebooks import write_metrics
+from dkto.runs.notebooks import write_metrics
 handlers = get_ipython().kernel.shell_handlers
 answer = handlers["kernel_info_request"]
 

@@ -32,7 +32,7 @@ seed: int = 0  # of everything
 output_dir: str = "out"  # metrics land here
 """
 HAND_OVER = """\
-from dkto.notebooks import write_metrics
+from dkto.runs.notebooks import write_metrics
 write_metrics(output_dir, {"rate": rate, "steps": steps}, {"rate": rate, "steps": steps}, seed)
 """
 

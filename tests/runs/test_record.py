@@ -64,7 +64,7 @@ def test_peak_memory_is_that_of_all_processes_below_together():
 def test_a_process_that_ends_between_two_looks_is_not_missed():
     code = """
 import subprocess, sys
-from dkto.run_record import PeakMemory
+from dkto.runs.record import PeakMemory
 block = "b = bytearray({}); b[::4096] = b'1' * len(b[::4096])"
 with PeakMemory() as first:
     subprocess.run([sys.executable, "-c", block.format(200_000_000)])

@@ -21,10 +21,10 @@ PARITY = """
 import itertools, sys
 import torch
 import torch.distributed as dist
-from dkto.batches import Batch
-from dkto.config import TrainConfig
-from dkto.trainer import measures, objective
-from dkto.utilities import UTILITIES, get_utility
+from dkto.training.batches import Batch
+from dkto.training.config import TrainConfig
+from dkto.training.loop import measures, objective
+from dkto.objective.utilities import UTILITIES, get_utility
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -34,8 +34,8 @@ def wait(condition, seconds):
 
 
 NOTEBOOK = """
-from dkto.config import TrainConfig
-from dkto.launch import run_trainings
+from dkto.training.config import TrainConfig
+from dkto.training.launch import run_trainings
 
 run_trainings([TrainConfig({arguments})], ranks=2)
 """

@@ -63,7 +63,7 @@ def test_a_site_is_built_and_checked(checkout, tmp_path):
     page = build_site(tmp_path / "site", root=checkout)
     lesson = (page.parent / "lessons" / "10_first.html").read_text()
     assert "<math" in lesson and "mathjax@" not in lesson and "_images/" in lesson
-    assert "read_yaml" in (page.parent / "api" / "dkto.yaml12.html").read_text()
+    assert "read_yaml" in (page.parent / "api" / "dkto.runs.yaml12.html").read_text()
     assert check_pages(page.parent) == []
     (checkout / "README.md").write_text("# small\n\n[broken](#nowhere)\n")
     with pytest.raises(RuntimeError, match="Sphinx is not content"):
