@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import anywidget
 import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
@@ -16,7 +15,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from dkto.plotting import COLOURS
-from dkto.widgets.base import ROLE_COLOURS, script, style
+from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 from toy.network import Architecture, Ensemble, one_thread
 from toy.objectives import Method
 from toy.sampling import sample_ensemble
@@ -60,7 +59,7 @@ def key_of(method: Method) -> str:
     )
 
 
-class Playground(anywidget.AnyWidget):
+class Playground(Instrument):
     """Clouds of the toy for a grid of settings, and a button that trains any other in about a second.
 
     Args:
@@ -78,7 +77,6 @@ class Playground(anywidget.AnyWidget):
     world = traitlets.Dict().tag(sync=True)
     choices = traitlets.Dict().tag(sync=True)
     busy = traitlets.Bool(False).tag(sync=True)
-    message = traitlets.Unicode().tag(sync=True)
     colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
 
     def __init__(self, recipe: Recipe = RECIPE, *, seed: int = 0, precompute: bool = True) -> None:
@@ -109,7 +107,6 @@ class Playground(anywidget.AnyWidget):
                 "flip": list(FLIPS),
             },
         )
-        self.on_msg(self._on_message)
 
     def train(self, method: Method, means: dict[str, Sequence[float]] | None = None) -> Tensor:
         """Tune one model now, and show its cloud on the way; the Gaussians move to `means` if given.
@@ -170,14 +167,9 @@ class Playground(anywidget.AnyWidget):
         number = self._recipe.num_samples
         return to_paper_units(sample_ensemble(ensemble, self._schedule, [self._seed], number, labels))[:, 0]
 
-    def _on_message(self, _, content: dict, buffers: list) -> None:
-        if content.get("type") != "train":
-            return
-        self.message = ""
-        try:
-            self.train(_method_of(content["settings"]), content["means"])
-        except (ValueError, TypeError, KeyError) as refusal:
-            self.message = str(refusal)
+    def _obey(self, message: dict) -> None:
+        if message.get("type") == "train":
+            self.train(_method_of(message["settings"]), message["means"])
 
 
 def _method_of(settings: dict) -> Method:

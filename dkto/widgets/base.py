@@ -1,10 +1,12 @@
-"""What the instruments share: their front-end files, pictures as bytes, the colours of roles."""
+"""What the instruments share: front-end files, messages from the page, images as bytes, the colours of roles."""
 
 import io
 from pathlib import Path
 
+import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
+import traitlets
 from PIL import Image
 
 from dkto.plotting import COLOURS
@@ -13,6 +15,28 @@ FOLDER = Path(__file__).parent
 SMALLEST_SIDE = 192  # pixels: smaller pictures are enlarged without smoothing
 
 ROLE_COLOURS = {role: COLOURS[role] for role in ("desirable", "undesirable", "model", "reference_point", "pretraining")}
+
+
+class Instrument(anywidget.AnyWidget):
+    """A widget whose page sends messages. A refusal becomes `message`, and the page shows it."""
+
+    message = traitlets.Unicode().tag(sync=True)
+    _refused = ""  # what a refusal begins with
+
+    def __init__(self, **values) -> None:
+        super().__init__(**values)
+        self.on_msg(lambda _, content, buffers: self.receive(content))
+
+    def receive(self, message: dict) -> None:
+        """Do what the page asks: `message` holds a "type" and what belongs to it. Unknown types do nothing."""
+        self.message = ""  # the same refusal again is a change that the page hears of
+        try:
+            self._obey(message)
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as refusal:  # a full disk is seen, not lost
+            self.message = f"{self._refused}{refusal}"
+
+    def _obey(self, message: dict) -> None:
+        raise NotImplementedError
 
 
 def script(name: str, folder: Path = FOLDER) -> str:

@@ -9,7 +9,6 @@ import io
 import json
 from pathlib import Path
 
-import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ from dkto.plotting import (
     plot_slopes,
     plot_utilities,
 )
-from dkto.widgets.base import ROLE_COLOURS, script, style
+from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 
 TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50], beta x MSE
 TABLE_POINTS = 10_001
@@ -40,7 +39,7 @@ MOST_REWARDS = 50_000
 LARGEST_UPLOAD = 4_000_000  # bytes
 
 
-class Explorer(anywidget.AnyWidget):
+class Explorer(Instrument):
     """All utilities on one screen, with sliders for what a training is told.
 
     Rewards are kept as error gaps, reward / beta, so that the beta slider spreads and gathers them as it
@@ -73,7 +72,6 @@ class Explorer(anywidget.AnyWidget):
     gaps = traitlets.Bytes().tag(sync=True)
     liked = traitlets.Bytes().tag(sync=True)
     source = traitlets.Unicode().tag(sync=True)
-    message = traitlets.Unicode().tag(sync=True)
     colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
     table_limit = traitlets.Float(TABLE_LIMIT).tag(sync=True)
     saved_points = traitlets.Int(121).tag(sync=True)
@@ -91,7 +89,6 @@ class Explorer(anywidget.AnyWidget):
         self.refresh()
         if rewards is not None:
             self.set_rewards(rewards, is_desirable, source=source)
-        self.on_msg(self._on_message)
 
     @classmethod
     def of_run(cls, folder: str | Path, **settings) -> "Explorer":
@@ -220,17 +217,13 @@ class Explorer(anywidget.AnyWidget):
     def _point_and_utility(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
         return torch.tensor(self.reference_point, dtype=x.dtype), self.utility
 
-    def _on_message(self, _, content: dict, buffers: list) -> None:
-        """What the page sends: a formula, or the text of a file with rewards. A refusal becomes `message`."""
-        self.message = ""
-        try:
-            if content.get("type") == "utility":
-                self.define(str(content.get("name")), str(content.get("formula")))
-            elif content.get("type") == "rewards":
-                name = str(content.get("name"))
-                self.set_rewards(*rewards_of_text(str(content.get("text")), name), source=name)
-        except ValueError as refusal:
-            self.message = str(refusal)
+    def _obey(self, message: dict) -> None:
+        """The page sends a formula, or the text of a file with rewards."""
+        if message.get("type") == "utility":
+            self.define(str(message.get("name")), str(message.get("formula")))
+        elif message.get("type") == "rewards":
+            name = str(message.get("name"))
+            self.set_rewards(*rewards_of_text(str(message.get("text")), name), source=name)
 
 
 def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:

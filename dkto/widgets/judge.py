@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import anywidget
 import traitlets
 from matplotlib.figure import Figure
 
@@ -10,10 +9,10 @@ from dkto.data.images import load_image
 from dkto.evaluation.study import StudySession
 from dkto.evaluation.study_answers import StudyResult, study_result
 from dkto.plotting import plot_preferences
-from dkto.widgets.base import figure_bytes, png_bytes, script, style
+from dkto.widgets.base import Instrument, figure_bytes, png_bytes, script, style
 
 
-class Judge(anywidget.AnyWidget):
+class Judge(Instrument):
     """Two pictures of a prompt, left and right as the study drew them; the page never learns which is whose.
 
     Keys, while the widget has the focus: the arrows choose, z takes the last answer back. The result, with
@@ -29,6 +28,7 @@ class Judge(anywidget.AnyWidget):
 
     _esm = script("judge")
     _css = style("judge")
+    _refused = "not kept: "
 
     question = traitlets.Unicode().tag(sync=True)
     number = traitlets.Int(-1).tag(sync=True)
@@ -38,14 +38,12 @@ class Judge(anywidget.AnyWidget):
     left = traitlets.Bytes().tag(sync=True)
     right = traitlets.Bytes().tag(sync=True)
     result = traitlets.Dict().tag(sync=True)  # text, rows, chart (bytes); empty until the end
-    message = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, study_dir: str | Path, judge: str) -> None:
         self.session = StudySession(study_dir, judge)
         self._study_dir = Path(study_dir)
         super().__init__(question=self.session.question, total=len(self.session.plan["order"]))
         self._show()
-        self.on_msg(self._on_message)
 
     def answer(self, side: str) -> None:
         """Prefer the left or the right picture of the pair that is shown."""
@@ -94,12 +92,8 @@ class Judge(anywidget.AnyWidget):
             "chart": figure_bytes(self.figure()),
         }
 
-    def _on_message(self, _, content: dict, buffers: list) -> None:
-        self.message = ""  # the same refusal again is a change that the page hears of
-        try:
-            if content.get("type") == "undo":
-                self.undo()
-            elif content.get("type") == "answer" and content.get("number") == self.number:
-                self.answer(str(content.get("side")))  # a key that was pressed twice answers once
-        except (ValueError, OSError) as refusal:
-            self.message = f"not kept: {refusal}"
+    def _obey(self, message: dict) -> None:
+        if message.get("type") == "undo":
+            self.undo()
+        elif message.get("type") == "answer" and message.get("number") == self.number:
+            self.answer(str(message.get("side")))  # a key that was pressed twice answers once

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import anywidget
 import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
@@ -11,14 +10,14 @@ from matplotlib.figure import Figure
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import load_image
 from dkto.plotting import image_grid
-from dkto.widgets.base import ROLE_COLOURS, png_bytes, script, style
+from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
 from dkto.widgets.likelog import LikeLog, Picture
 
 AHEAD = 6  # pictures that are sent before they are asked for
 VIEWS = ("single", "grid")
 
 
-class Likes(anywidget.AnyWidget):
+class Likes(Instrument):
     """Judge pictures; every judgement is on disk before the next picture is shown.
 
     Keys, while the widget has the focus: right or l likes, left or d dislikes, space skips, z takes back;
@@ -37,6 +36,7 @@ class Likes(anywidget.AnyWidget):
 
     _esm = script("likes")
     _css = style("likes")
+    _refused = "not kept: "
 
     view = traitlets.Unicode("single").tag(sync=True)
     shown = traitlets.List().tag(sync=True)  # dicts: index, prompt, judgement, image (bytes)
@@ -45,7 +45,6 @@ class Likes(anywidget.AnyWidget):
     total = traitlets.Int().tag(sync=True)
     page = traitlets.Int(0).tag(sync=True)
     pages = traitlets.Int(1).tag(sync=True)
-    message = traitlets.Unicode().tag(sync=True)
     colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
 
     def __init__(
@@ -66,7 +65,6 @@ class Likes(anywidget.AnyWidget):
         self._bytes: dict[int, bytes] = {}
         super().__init__(view=view, total=len(self.likes.pictures), pages=-(-len(self.likes.pictures) // page_size))
         self._show()
-        self.on_msg(self._on_message)
         self.observe(lambda _: self._show(), names=["page", "view"])
 
     def judge(self, index: int, judgement: str) -> None:
@@ -137,12 +135,8 @@ class Likes(anywidget.AnyWidget):
             self.current = current
             self.counts = {name: counts[name] for name in ("like", "dislike", "skip")}
 
-    def _on_message(self, _, content: dict, buffers: list) -> None:
-        self.message = ""
-        try:
-            if content.get("type") == "undo":
-                self.undo()
-            elif content.get("type") == "judge":
-                self.judge(int(content["index"]), str(content["judgement"]))
-        except (ValueError, KeyError, TypeError, OSError) as refusal:  # a full disk must be seen, not lost
-            self.message = f"not kept: {refusal}"
+    def _obey(self, message: dict) -> None:
+        if message.get("type") == "undo":
+            self.undo()
+        elif message.get("type") == "judge":
+            self.judge(int(message["index"]), str(message["judgement"]))

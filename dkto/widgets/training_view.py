@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
@@ -24,7 +23,7 @@ from dkto.plotting import plot_training
 from dkto.training.config import TrainConfig
 from dkto.training.launch import start_training
 from dkto.training.run_folder import CheckpointStore
-from dkto.widgets.base import ROLE_COLOURS, png_bytes, script, style
+from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
 
 POLL_SECONDS = 0.5
 MOST_POINTS = 600  # points of a curve that are sent to the page
@@ -37,7 +36,7 @@ SERIES = {
 }
 
 
-class TrainingView(anywidget.AnyWidget):
+class TrainingView(Instrument):
     """One training, live.
 
     Args:
@@ -63,7 +62,6 @@ class TrainingView(anywidget.AnyWidget):
     updates = traitlets.Int(0).tag(sync=True)  # how often the curves were sent
     samples = traitlets.List().tag(sync=True)  # dicts: label, images (bytes)
     prompts = traitlets.List().tag(sync=True)
-    message = traitlets.Unicode().tag(sync=True)
     result = traitlets.Unicode().tag(sync=True)
     colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
 
@@ -86,7 +84,6 @@ class TrainingView(anywidget.AnyWidget):
         if CheckpointStore(config).is_finished():
             self.state, self.can_start = "finished", False
             self._finish()
-        self.on_msg(self._on_message)
 
     def start(self) -> None:
         """Start the training, or let it go on from its last checkpoint. Returns at once.
@@ -203,12 +200,8 @@ class TrainingView(anywidget.AnyWidget):
             row = {"label": label, "images": [png_bytes(image) for image in images]}
             self.samples = [*self.samples, row][-MOST_SAMPLES:]
 
-    def _on_message(self, _, content: dict, buffers: list) -> None:
-        if content.get("type") == "stop":
+    def _obey(self, message: dict) -> None:
+        if message.get("type") == "stop":
             self.stop()
-        elif content.get("type") == "start":
-            self.message = ""  # the same refusal again is a change that the page hears of
-            try:
-                self.start()
-            except (RuntimeError, ValueError) as refusal:
-                self.message = str(refusal)
+        elif message.get("type") == "start":
+            self.start()

@@ -47,11 +47,11 @@ def test_the_page_trains_and_reads_why_not(playground):
         "settings": {"method": "dpo", "beta": 1, "gamma": 0.5, "clamp": True, "flip": 0},
         "means": {"desirable": [0.3, 0.8], "undesirable": [0.3, 0.6]},
     }
-    playground._on_message(playground, message, [])
+    playground.receive(message)
     assert playground.trained["key"] == "dpo beta=1 flip=0" and playground.message == "" and not playground.busy
-    playground._on_message(playground, message | {"means": {"desirable": [9, 0], "undesirable": [0, 0]}}, [])
+    playground.receive(message | {"means": {"desirable": [9, 0], "undesirable": [0, 0]}})
     assert "the desirable Gaussian must lie in" in playground.message
-    playground._on_message(playground, message | {"settings": message["settings"] | {"method": "kt"}}, [])
+    playground.receive(message | {"settings": message["settings"] | {"method": "kt"}})
     assert "unknown utility 'kt'" in playground.message
 
 

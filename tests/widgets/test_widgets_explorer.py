@@ -36,17 +36,19 @@ def test_a_registered_utility_travels_as_a_table():
 
 def test_the_page_asks_for_a_formula_and_reads_why_not():
     explorer = Explorer()
-    explorer._on_message(explorer, {"type": "utility", "name": "mine", "formula": "x.real"}, [])
+    explorer.receive({"type": "utility", "name": "mine", "formula": "x.real"})
     assert "is not allowed" in explorer.message and "mine" not in UTILITIES
-    explorer._on_message(explorer, {"type": "utility", "name": "mine", "formula": "tanh(x)"}, [])
+    explorer.receive({"type": "utility", "name": "mine", "formula": "tanh(x)"})
     assert explorer.message == "" and explorer.utility == "mine" and explorer.curves[-1]["formula"] == "tanh(x)"
+    explorer.receive({"type": "nothing that is known"})
+    assert explorer.message == "" and explorer.utility == "mine"
 
 
 def test_the_page_sends_a_file():
     explorer = Explorer()
-    explorer._on_message(explorer, {"type": "rewards", "name": "a.csv", "text": "reward,liked\n2,1\n-1,0\n"}, [])
+    explorer.receive({"type": "rewards", "name": "a.csv", "text": "reward,liked\n2,1\n-1,0\n"})
     assert explorer.source == "a.csv" and explorer.rewards()[1].tolist() == [True, False]
-    explorer._on_message(explorer, {"type": "rewards", "name": "a.csv", "text": "reward\n2\n"}, [])
+    explorer.receive({"type": "rewards", "name": "a.csv", "text": "reward\n2\n"})
     assert explorer.message == "a.csv needs the columns reward and liked; missing: liked"
 
 
@@ -125,7 +127,9 @@ def test_the_modules_hold_no_way_to_parse_html():
     """Strings reach the page as text: no script of the widgets parses HTML or evaluates code."""
     from dkto.widgets.base import FOLDER
 
-    for path in FOLDER.glob("*.js"):
+    scripts = sorted(FOLDER.glob("*.js"))
+    assert len(scripts) >= 5, "common.js and one of each instrument"
+    for path in scripts:
         source = path.read_text()
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "http"):
             assert word not in source, f"{path.name} holds {word}"

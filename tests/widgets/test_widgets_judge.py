@@ -45,7 +45,7 @@ def test_a_judge_answers_every_pair_and_sees_the_result_at_the_end(study):
     judge = Judge(study, "ann")
     for number in range(6):
         assert judge.answered == number and judge.result == {}
-        judge._on_message(judge, {"type": "answer", "number": judge.number, "side": brighter(judge)}, [])
+        judge.receive({"type": "answer", "number": judge.number, "side": brighter(judge)})
     assert judge.number == -1 and judge.left == b""
     assert judge.result["rows"][0] == ["all prompts", "100%", "61% to 100%", "6"]
     assert "secret_ours is preferred to secret_theirs" in judge.result["text"]
@@ -63,11 +63,11 @@ def test_undo_comes_back_and_a_second_key_for_the_same_pair_counts_once(study):
     judge = Judge(study, "bob")
     first = judge.number
     for _ in range(2):
-        judge._on_message(judge, {"type": "answer", "number": first, "side": "left"}, [])
+        judge.receive({"type": "answer", "number": first, "side": "left"})
     assert judge.answered == 1 and judge.number != first
-    judge._on_message(judge, {"type": "undo"}, [])
+    judge.receive({"type": "undo"})
     assert judge.answered == 0 and judge.number == first
-    judge._on_message(judge, {"type": "answer", "number": first, "side": "middle"}, [])
+    judge.receive({"type": "answer", "number": first, "side": "middle"})
     assert judge.message == "not kept: side must be left or right, got 'middle'"
 
 
@@ -75,7 +75,7 @@ def test_the_same_refusal_twice_is_told_twice(study):
     judge, told = Judge(study, "ann"), []
     judge.observe(lambda change: told.append(change.new), "message")
     for _ in range(2):
-        judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "middle"}, [])
+        judge.receive({"type": "answer", "number": judge.number, "side": "middle"})
     assert [bool(text) for text in told] == [True, False, True]
 
 
@@ -84,10 +84,10 @@ def test_an_answer_is_kept_though_the_next_picture_is_damaged_and_no_pair_is_sho
     following = judge.session.plan["order"][1]
     for letter in "ab":
         (study / "images" / f"q{following:03d}-{letter}.png").write_bytes(b"no picture")
-    judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "left"}, [])
+    judge.receive({"type": "answer", "number": judge.number, "side": "left"})
     assert judge.message.startswith("all answers are kept, but the next pair cannot be shown: image ")
     assert (judge.number, judge.prompt, judge.left, judge.right, judge.answered) == (-1, "", b"", b"", 1)
-    judge._on_message(judge, {"type": "undo"}, [])
+    judge.receive({"type": "undo"})
     assert judge.message == "" and judge.number == judge.session.plan["order"][0]
 
 
@@ -95,7 +95,7 @@ def test_a_judge_without_the_key_keeps_all_answers_and_learns_no_result(study):
     (study / "key.json").unlink()
     judge = Judge(study, "ann")
     for _ in range(6):
-        judge._on_message(judge, {"type": "answer", "number": judge.number, "side": "left"}, [])
+        judge.receive({"type": "answer", "number": judge.number, "side": "left"})
     assert judge.answered == 6 == len(StudySession(study, "ann").answers) and judge.result == {}
     assert "all answers are kept, but the result cannot be shown" in judge.message
     assert "key.json is missing" in Judge(study, "ann").message

@@ -190,11 +190,11 @@ def test_the_widget_shows_the_next_picture_and_says_what_it_could_not_keep(pictu
     widget = Likes(pictures, tmp_path / "likes.jsonl", session="ann")
     assert widget.current == 0 and widget.shown[0]["prompt"] == ATTACK
     for index, judgement in enumerate(("like", "dislike")):
-        widget._on_message(widget, {"type": "judge", "index": index, "judgement": judgement}, [])
+        widget.receive({"type": "judge", "index": index, "judgement": judgement})
     assert widget.current == 2 and widget.counts == {"like": 1, "dislike": 1, "skip": 0}
-    widget._on_message(widget, {"type": "undo"}, [])
+    widget.receive({"type": "undo"})
     assert widget.current == 1
-    widget._on_message(widget, {"type": "judge", "index": 99, "judgement": "like"}, [])
+    widget.receive({"type": "judge", "index": 99, "judgement": "like"})
     assert widget.message == "not kept: picture must be 0 to 4, got 99"
     for index in range(5):
         widget.judge(index, "skip")

@@ -35,12 +35,12 @@ def test_a_training_is_watched_stopped_at_a_checkpoint_and_gone_on_with(config):
     with pytest.raises(RuntimeError, match="runs already"):
         view.start()
     until(lambda: view.updates >= 3)
-    view._on_message(view, {"type": "stop"}, [])
+    view.receive({"type": "stop"})
     assert view.wait(60) == "stopped" and view.process.returncode == 0 and view.can_start
     stopped_at = view.step
     assert 0 < stopped_at < 5000 and len(list(config.output_dir.glob("checkpoint-*"))) == 1
     assert view.curves["loss"][0][-1] <= stopped_at and len(view.figure().axes) == 2
-    view._on_message(view, {"type": "start"}, [])
+    view.receive({"type": "start"})
     until(lambda: view.step > stopped_at)
     view.stop()
     assert view.wait(60) == "stopped"
@@ -73,7 +73,7 @@ def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pi
 def test_the_button_without_likes_says_so(likes, tmp_path):
     only = make_feedback(likes.images[:1], ["a"], [True])
     tuner = Tuner(lambda: only, tmp_path, ["a"])
-    tuner._on_message(tuner, {"type": "start"}, [])
+    tuner.receive({"type": "start"})
     assert tuner.message == "tuning needs likes and dislikes, got 1 likes and 0 dislikes" and tuner.state == "ready"
     with pytest.raises(ValueError, match="at least one prompt"):
         Tuner(lambda: only, tmp_path, [])
