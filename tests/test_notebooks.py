@@ -16,8 +16,8 @@ from dkto.paper.demo import run_demo
 from dkto.runs.notebooks import check_parameters, declared_parameters, parameters_cell, run_notebook
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-LESSONS = sorted(FOLDER.glob("*.ipynb"))
-SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+LESSONS = sorted([*FOLDER.glob("*.ipynb"), *FOLDER.glob("experiments/*.ipynb")])
+SOLUTIONS = sorted(FOLDER.rglob("solutions/*.ipynb"))
 NOTEBOOKS = sorted(path for path in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 TOY_STEPS = {"pretrain_steps": 300, "max_train_steps": 40}
@@ -155,6 +155,12 @@ every_notebook = pytest.mark.parametrize(
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
+def place(name):
+    """Where a notebook of SMALL lies: an experiment has the same name, one folder deeper."""
+    path = FOLDER / f"{name}.ipynb"
+    return path if path.exists() else FOLDER / "experiments" / f"{name}.ipynb"
+
+
 def read(path):
     return nbformat.read(path, as_version=4)
 
@@ -264,7 +270,7 @@ def test_last_part_sums_up_and_sets_exercises(path):
 
 @every_lesson
 def test_every_lesson_has_solutions(path):
-    assert (FOLDER / "solutions" / path.name).is_file()
+    assert (path.parent / "solutions" / path.name).is_file()
 
 
 def test_every_solution_belongs_to_a_lesson():
@@ -273,7 +279,7 @@ def test_every_solution_belongs_to_a_lesson():
 
 def test_small_parameters_are_known_to_their_notebooks():
     for name, parameters in SMALL.items():
-        check_parameters(FOLDER / f"{name}.ipynb", parameters)
+        check_parameters(place(name), parameters)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +293,7 @@ def outputs(tmp_path_factory):
 def run_small(name, folder, **more):
     executed = folder / f"{name}.ipynb"
     parameters = {"output_dir": str(folder / name), **SMALL[name], **more}
-    return run_notebook(FOLDER / f"{name}.ipynb", executed, parameters, progress=False)
+    return run_notebook(place(name), executed, parameters, progress=False)
 
 
 def test_the_demo_leaves_what_it_promises(outputs, capsys):

@@ -24,7 +24,7 @@ import pandas as pd
 
 from dkto.common.files import read_json, write_json
 from dkto.models.system import computes_bfloat16
-from dkto.paper.demo import NOTEBOOKS
+from dkto.paper import demo
 from dkto.paper.page import MAIN, PREFERENCE, aims_sentence, make_report
 from dkto.paper.report import write_report
 from dkto.paper.search import search_settings
@@ -34,6 +34,7 @@ from dkto.paper.train_all import CONTROLS, read_settings, settings_origin
 from dkto.runs.notebooks import run_notebook, write_metrics
 from dkto.runs.record import source_hash
 
+NOTEBOOKS = demo.NOTEBOOKS / "experiments"
 SETTINGS_FILE = "papermill_runs/paper_settings.json"
 
 

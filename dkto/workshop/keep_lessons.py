@@ -3,6 +3,8 @@
 A lesson is outdated when its code has changed since its kept run; the hash of its code cells without imports is in its
 `run.json`. A change of its prose, or of where a name is imported from, is copied into the kept notebook without a run.
 A lesson that reads another's folder (a parameter whose default is the other's `output_dir`) runs after it.
+An experiment (`notebooks/experiments/`) takes an hour: its kept run may be older than its code and stays as it ran;
+remove its folder to run it again.
 
 The tables of `make paper PROFILE=full` are kept by the same command with their folder as its argument.
 """
@@ -52,9 +54,14 @@ def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
         kept = root / "papermill_runs" / "reference" / path.stem / RECORD_NAME
         if not kept.is_file():
             found[path.stem] = "no reference run"
-        elif read_json(kept, "record of a run", ["source_hash"])["source_hash"] != source_hash(path):
+        elif path.parent.name != "experiments" and not is_current(path, kept):
             found[path.stem] = "its cells have changed since its reference ran"
     return found
+
+
+def is_current(lesson: Path, record: Path) -> bool:
+    """Whether a kept run, known by its `run.json`, is of the lesson's present code."""
+    return read_json(record, "record of a run", ["source_hash"])["source_hash"] == source_hash(lesson)
 
 
 def refresh(root: Path = ROOT) -> list[str]:
@@ -63,10 +70,10 @@ def refresh(root: Path = ROOT) -> list[str]:
     Returns:
         The lessons whose kept notebook was changed.
     """
-    changed, outdated = [], outdated_lessons(root)
+    changed = []
     for name, path in _lessons(root).items():
         kept = root / "papermill_runs" / "reference" / name / "notebook.ipynb"
-        if name in outdated or not kept.is_file():
+        if not kept.is_file() or not is_current(path, kept.with_name(RECORD_NAME)):
             continue
         text = kept.read_text(encoding="utf-8")
         notebook = refreshed(json.loads(text), json.loads(path.read_text(encoding="utf-8")))
@@ -112,7 +119,7 @@ def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
         runs.append(
             PlannedRun(
                 name=_run_name(name),
-                notebook=str(Path("notebooks") / f"{name}.ipynb"),
+                notebook=str(_lessons(root)[name].relative_to(root)),
                 given=given,
                 parameters={key: value for key, value in values.items() if key not in {"output_dir", *inputs}},
                 inputs=inputs,
@@ -124,7 +131,9 @@ def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
 
 
 def _lessons(root: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    notebooks = root / "notebooks"
+    paths = [*notebooks.glob("*.ipynb"), *notebooks.glob("experiments/*.ipynb")]
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from dkto.workshop.keep_lessons import (
     EXAMPLE,
     EXAMPLE_FOLDER,
     NOT_RUN_HERE,
+    is_current,
     keep_paper,
     lesson_plan,
     make_reference,
@@ -28,7 +29,8 @@ from dkto.workshop.keep_lessons import (
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "files"
 REFERENCE = ROOT / "papermill_runs" / "reference"
-LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.ipynb"))
+LESSONS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *EXPERIMENTS]
 MEGABYTES = 10
 # Lessons without a kept run, and "sweep", the example whose lesson may still change: make reference makes them, and
 # then they leave this list.
@@ -46,13 +48,16 @@ def test_every_lesson_has_a_reference_run_of_its_present_text(lesson):
     assert lesson.stem not in NOT_KEPT, f"{lesson.stem} has a reference run: strike it from NOT_KEPT"
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
-    assert record["source_hash"] == source_hash(lesson), f"{lesson.stem} changed: make reference"
+    current = is_current(lesson, folder / "run.json")
+    assert current or lesson in EXPERIMENTS, f"{lesson.stem} changed: make reference"
     assert json.loads((folder / "metrics.json").read_text())["metrics"]
     executed = nbformat.read(folder / "notebook.ipynb", as_version=4)
-    text = json.loads(lesson.read_text())
-    assert refreshed(json.loads((folder / "notebook.ipynb").read_text()), text)["cells"] == executed_cells(folder)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs and not [output for output in outputs if output.output_type == "error"]
+    if not current:  # takes an hour: what it shows is the code that ran
+        pytest.skip(f"{lesson.stem} was kept by commit {record['git_commit'][:12]}, older than the notebook")
+    text = json.loads(lesson.read_text())
+    assert refreshed(json.loads((folder / "notebook.ipynb").read_text()), text)["cells"] == executed_cells(folder)
 
 
 def executed_cells(folder):

@@ -98,7 +98,7 @@ def test_formulas_become_mathml_and_an_unknown_one_is_named():
 
 def test_every_formula_of_the_lessons_can_be_shown():
     count = 0
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "markdown":
                 text = "".join(cell["source"])
