@@ -12,7 +12,8 @@ import dkto
 PACKAGE = Path(dkto.__file__).parent
 # from the bottom up: a file may import its own room and those of the lines before
 ROOMS = (
-    ("common", "objective", "world"),
+    ("common",),
+    ("objective", "world"),
     ("models", "runs"),
     ("data",),
     ("evaluation",),
@@ -21,7 +22,7 @@ ROOMS = (
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-TOY = {"objective", "plotting", "runs", "widgets"}  # what the 2-D laboratory takes of dkto
+TOY = {"common", "objective", "plotting", "runs", "widgets"}  # what the 2-D laboratory takes of dkto
 
 
 def test_importing_dkto_imports_neither_diffusers_nor_transformers():

@@ -14,8 +14,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from dkto.common.names import check_name
 from dkto.objective.losses import dpo_loss, kto_loss
-from toy.objectives import known_name
 from toy.sampling import SAMPLERS
 from toy.schedule import Schedule
 from toy.world import BASE_KL, DESIRABLE, ORIGIN, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
@@ -64,7 +64,7 @@ def output_law(denoiser: AffineDenoiser, schedule: Schedule, sampler: str = "anc
     Raises:
         ValueError: for another sampler.
     """
-    known_name("sampler", sampler, SAMPLERS)
+    check_name("sampler", sampler, SAMPLERS)
     mean, variance = torch.zeros(2, dtype=torch.float64), 1.0
     for timestep in reversed(range(schedule.num_train_timesteps)):
         if sampler == "ancestral":

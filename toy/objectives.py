@@ -4,28 +4,20 @@ Nothing of the losses is written again here. A method's gradient is that of weig
 weights are the derivatives of its loss by the denoising errors: `error_weights`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
 from dkto.objective.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
 from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
 OBJECTIVES = ("sft", "csft", "dpo", "kto")
 TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
-
-
-def known_name(what: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
-    """Raise a sentence with the nearest and all known names, unless `name` is among them."""
-    if name not in known:
-        near = get_close_matches(str(name), known, 1)
-        guess = f", did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"unknown {what} {name!r}{guess} known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,8 @@ class Method:
     flip_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        known_name("objective", self.objective, OBJECTIVES)
-        known_name("estimator", self.estimator, TOY_ESTIMATORS)
+        check_name("objective", self.objective, OBJECTIVES)
+        check_name("estimator", self.estimator, TOY_ESTIMATORS)
         get_utility(self.utility)
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not getattr(self, name) > 0:
@@ -92,7 +84,7 @@ def get_method(name: str, **changes: object) -> Method:
     >>> get_method("kahneman_tversky", beta=3.0).beta
     3.0
     """
-    known_name("method", name, METHODS)
+    check_name("method", name, METHODS)
     return replace(METHODS[name], **changes)
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
 from toy.network import Ensemble, one_thread, stream
-from toy.objectives import known_name
 from toy.schedule import Schedule
 
 NoisePred = Callable[[Tensor, int], Tensor]
@@ -110,7 +110,7 @@ def sample_ensemble(
     Raises:
         ValueError: for another sampler.
     """
-    known_name("sampler", sampler, SAMPLERS)
+    check_name("sampler", sampler, SAMPLERS)
     labels = [0.0] * (policy.members // len(seeds)) if labels is None else labels
     rows = []
     with one_thread():

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
 from dkto.objective.losses import denoising_error, sft_loss
 from toy.network import Ensemble, one_thread, stream
-from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods, known_name
+from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods
 from toy.objectives import independent_samples as independent_of
 from toy.schedule import Schedule
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
@@ -63,7 +64,7 @@ class Recipe:
         300
         """
         for name in changes:
-            known_name("recipe setting", name, vars(self))
+            check_name("recipe setting", name, vars(self))
         return replace(self, **changes)
 
 

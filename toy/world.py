@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
+
 ORIGIN = (0.5, 0.8)
 UNIT = 0.2
 
@@ -143,8 +145,7 @@ def bayes_accuracy(definition: str) -> float:
     """
     distance = math.dist(DESIRABLE.mean, UNDESIRABLE.mean) / DESIRABLE.std
     divisors = {"pair": math.sqrt(2), "sample": 2.0}
-    if definition not in divisors:
-        raise ValueError(f"unknown definition {definition!r}; known: {', '.join(divisors)}")
+    check_name("definition", definition, divisors)
     return _normal_cdf(distance / divisors[definition])
 
 

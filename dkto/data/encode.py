@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkto.common.files import claim, read_json, write_atomically, write_json
+from dkto.common.names import check_choice
 from dkto.common.processes import start_worker
 from dkto.common.progress import progress
 from dkto.data.encoded import csft_set, model_fingerprint, shard_path
@@ -85,8 +86,8 @@ def prepare_feedback(
         ValueError: if no image can be read or, with `strict`, one of them cannot (the sentence names it), or the folder
             holds the encoding of other feedback or of another model.
     """
-    if csft is not None and csft not in CSFT_PREFIXES:
-        raise ValueError(f"csft must be one of {', '.join(CSFT_PREFIXES)}, got {csft!r}")
+    if csft is not None:
+        check_choice("csft", csft, CSFT_PREFIXES)
     if len(feedback) == 0:
         raise ValueError("feedback must hold at least one image to encode, got none")
     output_dir, launch = Path(output_dir), _Launch()

@@ -33,10 +33,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dkto.common.files import claim, write_atomically, write_json
+from dkto.common.names import check_choice
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.data.images import MAX_PIXELS
-from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, check_rule, likes_from_votes
+from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
 LABEL_FLAG = "has_label"  # false where nobody judged the pair; may be absent
@@ -72,8 +73,8 @@ def convert_pairs(
         ValueError: if a shard lacks a column or has a label that is none, or the folder holds other pairs or a shard
             as it was before it changed.
     """
-    check_rule("partition", partition, PARTITIONS)
-    check_rule("ties", ties, TIE_RULES)
+    check_choice("partition", partition, PARTITIONS)
+    check_choice("ties", ties, TIE_RULES)
     output_dir = Path(output_dir)
     shards = list_shards(str(source), files, output_dir / "fetched")
     for folder in ("images", "votes"):

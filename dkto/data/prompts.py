@@ -15,12 +15,12 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from dkto.common.names import not_known
 from dkto.world.scenes import parse, prompts_for
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -202,11 +202,8 @@ def read_prompts(path: str | Path) -> PromptSet:
     elif path.is_file():
         rows = _read_file(path)
     else:
-        near = get_close_matches(str(path), PROMPT_SETS, 1)
-        raise FileNotFoundError(
-            f"prompts {str(path)!r} are neither a file or folder that exists nor a known set"
-            f"{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(PROMPT_SETS)}"
-        )
+        said = f"prompts {str(path)!r} are neither a file or folder that exists nor a known set"
+        raise FileNotFoundError(not_known(said, path, PROMPT_SETS))
     return _unique(path.stem, rows, path)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dkto.common.names import check_choice
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.data.votes import (
     AUTHORS_SPLITS,
     PARTITIONS,
     Ranking,
-    check_rule,
     group_rankings,
     likes_from_votes,
     read_rankings,
@@ -210,7 +210,7 @@ def _labels(values: pd.Series, name: str) -> np.ndarray:
 
 def _split_labels(values: pd.Series, name: str, partition: str | None) -> tuple[np.ndarray, dict]:
     partition = partition or "at_least_once"
-    check_rule("partition", partition, ("at_least_once", "always"))
+    check_choice("partition", partition, ("at_least_once", "always"))
     unknown = np.flatnonzero(~values.isin(list(AUTHORS_SPLITS)).to_numpy())
     if len(unknown):
         row = int(unknown[0])

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dkto.common.names import check_choice
+
 PARTITIONS = {
     "at_least_once": "liked if preferred at least once (paper 5.1.1)",
     "always": "liked if preferred in every comparison (paper C.1)",
@@ -48,12 +50,6 @@ class Likes:
     counts: dict
 
 
-def check_rule(name: str, value: str, known: Iterable[str]) -> None:
-    """Refuse an unknown rule by name."""
-    if value not in (known := list(known)):
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
 def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties: str = "ignore") -> Likes:
     """Turn comparisons into likes of single images, each image once (paper 5.1.1).
 
@@ -73,8 +69,8 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     always {'a': True, 'b': False, 'c': False}
     mostly {'a': True, 'b': False, 'c': False}
     """
-    check_rule("partition", partition, PARTITIONS)
-    check_rule("ties", ties, TIE_RULES)
+    check_choice("partition", partition, PARTITIONS)
+    check_choice("ties", ties, TIE_RULES)
     label = votes["label_0"].to_numpy(float)
     sides = np.stack([votes["image_0"].to_numpy(object), votes["image_1"].to_numpy(object)], 1)  # (V, 2)
     codes, images = pd.factorize(sides.reshape(-1))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from dkto.common.names import check_name
 from dkto.evaluation.generate import read_manifest
 from dkto.evaluation.metrics import WinRate, agreement, median_of_images, paired_bootstrap, sign_test, win_rate
 from dkto.evaluation.scorers import Scorer, scorer_name
@@ -102,8 +103,7 @@ def win_rate_table(
         ValueError: as `compare`, or if there is not one style per prompt, or one is named "all".
     """
     for name in (ours, *opponents):
-        if name not in folders:
-            raise KeyError(f"unknown method {name!r}; known: {', '.join(folders)}")
+        check_name("method", name, folders, KeyError)
     used = {name: folders[name] for name in (ours, *opponents)}
     manifest = check_comparable(used)
     groups = {ALL: np.ones(len(manifest["prompts"]), bool), **_by_style(styles, len(manifest["prompts"]))}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
+from dkto.common.names import check_choice
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
@@ -190,8 +191,7 @@ class DiffusionModel(ABC):
         Raises:
             ValueError: for another sampling.
         """
-        if sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(f"sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, got {sampling!r}")
+        check_choice("sampling", sampling, TIMESTEP_SAMPLINGS)
         if (self.default_sampling if sampling == "default" else sampling) == "uniform":
             quantiles = torch.from_numpy(rng.random(size))
         else:

@@ -17,6 +17,7 @@ from diffusers import (
 from PIL import Image
 
 from dkto.common.files import read_json
+from dkto.common.names import check_choice, not_known
 from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder, weights_fingerprint
 from dkto.models.hub import PUBLISHED, lora_file, unet_folder
 from dkto.objective.methods import CSFT_PREFIXES
@@ -54,8 +55,7 @@ class System:
     precision: str = "float32"
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        check_choice("precision", self.precision, PRECISIONS)
 
     @classmethod
     def published(cls, name: str, **settings) -> "System":
@@ -73,7 +73,7 @@ class System:
         'jacklishufan/diffusion-kto'
         """
         if name not in PUBLISHED:
-            raise KeyError(f"no published checkpoint {name!r}; known: {', '.join(PUBLISHED)}")
+            raise KeyError(not_known(f"no published checkpoint {name!r}", name, PUBLISHED))
         return cls(**{"guidance": 7.5, "steps": 50, **PUBLISHED[name], **settings})
 
     @classmethod

@@ -7,6 +7,7 @@ is seen.
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
 from dkto.objective.losses import check_labels
 
 ACCURACIES = ("pair", "sample", "sample_centred")
@@ -45,8 +46,7 @@ def implicit_accuracy(
     >>> implicit_accuracy(torch.tensor([2.0, -1.0]), torch.tensor([True, True]), definition="sample")
     tensor(0.5000)
     """
-    if definition not in ACCURACIES:
-        raise ValueError(f"unknown definition {definition!r}; known: {', '.join(ACCURACIES)}")
+    check_name("definition", definition, ACCURACIES)
     if definition == "pair":
         if rejected_reward is None:
             raise ValueError("definition 'pair' needs rejected_reward")

@@ -8,11 +8,12 @@ anything is computed, and what is computed are torch operations on the given ten
 import ast
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
+
+from dkto.common.names import not_known
 
 MAX_LENGTH = 200  # characters
 MAX_PARTS = 100  # numbers, names, operations and calls
@@ -101,9 +102,7 @@ def _compile(node: ast.expr) -> Map:
         case ast.Name(id=name):
             if name in KNOWN:
                 raise _NotAllowed(f"{name} is a function: write its values in brackets")
-            near = get_close_matches(name, KNOWN, 1)
-            guess = f", did you mean {near[0]!r}?" if near else ";"
-            raise _NotAllowed(f"unknown name {_short(name)!r}{guess} known: {', '.join(KNOWN)}")
+            raise _NotAllowed(not_known(f"unknown name {_short(name)!r}", name, KNOWN))
         case ast.Constant():
             return _constant(_number(node))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dkto.common.names import check_name
 from dkto.objective.utilities import Utility, get_utility
 
 ESTIMATORS = ("batch", "unrelated", "independent", "per_class", "zero")
@@ -129,8 +130,7 @@ def reference_point(
     >>> reference_point(torch.tensor([3.0, 3.0, 3.0, -1.0]), "per_class", is_desirable=liked)
     tensor(1.)
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    check_name("estimator", estimator, ESTIMATORS)
     if estimator == "zero":
         return torch.zeros_like(reward[..., 0], requires_grad=False)
     mismatched = estimator in ("unrelated", "independent")
@@ -192,8 +192,7 @@ def kto_loss(
     >>> kto_loss(reward, torch.tensor([True, False]), torch.tensor(0.0)).round(decimals=4)
     tensor(0.1941)
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
+    check_name("reduction", reduction, REDUCTIONS)
     utility = get_utility(utility)
     sign, gain = _sign_and_gain(implicit_reward, is_desirable, reference_point)
     felt = utility.value(sign * gain) if utility.sign == "inside" else sign * utility.value(gain)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dkto.common.names import check_name
 from dkto.objective.losses import dpo_loss, effective_weight, implicit_reward, kto_loss, reference_point, sft_loss
 from dkto.objective.utilities import Utility
 
@@ -194,8 +195,7 @@ def method_loss(
     >>> felt.reward, felt.point  # with one sample the reference point is its own reward
     (tensor([1.0000]), tensor(1.0000))
     """
-    if name not in OFFLINE:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(OFFLINE)}")
+    check_name("method", name, OFFLINE)
     loss = METHODS[name].loss
     if "reduce" in inspect.signature(loss).parameters:
         settings["reduce"] = reduce

@@ -7,13 +7,13 @@ U' is the weight with which a sample is learnt from (paper C.4). `UTILITIES` hol
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dkto.common.names import check_name
 from dkto.objective.formula import compile_expression
 
 Sign = Literal["inside", "outside"]
@@ -134,11 +134,8 @@ def get_utility(utility: str | Utility) -> Utility:
     if isinstance(utility, str) and "=" in utility:
         name, _, formula = utility.partition("=")
         return define_utility(name.strip(), formula)
-    if isinstance(utility, str) and utility in UTILITIES:
-        return UTILITIES[utility]
-    near = get_close_matches(str(utility), UTILITIES, 1)
-    guess = f", did you mean {near[0]!r}?" if near else ";"
-    raise ValueError(f"unknown utility {utility!r}{guess} known: {', '.join(UTILITIES)}")
+    check_name("utility", utility, UTILITIES)
+    return UTILITIES[utility]
 
 
 def register_utility(

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.special import expit
 
 from dkto.common.files import claim, write_atomically, write_png
+from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import load_image
 from dkto.data.votes import likes_from_votes
@@ -48,8 +49,7 @@ def check_user(user: str, known: Iterable[str] = tuple(TASTES)) -> None:
     Raises:
         ValueError: for another name; the sentence lists those that are known.
     """
-    if user not in known:
-        raise ValueError(f"user must be one of {', '.join(known)}, got {user!r}")
+    check_choice("user", user, known)
 
 
 @dataclass(frozen=True)

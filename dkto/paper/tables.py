@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from dkto.common.names import check_choice
 from dkto.evaluation.metrics import WinRate
 
 SCORER_ORDER = ("aesthetic", "pickscore", "hps", "clip", "imagereward")
@@ -48,8 +49,7 @@ def published_table(scorer: str = "pickscore") -> pd.DataFrame:
     >>> float(published_table("hps").loc["dpo", "HPS v2 (Table 2)"])
     63.9
     """
-    if scorer not in SCORER_ORDER:
-        raise ValueError(f"scorer must be one of {', '.join(SCORER_ORDER)}, got {scorer!r}")
+    check_choice("scorer", scorer, SCORER_ORDER)
     place = SCORER_ORDER.index(scorer)
     return pd.DataFrame({name: {o: v[place] for o, v in rows.items()} for name, rows in PUBLISHED_WIN_RATES.items()})
 

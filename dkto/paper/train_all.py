@@ -14,13 +14,13 @@ Settings (learning rate, beta ...) come per system from a search with the same n
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from dkto.common.files import read_json, write_atomically, write_json
+from dkto.common.names import check_name, not_known
 from dkto.data.encode import prepare_feedback
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.evaluation.generate import generate_all
@@ -74,10 +74,7 @@ def check_systems(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]
         ValueError: for another name (the sentence names the nearest), one that comes twice, or one that is lacking.
     """
     for name in names:
-        if name not in SYSTEMS:
-            near = get_close_matches(name, SYSTEMS, 1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown system {name!r}; {guess}known: {', '.join(SYSTEMS)}")
+        check_name("system", name, SYSTEMS)
     if len(set(names)) < len(names):
         raise ValueError(f"systems must be named once each, got {', '.join(names)}")
     for name in needed:
@@ -219,9 +216,9 @@ def system_configs(
     Raises:
         ValueError: if `own` has settings of a system that there is none of, or as `make_config`.
     """
-    strange = [name for name in own if name not in SYSTEMS]
-    if strange:
-        raise ValueError(f"settings are given for {strange[0]!r}, which is no system; known: {', '.join(SYSTEMS)}")
+    for name in own:
+        if name not in SYSTEMS:
+            raise ValueError(not_known(f"settings are given for {name!r}, which is no system", name, SYSTEMS))
     configs = {}
     for name in check_systems(names):
         if name not in UNTRAINED:

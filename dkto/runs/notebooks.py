@@ -14,12 +14,12 @@ import tokenize
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkto.common.files import read_json, write_json
 from dkto.common.machine import versions
+from dkto.common.names import not_known
 from dkto.common.processes import sole_writer
 from dkto.common.progress import QUIET_VARIABLE
 from dkto.runs.record import PeakMemory, recorded
@@ -139,10 +139,9 @@ def check_parameters(path: str | Path, given: Mapping[str, object]) -> dict[str,
         TypeError: for a value of another type.
     """
     declared, name = declared_parameters(path), Path(path).name
-    for unknown in (key for key in given if key not in declared):
-        near = get_close_matches(unknown, declared, 1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name} has no parameter {unknown!r}; {guess}known: {', '.join(declared)}")
+    for key in given:
+        if key not in declared:
+            raise ValueError(not_known(f"{name} has no parameter {key!r}", key, declared))
     return {key: coerce(declared[key], value, name) for key, value in given.items()}
 
 

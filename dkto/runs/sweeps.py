@@ -23,9 +23,9 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 
+from dkto.common.names import not_known
 from dkto.runs.notebooks import Parameter, coerce, declared_parameters
 from dkto.runs.yaml12 import read_yaml
 
@@ -145,12 +145,7 @@ def _check_keys(value: object, known: Sequence[str], what: str) -> None:
         raise ValueError(f"{what} must be a mapping with some of {', '.join(known)}, got {value!r}")
     for key in value:
         if key not in known:
-            raise ValueError(f"{what} has no key {key!r}; {_guess(key, known)}known: {', '.join(known)}")
-
-
-def _guess(name: object, known: Sequence[str]) -> str:
-    near = get_close_matches(str(name), list(known), 1)
-    return f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(not_known(f"{what} has no key {key!r}", key, known))
 
 
 def _mapping(content: dict, key: str) -> dict:
@@ -203,9 +198,7 @@ def _read_stage(entry: dict, earlier: dict[str, Stage]) -> Stage:
 
 def _check_parameter(name: str, declared: Mapping[str, Parameter], notebook: str) -> None:
     if name not in declared:
-        raise ValueError(
-            f"{notebook} has no parameter {name!r}; {_guess(name, list(declared))}known: {', '.join(declared)}"
-        )
+        raise ValueError(not_known(f"{notebook} has no parameter {name!r}", name, declared))
     if name == "output_dir":
         raise ValueError("output_dir is chosen by the sweep: each run has a folder of its own")
 
@@ -215,8 +208,7 @@ def _read_input(key: str, value: dict, parameter: Parameter, earlier: dict[str, 
         raise ValueError(f"{key} must be a value or {{stage: NAME}}, got {value!r}")
     stage = value["stage"]
     if stage not in earlier:
-        known = ", ".join(earlier) or "none"
-        raise ValueError(f"{key}: {stage!r} is no earlier stage; {_guess(stage, list(earlier))}earlier: {known}")
+        raise ValueError(not_known(f"{key}: {stage!r} is no earlier stage", stage, earlier, "earlier"))
     if parameter.type_name != "str":
         raise TypeError(f"{key} must be str to be told the folder of stage {stage}, got {parameter.type_name}")
     return stage
@@ -245,13 +237,13 @@ def _resolve(name: str, stages: dict[str, Stage]) -> list[Address]:
     stage, dot, key = name.rpartition(".")
     if dot:
         if stage not in stages:
-            raise ValueError(f"{name!r} names no stage; {_guess(stage, list(stages))}stages: {', '.join(stages)}")
+            raise ValueError(not_known(f"{name!r} names no stage", stage, stages, "stages"))
         return [(stage, key)]
     reached = [(stage.name, name) for stage in stages.values() if name in stage.declared]
     if not reached:
         known = sorted({parameter for stage in stages.values() for parameter in stage.declared})
         notebooks = " and ".join(sorted({stage.notebook.name for stage in stages.values()}))
-        raise ValueError(f"no parameter {name!r} in {notebooks}; {_guess(name, known)}known: {', '.join(known)}")
+        raise ValueError(not_known(f"no parameter {name!r} in {notebooks}", name, known))
     return reached
 
 

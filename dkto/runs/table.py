@@ -7,7 +7,6 @@ beside it if the run went well. The columns of the table say where a value comes
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.files import read_json, read_records
+from dkto.common.names import not_known
 from dkto.runs.record import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ def column(table: pd.DataFrame, name: str) -> str:
     if found:
         raise KeyError(f"{name!r} is the name of {' and of '.join(found)}: give it in full")
     known = [full.partition(".")[2] or full for full in table.columns if not full.startswith(("versions", "hardware"))]
-    near = get_close_matches(name, known, 1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    raise KeyError(f"no column {name!r} in the table; {guess}known: {', '.join(known)}")
+    raise KeyError(not_known(f"no column {name!r} in the table", name, known))
 
 
 def varying_parameters(table: pd.DataFrame) -> list[str]:
@@ -188,7 +186,7 @@ def plot_over_seeds(
 
     for name in [x] if lines is None else [x, lines]:
         if name not in summary.columns:
-            raise KeyError(f"no column {name!r} in the summary; known: {', '.join(summary.columns)}")
+            raise KeyError(not_known(f"no column {name!r} in the summary", name, summary.columns))
     if ax is None:
         ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")[1]
     groups = [("", summary)] if lines is None else list(summary.groupby(lines, sort=False))

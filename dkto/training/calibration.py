@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dkto.common.files import write_json
+from dkto.common.names import check_name
 from dkto.common.progress import progress
 from dkto.data.encoded import PreparedFeedback
 from dkto.objective.losses import effective_weight, reference_point
@@ -51,8 +52,7 @@ def convert_beta(beta: float, source: str, target: str, *, elements: int = 4 * 6
     0.305
     """
     for name in (source, target):
-        if name not in CONVENTIONS:
-            raise ValueError(f"unknown convention {name!r}; known: {', '.join(CONVENTIONS)}")
+        check_name("convention", name, CONVENTIONS)
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
     if elements < 1:

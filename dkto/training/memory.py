@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dkto.common.names import check_name
 from dkto.models import PolicyAndReference, make_policy
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
 from dkto.training.engine import PRECISIONS
@@ -115,8 +116,7 @@ def build_denoiser(name: str, device: str = "meta") -> nn.Module:
     """
     import diffusers
 
-    if name not in SIZES:
-        raise ValueError(f"unknown size {name!r}; known: {', '.join(SIZES)}")
+    check_name("size", name, SIZES)
     with torch.device(device):
         return getattr(diffusers, SIZES[name].denoiser_class)(**SIZES[name].config)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.evaluation.generate import image_path, read_manifest
@@ -102,8 +103,7 @@ class LikeLog:
         Raises:
             ValueError: for an unknown picture or judgement.
         """
-        if judgement not in JUDGEMENTS:
-            raise ValueError(f"judgement must be one of {', '.join(JUDGEMENTS)}, got {judgement!r}")
+        check_choice("judgement", judgement, JUDGEMENTS)
         if not 0 <= index < len(self.pictures):
             raise ValueError(f"picture must be 0 to {len(self.pictures) - 1}, got {index}")
         self._write(judgement, index)

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
 
+from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import load_image
 from dkto.plotting import image_grid
@@ -56,8 +57,7 @@ class Likes(Instrument):
         view: str = "single",
         page_size: int = 12,
     ) -> None:
-        if view not in VIEWS:
-            raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
+        check_choice("view", view, VIEWS)
         if page_size < 1:
             raise ValueError(f"page_size must be 1 or more, got {page_size}")
         self.likes = LikeLog(pictures, path, session)

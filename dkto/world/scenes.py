@@ -19,6 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from dkto.common.names import check_choice
+
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = {
     "red": (224, 42, 42),
@@ -94,8 +96,7 @@ def changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene | N
     Raises:
         ValueError: if `attribute` is unknown.
     """
-    if attribute not in ATTRIBUTES:
-        raise ValueError(f"attribute must be one of {', '.join(ATTRIBUTES)}, got {attribute!r}")
+    check_choice("attribute", attribute, ATTRIBUTES)
     first, *others = scene.things
 
     def another(known: Iterable[str], *taken: str) -> str:
@@ -182,8 +183,7 @@ def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) 
     Raises:
         ValueError: if `split` is unknown or has fewer than `count` prompts.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_choice("split", split, SPLITS)
     return list(_prompts_for(split, count, seed, two_things))
 
 

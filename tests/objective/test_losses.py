@@ -456,7 +456,7 @@ R, L, Z = torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.tensor(0.0)
         (lambda: kto_loss(R, L, R), "reference_point must be a tensor of shape (), got shape (4,)"),
         (lambda: kto_loss(R, L, 0.0), "reference_point must be a tensor of shape (), got float"),
         (lambda: kto_loss(R, L, Z.clone().requires_grad_()), "reference_point must not carry a gradient"),
-        (lambda: kto_loss(R, L, Z, "kahneman"), "unknown utility 'kahneman', did you mean 'kahneman_tversky'?"),
+        (lambda: kto_loss(R, L, Z, "kahneman"), "unknown utility 'kahneman'; did you mean 'kahneman_tversky'?"),
         (lambda: kto_loss(R, L, Z, reduction="sum"), "unknown reduction 'sum'; known: mean, none"),
         (lambda: kto_loss(R, L, Z, desirable_weight=0.0), "desirable_weight must be > 0, got 0.0"),
         (lambda: kto_loss(R, L, Z, undesirable_weight=-1.0), "undesirable_weight must be > 0, got -1.0"),

@@ -100,7 +100,7 @@ def test_the_exponential_overflows_where_its_description_says(dtype, last):
     [
         (
             "loss_avers",
-            "unknown utility 'loss_avers', did you mean 'loss_averse'? known: kahneman_tversky, loss_averse,",
+            "unknown utility 'loss_avers'; did you mean 'loss_averse'? known: kahneman_tversky, loss_averse,",
         ),
         ("zzz", "unknown utility 'zzz'; known: kahneman_tversky, loss_averse, risk_seeking, risk_seeking_literal,"),
         (["linear"], "unknown utility ['linear']"),

@@ -160,7 +160,7 @@ def test_a_folder_of_other_feedback_keeps_its_prompts(tmp_path, tiny_pipeline, l
 
 
 def test_settings_for_no_system_are_refused_before_anything_trains(data, tmp_path):
-    with pytest.raises(ValueError, match="settings are given for 'ktoo', which is no system; known: base, "):
+    with pytest.raises(ValueError, match="settings are given for 'ktoo', which is no system; did you mean 'kto'"):
         train_systems(["kto"], data, tmp_path, {}, {"ktoo": {"beta": 1.0}})
     assert not list(tmp_path.iterdir())
 

@@ -215,7 +215,7 @@ def test_sampling_shares_noise_between_methods_of_a_seed_and_keeps_members_apart
     [
         (
             lambda: sample_ensemble(Ensemble.initial(Architecture(50, 8), [0]), SCHEDULE, [0], 5, sampler="ddpm"),
-            "unknown sampler 'ddpm', did you mean 'ddim'\\? known: ancestral, ddim",
+            "unknown sampler 'ddpm'; did you mean 'ddim'\\? known: ancestral, ddim",
         ),
         (
             lambda: output_law(dpo_optimum(SCHEDULE, 1.0), SCHEDULE, "euler"),

@@ -131,13 +131,13 @@ def test_only_csft_is_told_a_label():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Method("ktoo"), "unknown objective 'ktoo', did you mean 'kto'\\? known: sft, csft, dpo, kto"),
+        (lambda: Method("ktoo"), "unknown objective 'ktoo'; did you mean 'kto'\\? known: sft, csft, dpo, kto"),
         (
             lambda: Method(estimator="unrelated"),
             "unknown estimator 'unrelated'; known: batch, independent, per_class, zero",
         ),
         (lambda: Method(utility="sigmoid"), "unknown utility 'sigmoid'.*known: kahneman_tversky, loss_averse"),
-        (lambda: get_method("kahneman"), "unknown method 'kahneman', did you mean 'kahneman_tversky'\\? known: sft"),
+        (lambda: get_method("kahneman"), "unknown method 'kahneman'; did you mean 'kahneman_tversky'\\? known: sft"),
         (lambda: Method(beta=0.0), "beta must be > 0, got 0.0"),
         (lambda: Method(undesirable_weight=-1.0), "undesirable_weight must be > 0, got -1.0"),
         (lambda: Method(desirable_fraction=1.2), r"desirable_fraction must be in \[0, 1\], got 1.2"),

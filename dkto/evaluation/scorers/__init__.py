@@ -18,7 +18,6 @@ import pickle
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from types import CodeType
 
 import numpy as np
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dkto.common import quiet  # noqa: F401  (before transformers, which speaks while it is imported)
+from dkto.common.names import check_name
 from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
 from dkto.evaluation.scorers.hps import HPS
 from dkto.evaluation.scorers.image_reward import ImageReward
@@ -107,12 +107,8 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     """
     if not isinstance(scorer, str):
         return scorer
-    if scorer in SCORERS:
-        return SCORERS[scorer]
-    near = get_close_matches(scorer, SCORERS, 1)
-    raise KeyError(
-        f"unknown scorer {scorer!r}{f'; did you mean {near[0]!r}?' if near else ''} known: {', '.join(SCORERS)}"
-    )
+    check_name("scorer", scorer, SCORERS, KeyError)
+    return SCORERS[scorer]
 
 
 def check_scorers(scorers: Sequence[str | Scorer], prompts: Sequence[str] = ()) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dkto.common.files import read_json, write_atomically, write_json
+from dkto.common.names import not_known
 from dkto.models.base import weights_fingerprint
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
@@ -225,7 +226,7 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
             weights.
     """
     if name not in PUBLISHED_FILES:
-        raise KeyError(f"no published file {name!r}; known: {', '.join(PUBLISHED_FILES)}")
+        raise KeyError(not_known(f"no published file {name!r}", name, PUBLISHED_FILES))
     published = PUBLISHED_FILES[name]
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: download {published.file} from {published.url}")

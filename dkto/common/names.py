@@ -1,0 +1,46 @@
+"""Names that people type: one that is unknown is refused together with the nearest and with all that are known."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def not_known(said: str, name: object, known: Iterable[object], label: str = "known") -> str:
+    """The sentence about a name that is not known: what is said of it, the nearest name, and all that are known.
+
+    >>> not_known("no column 'bet' in the table", "bet", ["beta", "steps"])
+    "no column 'bet' in the table; did you mean 'beta'? known: beta, steps"
+    """
+    names = [str(each) for each in known]
+    near = get_close_matches(str(name), names, 1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"{said}; {guess}{label}: {', '.join(names) or 'none'}"
+
+
+def check_name(what: str, name: object, known: Iterable[str], error: type[Exception] = ValueError) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        what: what the name is of, for the sentence.
+        name: as it was given.
+        known: the names that there are.
+        error: class of the exception.
+
+    >>> check_name("utility", "loss_avers", ["linear", "loss_averse"])
+    Traceback (most recent call last):
+    ValueError: unknown utility 'loss_avers'; did you mean 'loss_averse'? known: linear, loss_averse
+    """
+    known = list(known)
+    if name not in known:
+        raise error(not_known(f"unknown {what} {name!r}", name, known))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse the value of a parameter that is not among its choices.
+
+    >>> check_choice("ties", "drop", ["ignore", "liked"])
+    Traceback (most recent call last):
+    ValueError: ties must be one of ignore, liked, got 'drop'
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
