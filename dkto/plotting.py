@@ -7,6 +7,7 @@ Tol for registered utilities), sizes meant for a notebook about 7 inches wide.
 
 import textwrap
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from dkto.evaluation.metrics import WinRate
 from dkto.objective.losses import effective_weight
-from dkto.objective.utilities import Utility, get_utility
+from dkto.objective.methods import METHODS
+from dkto.objective.utilities import UTILITIES, Utility, get_utility
 
 COLOURS = {
     "pretraining": "#7f7f7f",
@@ -42,8 +44,17 @@ PAPER_UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
 NOTEBOOK_WIDTH = 7.0  # inches
 CAPTION_SIZE = 7.0  # points
 LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
-REWARD_AXIS = r"implicit reward ($\beta$ × MSE)"
+REWARD_AXIS = "implicit reward"
 LEGEND = {"fontsize": "x-small", "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
+
+
+def display_name(name: str) -> str:
+    """A utility's or a method's name as labels and legends show it; any other name stays as it is.
+
+    >>> display_name("kahneman_tversky"), display_name("dpo"), display_name("base")
+    ('Kahneman-Tversky', 'Diffusion-DPO', 'base')
+    """
+    return (UTILITIES.get(name) or METHODS.get(name) or SimpleNamespace(title=name)).title
 
 
 def plot_utilities(
@@ -53,7 +64,7 @@ def plot_utilities(
 
     Args:
         utilities: names or `Utility` objects.
-        x: (N,) gains and losses in beta x MSE; 401 points on [-6, 6] if left out.
+        x: (N,) gains and losses, in implicit reward; 401 points on [-6, 6] if left out.
         ax: axes to draw on, made if left out.
     """
     x = _default_range() if x is None else x
@@ -71,12 +82,12 @@ def plot_slopes(
 
     Args:
         utilities: names or `Utility` objects.
-        x: (N,) gains and losses in beta x MSE; 401 points on [-6, 6] if left out.
+        x: (N,) gains and losses, in implicit reward; 401 points on [-6, 6] if left out.
         ax: axes to draw on, made if left out.
     """
     x = _default_range() if x is None else x
     ax = _draw_curves([(u, u.slope(x)) for u in map(get_utility, utilities)], x, ax)
-    ax.set_ylabel(r"slope U' (1 / ($\beta$ × MSE))")
+    ax.set_ylabel("slope U' (per unit of implicit reward)")
     _cut_off(ax, -0.1, 2.0)
     return ax
 
@@ -94,9 +105,9 @@ def plot_sample_weights(
 
     Args:
         utility: name or `Utility`.
-        x: (N,) implicit rewards in beta x MSE; 401 points on [-6, 6] if left out.
+        x: (N,) implicit rewards; 401 points on [-6, 6] if left out.
         ax: axes to draw on, made if left out.
-        reference_point: in beta x MSE.
+        reference_point: an implicit reward.
         desirable_weight, undesirable_weight: class weights, no unit.
     """
     ax = _axes(ax)
@@ -116,7 +127,7 @@ def plot_sample_weights(
     ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":", label="reference point")
     ax.set_xlabel(REWARD_AXIS, fontsize="small")
     ax.set_ylabel("weight on the denoising error\n(> 0: training lowers it)", fontsize="small")
-    ax.set_title(utility.name, fontsize="medium", parse_math=False)
+    ax.set_title(utility.title, fontsize="medium", parse_math=False)
     _cut_off(ax, -2.0, 2.0)
     ax.legend(**LEGEND)
     return ax
@@ -140,13 +151,13 @@ def plot_reward_weights(
     of the weight is scaled to the picture.
 
     Args:
-        rewards: (N,) implicit rewards in beta x MSE.
+        rewards: (N,) implicit rewards.
         is_desirable: (N,) bool.
         utility: name or `Utility`.
         ax: axes to draw on, made if left out.
-        reference_point: in beta x MSE.
+        reference_point: an implicit reward.
         desirable_weight, undesirable_weight: class weights, no unit.
-        limit: half width of the drawn range, beta x MSE; rewards outside are counted in a note.
+        limit: half width of the drawn range; rewards outside are counted in a note.
         title: what the rewards are.
     """
     ax, x = _axes(ax), torch.linspace(-limit, limit, 401, dtype=torch.float64)
@@ -349,10 +360,10 @@ def _draw_curves(curves: Sequence[tuple[Utility, Tensor]], x: Tensor, ax: Axes |
     spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
     for utility, y in curves:
         style = "--" if utility.name in DASHED else "-"
-        ax.plot(x, y, style, label=utility.name, color=(UTILITY_COLOURS | spare)[utility.name], lw=2)
+        ax.plot(x, y, style, label=utility.title, color=(UTILITY_COLOURS | spare)[utility.name], lw=2)
     ax.axvline(0, color="0.8", lw=0.8, zorder=0)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    ax.set_xlabel(r"gain or loss: reward $-$ reference point ($\beta$ × MSE)", fontsize="small")
+    ax.set_xlabel("gain or loss (implicit reward − reference point)", fontsize="small")
     ax.legend(**LEGEND)
     return ax
 

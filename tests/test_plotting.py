@@ -14,6 +14,7 @@ from dkto.plotting import (
     COLOURS,
     PAPER_UTILITIES,
     UTILITY_COLOURS,
+    display_name,
     image_grid,
     plot_sample_weights,
     plot_slopes,
@@ -69,7 +70,9 @@ def test_axes_in_the_same_axes_out_or_new_ones(call):
 def test_no_two_utilities_and_no_utility_and_role_look_alike():
     assert set(BUILT_IN) <= set(UTILITIES)
     ax = plot_utilities(BUILT_IN)
-    looks = {(to_hex(line(ax, name).get_color()), line(ax, name).get_linestyle()) for name in BUILT_IN}
+    looks = {
+        (to_hex(line(ax, title).get_color()), line(ax, title).get_linestyle()) for title in map(display_name, BUILT_IN)
+    }
     assert len(looks) == len(BUILT_IN)
     assert not {colour.lower() for colour in UTILITY_COLOURS.values()} & {c.lower() for c in COLOURS.values()}
 
@@ -79,10 +82,14 @@ def test_curves_are_the_utilities(plot, attribute):
     x = torch.linspace(-2, 3, 7, dtype=torch.float64)
     ax = plot(BUILT_IN, x)
     for name in BUILT_IN:
-        drawn = line(ax, name)
+        drawn = line(ax, display_name(name))
         assert np.array_equal(drawn.get_xdata(), x)
         assert np.array_equal(drawn.get_ydata(), getattr(UTILITIES[name], attribute)(x))
-    assert [text.get_text() for text in plot().get_legend().texts] == list(PAPER_UTILITIES)
+    assert [text.get_text() for text in plot().get_legend().texts] == [
+        "Kahneman-Tversky",
+        "loss-averse",
+        "risk-seeking",
+    ]
 
 
 def test_an_exploding_curve_does_not_squash_the_others():

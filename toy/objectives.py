@@ -31,7 +31,7 @@ class Method:
         estimator: of the reference point, see `dkto.objective.losses.reference_point`; a world without prompts has
             "independent" for the paper's "unrelated".
         clamp: keep the reference point at or above 0.
-        beta: reward scale, beta x mean squared error; "kto" and "dpo".
+        beta: reward scale, per unit of mean squared error; "kto" and "dpo".
         desirable_fraction: gamma, chance that a drawn sample is desirable (paper 4.3); pairs ignore it.
         flip_rate: chance that a label, or the order of a pair, is wrong; in [0, 1].
     """
@@ -177,7 +177,7 @@ class Objective(NamedTuple):
 class Felt(NamedTuple):
     """A step as the methods of one `Objective` feel it, (G, S) and (G, S, B).
 
-    `reward` and `point` are implicit rewards and reference point in beta x MSE; None where there are none (SFT, CSFT).
+    `reward` and `point` are implicit rewards and reference point; None where there are none (SFT, CSFT).
     """
 
     loss: Tensor

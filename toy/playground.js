@@ -98,6 +98,8 @@ function render({ model, el }) {
     canvas.setAttribute("aria-label", `samples of the model. ${status.textContent}`);
   }
 
+  const titled = (key) => key.replace(/^\S+/, (name) => choices.titles[name] ?? name);
+
   function show() {
     const clouds = model.get("clouds"), name = key();
     node.dataset.key = name;
@@ -105,7 +107,7 @@ function render({ model, el }) {
     if (!clouds[name]) { status.textContent = "This setting is not in the grid: press Train it now."; return; }
     const next = points(clouds[name]);
     walkTo(next);
-    tell(name, next);
+    tell(titled(name), next);
   }
 
   function showTrained() {
@@ -115,7 +117,7 @@ function render({ model, el }) {
     node.dataset.step = trained.step;
     node.dataset.frames = Number(node.dataset.frames ?? 0) + 1;
     walkTo(next);
-    tell(`${trained.key}, trained now, step ${trained.step}`, next);
+    tell(`${titled(trained.key)}, trained now, step ${trained.step}`, next);
   }
 
   const handles = Object.fromEntries(Object.entries(roles).map(([role, word]) => {
@@ -145,7 +147,7 @@ function render({ model, el }) {
   node.append(
     element("div", { class: "dkto-stage" }, field,
       element("div", { class: "dkto-controls" },
-        choice("method", "method", choices.method), choice("beta", "beta (β × MSE)", choices.beta),
+        choice("method", "method", choices.method, (name) => choices.titles[name]), choice("beta", "beta (per unit of mean squared error)", choices.beta),
         choice("gamma", "gamma, share of liked samples", choices.gamma),
         choice("flip", "label noise", choices.flip, (v) => `${100 * v} % wrong`),
         element("div", {}, clamp, element("label", { for: clampId, text: " keep the reference point at or above 0" })),

@@ -18,6 +18,7 @@ from dkto.plotting import COLOURS
 from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 from toy.network import Architecture, Ensemble, one_thread
 from toy.objectives import Method
+from toy.plotting import method_label
 from toy.sampling import sample_ensemble
 from toy.schedule import linear_schedule
 from toy.training import SMALL, Recipe, pretrain, run, tune
@@ -102,6 +103,7 @@ class Playground(Instrument):
             },
             choices={
                 "method": ["sft", "dpo", *UTILITIES],
+                "titles": {name: method_label(name, None) for name in ("sft", "dpo", *UTILITIES)},
                 "beta": list(BETAS),
                 "gamma": list(GAMMAS),
                 "flip": list(FLIPS),
@@ -157,7 +159,8 @@ class Playground(Instrument):
                 ax.add_patch(Circle(mean, 2 * DESIRABLE.std, fill=False, ec=COLOURS[role], lw=1.6))
             ax.add_patch(Circle(PRETRAINING.mean, 2 * PRETRAINING.std, fill=False, ec=COLOURS["pretraining"], ls=":"))
             ax.set(xlim=(NEAREST[0], FARTHEST[0]), ylim=(NEAREST[1], FARTHEST[1]), aspect="equal")
-            ax.set_title(key.replace(" ", "\n", 1), fontsize="x-small", parse_math=False)
+            name, _, settings = key.partition(" ")
+            ax.set_title(f"{method_label(name, None)}\n{settings}", fontsize="x-small", parse_math=False)
             ax.tick_params(labelsize="x-small")
         plt.close(figure)
         return figure

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS
+from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS, display_name
 from toy.measures import Estimate
 from toy.study import Study
 from toy.world import ROLES, UNIT, Gaussian, undesirable_share
@@ -39,16 +39,6 @@ METHOD_MARKS = {
     "risk_seeking": "X",
     "kahneman_tversky": "o",
 }
-SHORT_NAMES = {
-    "base": "base",
-    "sft": "SFT",
-    "csft": "CSFT",
-    "dpo": "Diffusion-DPO",
-    "loss_averse": "loss-averse",
-    "risk_seeking": "risk-seeking",
-    "risk_seeking_literal": "risk-seeking, literal",
-    "kahneman_tversky": "Kahneman-Tversky",
-}
 BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
 
 
@@ -60,7 +50,7 @@ def method_label(name: str, desirable_fraction: float | None = 0.8) -> str:
         desirable_fraction: shown for the utilities where the name has none; None leaves it out.
     """
     stem, _, fraction = name.partition("@")
-    label = SHORT_NAMES.get(stem, stem)
+    label = display_name(stem)
     if stem in UTILITY_COLOURS and (fraction or desirable_fraction):
         label += f", γ = {fraction or f'{desirable_fraction:g}'}"
     return label

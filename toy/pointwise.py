@@ -33,7 +33,7 @@ class PointwiseOptimum:
     Attributes:
         method: beta, utility, weights and desirable_fraction are looked at; labels are taken as right.
         schedule: noise levels.
-        reference_point: z, given: in beta x MSE.
+        reference_point: z, given: an implicit reward.
         iterations: of Newton's method, at the most.
     """
 

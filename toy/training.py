@@ -86,9 +86,9 @@ class Record(NamedTuple):
     Attributes:
         global_step: optimiser steps done.
         loss: (K, S), no unit for preference objectives, mean squared error for SFT and CSFT.
-        reward_desirable, reward_undesirable: (K, S) mean implicit reward of each class as labelled, beta x MSE;
+        reward_desirable, reward_undesirable: (K, S) mean implicit reward of each class as labelled;
             NaN where a method has no reward.
-        reference_point: (K, S), beta x MSE; NaN where a method has none.
+        reference_point: (K, S) implicit reward; NaN where a method has none.
     """
 
     global_step: int

@@ -74,7 +74,7 @@ def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
         is_desirable: (..., B) bool.
 
     Returns:
-        (...) in beta x MSE; NaN if a class has no sample.
+        (...) implicit reward; NaN if a class has no sample.
 
     Raises:
         ValueError: if `is_desirable` is not bool of that shape.

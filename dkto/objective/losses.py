@@ -62,11 +62,11 @@ def implicit_reward(policy_error: Tensor, reference_error: Tensor, beta: float |
     Args:
         policy_error: (..., B), carries gradient.
         reference_error: (..., B), without gradient.
-        beta: > 0, reward scale, multiplies mean squared error (paper A.1: 5000); a tensor (...) gives
+        beta: > 0, reward scale, per unit of mean squared error (paper A.1: 5000); a tensor (...) gives
             each ensemble member its own.
 
     Returns:
-        (..., B) in beta x MSE.
+        (..., B) implicit rewards; they have no other unit, and reference points and gains are measured in them.
 
     Raises:
         ValueError: if shapes differ, `beta` is not positive, or the reference error carries a gradient.
@@ -173,7 +173,7 @@ def kto_loss(
         loss = weight_w * (1 - w * U(r - z))        with the sign "outside": risk_seeking, exponential
 
     Args:
-        implicit_reward: (..., B) float, beta x mean-squared-error gap. Carries gradient.
+        implicit_reward: (..., B) float. Carries gradient.
         is_desirable: (..., B) bool, True for a liked sample.
         reference_point: (...) float, unit of `implicit_reward`, without gradient.
         utility: name or `Utility`, see `dkto.objective.utilities`.

@@ -26,13 +26,14 @@ class Utility:
 
     Attributes:
         name: key in `UTILITIES`.
-        value: U, elementwise, any shape; takes beta x MSE, gives a number without unit.
+        value: U, elementwise, any shape; takes an implicit reward, gives a number without unit.
         slope: U', elementwise.
         sign: where the sign w of a sample (+1 liked, -1 disliked) stands in `dkto.objective.losses.kto_loss`:
             "inside" the utility, U(w * x), or "outside" of it, w * U(x).
         formula: U in plain text, for tables.
         description: what kind of person feels like that, in one line.
         definition: "name = formula" of a utility given as text: with it another process knows the utility too.
+        title: its name in labels and legends; the key unless given.
     """
 
     name: str
@@ -42,6 +43,10 @@ class Utility:
     formula: str = ""
     description: str = ""
     definition: str = ""
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.value(x)
@@ -70,6 +75,7 @@ _BUILT_IN = (
         _kahneman_tversky_slope,
         formula="sigmoid(x)",
         description="feels the first gains and losses most and gets used to both; the paper's choice",
+        title="Kahneman-Tversky",
     ),
     Utility(
         "loss_averse",
@@ -77,6 +83,7 @@ _BUILT_IN = (
         _sigmoid_of_negative,
         formula="log sigmoid(x)",
         description="feels gains ever less and every further loss in full; DPO, measured from the other side of a pair",
+        title="loss-averse",
     ),
     Utility(
         "risk_seeking",
@@ -85,6 +92,7 @@ _BUILT_IN = (
         sign="outside",
         formula="-log sigmoid(-x)",
         description="feels every further gain in full and losses ever less; the stable reading",
+        title="risk-seeking",
     ),
     Utility(
         "risk_seeking_literal",
@@ -92,6 +100,7 @@ _BUILT_IN = (
         torch.sigmoid,
         formula="-log sigmoid(-x)",
         description="the paper's text to the letter: rewards pushing a disliked sample away for ever, so it diverges",
+        title="risk-seeking, literal",
     ),
     Utility(
         "exponential",

@@ -80,12 +80,12 @@ function render({ model, el }) {
     return made;
   };
   const sliders = [
-    logarithmic("beta", "beta: reward scale (β × MSE)", 0, 4.5),
-    linear("reference_point", "reference point z (β × MSE)", -5, 5, 0.05),
+    logarithmic("beta", "beta: reward scale (per unit of mean squared error)", 0, 4.5),
+    linear("reference_point", "reference point z (implicit reward)", -5, 5, 0.05),
     linear("desirable_weight", "weight of a liked image", 0.1, 4, 0.05),
     linear("undesirable_weight", "weight of a disliked image", 0.1, 4, 0.05),
     linear("desirable_fraction", "gamma: chance to draw a liked image", 0, 1, 0.01),
-    linear("largest_reward", "half width of the pictures (β × MSE)", 2, 40, 0.5),
+    linear("largest_reward", "half width of the plots (implicit reward)", 2, 40, 0.5),
   ];
 
   const nameField = element("input", { type: "text", id: identifier(), size: 12, value: "mine", spellcheck: "false" });
@@ -124,7 +124,7 @@ function render({ model, el }) {
   function drawFixed() {
     const x = grid(POINTS), half = state.largest_reward;
     const line = (curve, map) => ({ x, y: x.map(map), colour: curve.colour, dash: curve.dash, width: curve.name === state.utility ? 3.5 : 1.8 });
-    const xLabel = "gain or loss (β × MSE)";
+    const xLabel = "gain or loss (implicit reward)";
     panels.value.draw({ x: [-half, half], y: [-1.15 * half, 1.15 * half], xLabel, yLabel: "utility U", lines: curves.map((c) => line(c, c.value)), title: "What is felt: U" });
     panels.slope.draw({ x: [-half, half], y: [-0.1, 2], xLabel, yLabel: "slope U'", lines: curves.map((c) => line(c, c.slope)), title: "What is learnt from: U'" });
   }
@@ -140,8 +140,8 @@ function render({ model, el }) {
     const up = x.map((r) => weight(curve, r, 1)), down = x.map((r) => weight(curve, r, -1));
     const most = Math.min(2, Math.max(0.3, ...up.map(Math.abs), ...down.map(Math.abs)) * 1.1);
     panels.weight.draw({
-      x: [-half, half], y: [-most, most], marks, xLabel: "implicit reward (β × MSE)", yLabel: "weight",
-      title: `Pull on one image: ${curve.name}`,
+      x: [-half, half], y: [-most, most], marks, xLabel: "implicit reward", yLabel: "weight",
+      title: `Pull on one image: ${curve.title}`,
       lines: [
         { x, y: up, colour: colours.desirable, width: 3 },
         { x, y: down, colour: colours.undesirable, width: 3 },
@@ -183,7 +183,7 @@ function render({ model, el }) {
     }
     const scale = (0.9 * top) / (largest || 1);
     panels.rewards.draw({
-      x: [-half, half], y: [-top, top], marks, bars, xLabel: "implicit reward (β × MSE)", yLabel: "share of images",
+      x: [-half, half], y: [-top, top], marks, bars, xLabel: "implicit reward", yLabel: "share of images",
       yText: (value) => `${short(Math.abs(100 * value))}%`,
       title: `Which images learn: ${gaps.length ? model.get("source") : "no rewards yet"}`,
       lines: [
@@ -221,8 +221,8 @@ function render({ model, el }) {
       value: CLOSED_FORMS[curve.name]?.value ?? interpolated(curve.value, limit),
       slope: CLOSED_FORMS[curve.name]?.slope ?? interpolated(curve.slope, limit),
     }));
-    legend.replaceChildren(...curves.map((c) => element("li", {}, swatch(c.colour, c.dash), element("b", { text: c.name }), ` ${c.formula}`)));
-    choose.replaceChildren(...curves.map((c) => element("option", { value: c.name, text: c.name })));
+    legend.replaceChildren(...curves.map((c) => element("li", {}, swatch(c.colour, c.dash), element("b", { text: c.title }), ` ${c.formula}`)));
+    choose.replaceChildren(...curves.map((c) => element("option", { value: c.name, text: c.title })));
     choose.value = state.utility;
     drawnFixed = "";
     drawMoving();

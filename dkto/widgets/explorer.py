@@ -33,7 +33,7 @@ from dkto.plotting import (
 )
 from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 
-TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50], beta x MSE
+TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50]
 TABLE_POINTS = 10_001
 MOST_REWARDS = 50_000
 LARGEST_UPLOAD = 4_000_000  # bytes
@@ -46,7 +46,7 @@ class Explorer(Instrument):
     would in training.
 
     Args:
-        rewards: (N,) implicit rewards at `beta`, beta x MSE, or None for no histogram.
+        rewards: (N,) implicit rewards at `beta`, or None for no histogram.
         is_desirable: (N,) bool, True where the image was liked; needed with rewards.
         source: what the rewards are, for the histogram's title.
         settings: beta, reference_point, desirable_weight, undesirable_weight, desirable_fraction, utility,
@@ -133,6 +133,7 @@ class Explorer(Instrument):
         for name, utility in UTILITIES.items():
             curve = {
                 "name": name,
+                "title": utility.title,
                 "formula": utility.formula,
                 "sign": utility.sign,
                 "colour": (UTILITY_COLOURS | spare)[name],
@@ -150,7 +151,7 @@ class Explorer(Instrument):
         self.utility = utility.name
 
     def set_rewards(self, rewards: ArrayLike, is_desirable: ArrayLike | None, *, source: str = "given rewards") -> None:
-        """Show rewards at the present `beta`, beta x MSE, under the slope.
+        """Show rewards at the present `beta` under the slope.
 
         Raises:
             ValueError: as the class.
@@ -171,7 +172,7 @@ class Explorer(Instrument):
             self.source = source
 
     def rewards(self) -> tuple[np.ndarray, np.ndarray]:
-        """The shown rewards at the present `beta`, (N,) beta x MSE, and (N,) bool labels."""
+        """The shown rewards at the present `beta`, (N,), and (N,) bool labels."""
         gaps = np.frombuffer(self.gaps, dtype=np.float32).astype(np.float64)
         return gaps * self.beta, np.frombuffer(self.liked, dtype=np.uint8).astype(bool)
 
@@ -227,7 +228,7 @@ class Explorer(Instrument):
 
 
 def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Step records of a training to rewards, (N,) beta x MSE, and labels, (N,) bool.
+    """Step records of a training to rewards, (N,), and labels, (N,) bool.
 
     One reward for each class and step: the mean over that class in that step's batch.
 

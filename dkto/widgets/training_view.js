@@ -30,7 +30,7 @@ function render({ model, el }) {
     panels.loss.draw({ x, y: span([loss]), title: "Loss", xLabel: "optimiser step", yLabel: "loss (no unit)", lines: [{ x: steps, y: loss, colour: colours.model, width: 1.5 }] });
     const shown = [["desirable", "liked", []], ["undesirable", "disliked", [6, 3]], ["reference_point", "reference point", [2, 3]]];
     panels.rewards.draw({
-      x, y: span(shown.map(([name]) => curves[name]?.[1] ?? [])), title: "Mean implicit reward", xLabel: "optimiser step", yLabel: "reward (β × MSE)",
+      x, y: span(shown.map(([name]) => curves[name]?.[1] ?? [])), title: "Mean implicit reward", xLabel: "optimiser step", yLabel: "implicit reward",
       lines: shown.map(([name, , dash]) => ({ x: curves[name]?.[0] ?? [], y: curves[name]?.[1] ?? [], colour: colours[name], dash, width: 2 })),
       legend: shown.map(([name, label, dash]) => ({ label, colour: colours[name], dash })),
     });
