@@ -1,6 +1,6 @@
 """Likes and dislikes as one table: image, prompt, is_desirable, and the comparison they came from where known.
 
-Every source becomes a `FeedbackTable`: a CSV, JSONL or Parquet file with the columns `image`, `prompt` and `liked`; the
+Every source becomes a `FeedbackTable`: a CSV, TSV, JSONL or Parquet file with the columns `image`, `prompt` and `liked`; the
 authors' own table (`file_name`, `caption`, `split`); a folder with `liked/` and `disliked/`; rankings as HPDv2's or
 ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as Pick-a-Pic's, are first unpacked by
 `dkto.data.pairs`.) Whatever the source, each image stays in its folder: a file name that points outside is refused.
@@ -170,7 +170,7 @@ def read_feedback(
 ) -> FeedbackTable:
     """Read likes and dislikes from a file or a folder.
 
-    A file (.csv, .jsonl, .parquet) needs the columns `image` (path relative to `image_folder`),
+    A file (.csv, .tsv, .jsonl, .parquet) needs the columns `image` (path relative to `image_folder`),
     `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
     `is_desirable` and `label` are taken as their synonyms; `pair_id` is kept where present. Instead of `liked` it may
     have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A

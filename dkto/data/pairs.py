@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from dkto.common.files import claim, write_atomically, write_json
@@ -37,6 +36,7 @@ from dkto.common.names import check_choice
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.data.images import MAX_PIXELS
+from dkto.data.tables import need_columns, open_parquet
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
@@ -193,19 +193,10 @@ def _unpack(path: Path, name: str, output_dir: Path) -> None:
 
 
 def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        # buffered: else every column of a row group, often a gigabyte of images, is read ahead
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
-    with file:
+    # buffered: else every column of a row group, often a gigabyte of images, is read ahead
+    with open_parquet(path, str(path), buffer_size=1 << 20, pre_buffer=False) as file:
         found = file.schema_arrow.names
-        missing = [column for column in COLUMNS if column not in found]
-        if missing:
-            raise ValueError(
-                f"{path} needs the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}; "
-                f"found: {', '.join(found)}"
-            )
+        need_columns(found, COLUMNS, str(path))
         columns = [*COLUMNS, *([LABEL_FLAG] if LABEL_FLAG in found else [])]
         yield from file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False)
 

@@ -10,9 +10,6 @@
 Sets of the hub are fetched once; another mirror is one argument away: `load_prompts("hps_v2", hub_id="ymhao/HPDv2")`.
 """
 
-import csv
-import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +18,13 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.names import not_known
+from dkto.data.tables import TABLE_SUFFIXES, read_parquet, read_table, read_text, read_values
 from dkto.world.scenes import parse, prompts_for
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 STYLE_COLUMNS = ("style", "category")
-SUFFIXES = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+COLUMNS = (*PROMPT_COLUMNS, *STYLE_COLUMNS)
+SUFFIXES = (".txt", ".json", *TABLE_SUFFIXES)
 WORLD_COUNT = 500  # prompts of a small-world set unless a count is given
 WORLD_MOST = 5_000  # prompts of a small-world set at most: they take a minute to find
 NEUTRAL_PROMPTS = (
@@ -237,49 +236,11 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"prompts must be a {', '.join(SUFFIXES)} file, got {path.name}")
-    try:
-        if suffix == ".parquet":
-            return _parquet_rows(path, str(path))
-        text = path.read_text(encoding="utf-8-sig")
-        if suffix == ".json":
-            return _json_rows(json.loads(text), path)
-        lines = [line for line in text.split("\n") if line.strip()]
-        if suffix == ".txt":
-            return [(line.strip(), "") for line in lines]
-        if suffix == ".jsonl":
-            return _json_rows([json.loads(line) for line in lines], path)
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) if suffix == ".csv" else _tsv_rows(lines)
-        return _text_rows([row for row in rows if row], path)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as {suffix} prompts: {error}") from error
-
-
-def _tsv_rows(lines: list[str]) -> list[list[str]]:
-    """Fields as they stand: spreadsheets export tabs without quoting. One that is quoted as a whole is unquoted."""
-    return [[_unquoted(field) for field in line.rstrip("\r").split("\t")] for line in lines]
-
-
-def _unquoted(field: str) -> str:
-    inner = field[1:-1]
-    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if quoted else field
-
-
-def _text_rows(rows: list[list[str]], path: object) -> list[tuple[str, str]]:
-    """Rows of a .csv or .tsv; one with other fields than the header is refused: a prompt would be cut in silence."""
-    if not rows:
-        return []
-    header, *values = rows
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path} names the column {twice[0]!r} more than once")
-    for number, row in enumerate(values):
-        if len(row) != len(header):
-            raise ValueError(
-                f"{path}, row {number}: expected {len(header)} fields as in the header, got {len(row)}; "
-                "a field that holds a separator must be quoted"
-            )
-    return _table_rows(pd.DataFrame(values, columns=header), path)
+    if suffix == ".txt":
+        return [(line.strip(), "") for line in read_text(path).split("\n") if line.strip()]
+    if suffix in (".json", ".jsonl"):
+        return _json_rows(read_values(path), path)
+    return _table_rows(read_table(path, COLUMNS), path)
 
 
 def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
@@ -287,22 +248,26 @@ def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
         raise ValueError(f"{path} holds columns: write a list of rows, each with its prompt and style")
     if isinstance(values, dict) and all(isinstance(prompts, list) for prompts in values.values()):
         return [
-            (_text(prompt, path, row), style) for style, texts in values.items() for row, prompt in enumerate(texts)
+            (_text(prompt, path, row), style) for style, texts in values.items() for row, prompt in enumerate(texts, 1)
         ]
     if isinstance(values, list) and all(isinstance(value, str) for value in values):
-        return [(_text(prompt, path, row), "") for row, prompt in enumerate(values)]
+        return [(_text(prompt, path, row), "") for row, prompt in enumerate(values, 1)]
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return _table_rows(pd.DataFrame(values), path)
     raise ValueError(f"{path} must hold a list of prompts, a list of rows, or lists of prompts by style")
 
 
 def _table_rows(frame: pd.DataFrame, path: object) -> list[tuple[str, str]]:
-    if frame.empty:
+    if frame.columns.empty:
         return []
-    prompt = _find_column(frame.columns, PROMPT_COLUMNS, path)
-    style = next((c for c in frame.columns if str(c).lower() in STYLE_COLUMNS), None)
-    styles = [""] * len(frame) if style is None else [_style(s, path, row) for row, s in enumerate(frame[style])]
-    return [(_text(text, path, row), styles[row]) for row, text in enumerate(frame[prompt])]
+    names = {str(name).lower(): name for name in reversed(frame.columns)}
+    prompt, style = (next((names[n] for n in known if n in names), None) for known in (PROMPT_COLUMNS, STYLE_COLUMNS))
+    if prompt is None:
+        wanted = f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}"
+        raise ValueError(f"{path} needs a column {wanted}, got {', '.join(map(str, frame.columns))}")
+    texts = [_text(value, path, row) for row, value in enumerate(frame[prompt], 1)]
+    styles = [""] * len(frame) if style is None else [_style(s, path, row) for row, s in enumerate(frame[style], 1)]
+    return list(zip(texts, styles, strict=True))
 
 
 def _style(value: object, path: object, row: int) -> str:
@@ -313,36 +278,10 @@ def _style(value: object, path: object, row: int) -> str:
     raise ValueError(f"{path}, row {row}: style must be text, got {value!r}")
 
 
-def _find_column(columns: Iterable, wanted: tuple[str, ...], path: object) -> object:
-    columns = list(columns)
-    found = [column for name in wanted for column in columns if str(column).lower() == name]
-    if not found:
-        raise ValueError(
-            f"{path} needs a column {', '.join(wanted[:-1])} or {wanted[-1]}, got {', '.join(map(str, columns))}"
-        )
-    return found[0]
-
-
 def _text(value: object, path: object, row: int) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{path}, row {row}: prompt must be text, got {value!r}")
     return value.strip()
-
-
-def _parquet_rows(file: object, where: object) -> list[tuple[str, str]]:
-    """Only the columns that hold prompts and styles: Pick-a-Pic's files are gigabytes of pictures beside them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *STYLE_COLUMNS)]
-        _find_column(names, PROMPT_COLUMNS, where)
-        rows = table.read(columns=wanted).to_pandas()
-    except pa.ArrowException as error:
-        raise ValueError(f"{where} cannot be read as .parquet prompts: {error}") from error
-    return _table_rows(rows, where)
 
 
 def _hub_set(name: str, hub_id: str) -> PromptSet:
@@ -360,7 +299,7 @@ def _hub_set(name: str, hub_id: str) -> PromptSet:
                     raise FileNotFoundError(f"no file {file}")
                 for path in paths:
                     with system.open(path) as stream:
-                        rows += _parquet_rows(stream, path)
+                        rows += _table_rows(read_parquet(stream, path, COLUMNS), path)
             else:
                 path = Path(hf_hub_download(hub_id, file, repo_type="dataset"))
                 rows += [(p, path.stem if place.style_by_file else s) for p, s in _read_file(path)]

@@ -1,6 +1,5 @@
 """The readers behind `dkto.data.feedback.read_feedback`: files and folders of likes, each to the same five columns."""
 
-import json
 import os
 import stat
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import pandas as pd
 
 from dkto.common.names import check_choice
 from dkto.data.images import IMAGE_SUFFIXES
+from dkto.data.tables import TABLE_SUFFIXES, need_columns, read_table, refuse_rows
 from dkto.data.votes import (
     AUTHORS_SPLITS,
     PARTITIONS,
@@ -101,41 +101,17 @@ def parse_label(value: object, where: str) -> bool:
     raise ValueError(f"{where}: liked must be 0/1, true/false or like/dislike, got {value!r}")
 
 
-def read_frame(source: Path) -> pd.DataFrame:
-    """A table file as it stands; the columns of a CSV are text.
-
-    Raises:
-        ValueError: if the file cannot be read as what its ending says, or has another ending.
-    """
-    try:
-        match source.suffix.lower():
-            case ".csv":
-                return pd.read_csv(source, dtype=str, keep_default_na=False)
-            case ".jsonl":
-                lines = source.read_text(encoding="utf-8").split("\n")
-                return pd.DataFrame([_object(line, row) for row, line in enumerate(lines, 1) if line.strip()])
-            case ".parquet":
-                return pd.read_parquet(source)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{source} cannot be read as {source.suffix[1:].upper()}: {error}") from error
-    raise ValueError(f"{source} must be a .csv, .jsonl, .parquet or .json file or a folder, got {source.suffix!r}")
-
-
 def read_file(source: Path, images: ImageFolder, partition: str | None, ties: str | None) -> Columns:
     """Likes, splits or ranks from a file; see `dkto.data.feedback.read_feedback`."""
     if source.suffix.lower() == ".json":
         return _rankings(list(read_rankings(source)), images, source.name, partition, ties)
-    frame = _known_columns(read_frame(source), source)
+    if source.suffix.lower() not in TABLE_SUFFIXES:
+        known = ", ".join(TABLE_SUFFIXES)
+        raise ValueError(f"{source} must be a {known} or .json file, or a folder, got {source.suffix!r}")
+    frame = _known_columns(read_table(source), source)
     verdict = next((name for name in ("liked", "split", "rank") if name in frame), "liked")
-    missing = [column for column in ("image", "prompt", verdict) if column not in frame.columns]
-    if missing:
-        raise ValueError(
-            f"{source} needs the columns image, prompt, liked; missing: {', '.join(missing)}; "
-            f"found: {', '.join(map(str, frame.columns))}"
-        )
-    for row, prompt in enumerate(frame["prompt"], 1):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{source.name}, row {row}: prompt must be text, got {prompt!r}")
+    need_columns(frame.columns, ("image", "prompt", verdict), str(source))
+    _check_prompts(frame["prompt"], source.name)
     if verdict == "rank":
         return _rankings(list(group_rankings(frame, source.name)), images, source.name, partition, ties)
     refuse_unused(f"{source.name} holds no ranking", ties=ties)
@@ -181,16 +157,6 @@ def refuse_unused(why: str, **options: object) -> None:
             raise ValueError(f"{name}={str(value)!r} has no meaning here: {why}")
 
 
-def _object(line: str, row: int) -> dict:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {row}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"line {row}: expected an object, got {value!r}")
-    return value
-
-
 def _known_columns(frame: pd.DataFrame, source: Path) -> pd.DataFrame:
     names: dict[str, str] = {}
     for column in map(str, frame.columns):
@@ -199,6 +165,10 @@ def _known_columns(frame: pd.DataFrame, source: Path) -> pd.DataFrame:
             raise ValueError(f"{source} has two columns for {meaning}: {names[meaning]} and {column}; keep one")
         names[meaning] = column
     return frame.set_axis(list(names), axis=1)
+
+
+def _check_prompts(prompts: pd.Series, where: str) -> None:
+    refuse_rows(prompts, (isinstance(prompt, str) for prompt in prompts), where, "prompt must be text")
 
 
 def _labels(values: pd.Series, name: str) -> np.ndarray:
@@ -211,12 +181,7 @@ def _labels(values: pd.Series, name: str) -> np.ndarray:
 def _split_labels(values: pd.Series, name: str, partition: str | None) -> tuple[np.ndarray, dict]:
     partition = partition or "at_least_once"
     check_choice("partition", partition, ("at_least_once", "always"))
-    unknown = np.flatnonzero(~values.isin(list(AUTHORS_SPLITS)).to_numpy())
-    if len(unknown):
-        row = int(unknown[0])
-        raise ValueError(
-            f"{name}, row {row + 1}: split must be one of {', '.join(AUTHORS_SPLITS)}, got {values.iloc[row]!r}"
-        )
+    refuse_rows(values, values.isin(list(AUTHORS_SPLITS)), name, f"split must be one of {', '.join(AUTHORS_SPLITS)}")
     liked = {split: rules[partition == "always"] for split, rules in AUTHORS_SPLITS.items()}
     counts = {"partition": PARTITIONS[partition]} | {split: int((values == split).sum()) for split in AUTHORS_SPLITS}
     return values.map(liked).to_numpy(bool), counts
@@ -224,10 +189,7 @@ def _split_labels(values: pd.Series, name: str, partition: str | None) -> tuple[
 
 def _pair_ids(values: pd.Series, name: str) -> np.ndarray:
     numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
-    wrong = np.flatnonzero(~(numbers == np.floor(numbers)))
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(f"{name}, row {row + 1}: pair_id must be an integer, -1 for none, got {values.iloc[row]!r}")
+    refuse_rows(values, numbers == np.floor(numbers), name, "pair_id must be an integer, -1 for none")
     return numbers.astype(np.int64)
 
 
@@ -235,7 +197,7 @@ def _comparisons(source: Path, rows: int) -> np.ndarray | None:
     path = source.with_suffix(".pairs.parquet")
     if not path.exists():
         return None
-    pairs = read_frame(path)[["chosen_row", "rejected_row"]].to_numpy(np.int64)
+    pairs = read_table(path)[["chosen_row", "rejected_row"]].to_numpy(np.int64)
     if len(pairs) and not 0 <= pairs.min() <= pairs.max() < rows:
         raise ValueError(f"{path} names row {pairs.max()}, but {source.name} has {rows}")
     return pairs
@@ -244,14 +206,11 @@ def _comparisons(source: Path, rows: int) -> np.ndarray | None:
 def _metadata(folder: Path, inside: ImageFolder) -> dict[Path, str]:
     told = {}
     for path in (folder / name for name in METADATA_NAMES if (folder / name).is_file()):
-        frame = _known_columns(read_frame(path), path)
-        missing = [column for column in ("image", "prompt") if column not in frame]
-        if missing:
-            raise ValueError(f"{path} needs the columns file_name and caption; found: {', '.join(frame.columns)}")
+        frame = _known_columns(read_table(path), path)
+        need_columns(frame.columns, ("image", "prompt"), str(path))
+        _check_prompts(frame["prompt"], str(path))
         below = folder.resolve().relative_to(inside.root)
         for row, (name, prompt) in enumerate(zip(frame["image"], frame["prompt"], strict=True), 1):
-            if not isinstance(prompt, str):
-                raise ValueError(f"{path}, row {row}: the prompt must be text, got {prompt!r}")
             told[inside.path(str(below / str(name)), f"{path.name}, row {row}")] = prompt
     return told
 

@@ -4,7 +4,6 @@ Pairs (Pick-a-Pic) and rankings (HPDv2, ImageRewardDB) both become votes: image_
 is 1 if image_0 was preferred, 0 if image_1 was and 0.5 for a tie. `likes_from_votes` then applies a stated rule.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.names import check_choice
+from dkto.data.tables import read_values, refuse_rows
 
 PARTITIONS = {
     "at_least_once": "liked if preferred at least once (paper 5.1.1)",
@@ -146,10 +146,7 @@ def read_rankings(path: Path) -> Iterator[Ranking]:
     Raises:
         ValueError: if an entry lacks one of them, or has lists of unequal length; the sentence names the entry.
     """
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    entries = read_values(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of rankings, got {type(entries).__name__}")
     for number, entry in enumerate(entries, 1):
@@ -181,11 +178,7 @@ def group_rankings(frame: pd.DataFrame, where: str) -> Iterator[Ranking]:
         ValueError: if a rank is no number; the sentence names the row.
     """
     ranks = pd.to_numeric(frame["rank"], errors="coerce").to_numpy(float)
-    if not np.isfinite(ranks).all():
-        row = int(np.flatnonzero(~np.isfinite(ranks))[0])
-        raise ValueError(
-            f"{where}, row {row + 1}: rank must be a number, 1 for the best, got {frame['rank'].iloc[row]!r}"
-        )
+    refuse_rows(frame["rank"], np.isfinite(ranks), where, "rank must be a number, 1 for the best")
     by = "prompt_id" if "prompt_id" in frame else "prompt"
     for _, rows in frame.assign(rank=ranks).groupby(by, sort=False):
         yield Ranking(rows["prompt"].iloc[0], tuple(rows["image"]), tuple(-rows["rank"]))

@@ -4,8 +4,6 @@ The browser computes every curve by itself (closed forms; a sampled table for ut
 know), so a slider moves the picture at once. `Explorer.figure` draws the same without a browser.
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from dkto.common.files import read_json, read_records
 from dkto.data.sources import parse_label
+from dkto.data.tables import need_columns, refuse_rows, table_of_text
 from dkto.objective.losses import effective_weight
 from dkto.objective.utilities import UTILITIES, define_utility, get_utility
 from dkto.plotting import (
@@ -272,18 +271,12 @@ def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         return rewards_of_records(records)
     if not name.endswith(".csv"):
         raise ValueError(f"{name} must be a .csv with the columns reward and liked, or a run's metrics.jsonl")
-    reader = csv.DictReader(io.StringIO(text))
-    missing = {"reward", "liked"} - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{name} needs the columns reward and liked; missing: {', '.join(sorted(missing))}")
-    rewards, labels = [], []
-    for number, row in enumerate(reader, 1):
-        try:
-            rewards.append(float(row["reward"]))
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}, row {number}: reward must be a number, got {row['reward']!r}") from None
-        labels.append(parse_label(row["liked"], f"{name}, row {number}"))
-    return np.array(rewards, dtype=np.float64), np.array(labels, dtype=bool)
+    table = table_of_text(text, name, ".csv")
+    need_columns(table, ("reward", "liked"), name)
+    rewards = pd.to_numeric(table["reward"], errors="coerce").to_numpy(np.float64)
+    refuse_rows(table["reward"], ~np.isnan(rewards), name, "reward must be a number")
+    labels = [parse_label(value, f"{name}, row {row}") for row, value in enumerate(table["liked"], 1)]
+    return rewards, np.array(labels, dtype=bool)
 
 
 def _samples(y: torch.Tensor) -> bytes:

@@ -144,13 +144,13 @@ def test_metadata_without_captions(tmp_path):
     for name in ("liked", "disliked"):
         (tmp_path / name).mkdir()
     (tmp_path / "metadata.csv").write_text("file_name,tags\nliked/x.png,y\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv needs the columns file_name and caption; found: image, tags"):
+    with pytest.raises(ValueError, match=r"metadata\.csv needs .* image, prompt; missing: prompt; found: image, tags"):
         read_feedback(tmp_path)
 
 
 def test_a_broken_line_is_numbered(folder):
     (folder / "likes.jsonl").write_text('{"image": "a.png", "prompt": "x", "liked": 1}\n{"image": \n')
-    with pytest.raises(ValueError, match=r"likes\.jsonl cannot be read as JSONL: line 2: "):
+    with pytest.raises(ValueError, match=r"likes\.jsonl, line 2, cannot be read as JSON: "):
         read_feedback(folder / "likes.jsonl")
 
 
@@ -226,7 +226,15 @@ def test_a_written_table_reads_back_the_same(folder):
         ("image,prompt,liked\n/etc/passwd,x,1\n", ValueError, "leaves the folder"),
         ("image,prompt,liked\n,x,1\n", ValueError, "row 1: image must be a file name, got ''"),
         ("image,prompt,liked\n", ValueError, "holds no feedback"),
-        ("", ValueError, "cannot be read as CSV"),
+        ("", ValueError, "missing: image, prompt, liked; found: none"),
+        ('image,prompt,liked\na.png,"x,1\n', ValueError, "likes.csv cannot be read as CSV: unexpected end of data"),
+        (
+            "image,prompt,liked\na.png,a dog, running,1\n",
+            ValueError,
+            "row 1: expected 3 fields as in the header, got 4;",
+        ),
+        ("image,prompt,liked\na.png,x\n", ValueError, "row 1: expected 3 fields as in the header, got 2"),
+        ("image,prompt,prompt,liked\na.png,x,y,1\n", ValueError, "names the column 'prompt' more than once"),
         ("image,file_name,prompt,liked\na.png,a.png,x,1\n", ValueError, "two columns for image: image and file_name"),
         ("image,prompt,liked,pair_id\na.png,x,1,7\nb.png,x,0,\n", ValueError, "row 2: pair_id must be an integer"),
         ("image,prompt,split\na.png,x,exclusive\n", ValueError, "row 1: split must be one of exclusive_win, inter"),
@@ -243,7 +251,7 @@ def test_missing_source_and_unknown_suffix_and_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_feedback(tmp_path / "nothing.csv")
     (tmp_path / "likes.xlsx").write_text("x")
-    with pytest.raises(ValueError, match=r"must be a \.csv, \.jsonl, \.parquet or \.json file"):
+    with pytest.raises(ValueError, match=r"must be a \.csv, \.tsv, \.jsonl, \.parquet or \.json file"):
         read_feedback(tmp_path / "likes.xlsx")
     (tmp_path / "liked").mkdir()
     with pytest.raises(ValueError, match="disliked/ is missing"):
@@ -386,7 +394,7 @@ def test_a_prompt_that_is_none_and_one_out_of_the_folder_are_refused(tmp_path):
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / name / "x.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "liked/x.png", "caption": null}\n')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 1: the prompt must be text, got None"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 1: prompt must be text, got None"):
         read_feedback(folder)
     (folder / "metadata.jsonl").unlink()
     (tmp_path / "secret.txt").write_text("a secret")

@@ -189,7 +189,7 @@ def test_bad_sources_are_named(shards, tmp_path):
     with pytest.raises(ValueError, match=r"missing: jpg_1; found: jpg_0, label_0"):
         convert_pairs(tmp_path / "s.parquet", tmp_path / "o1")
     (tmp_path / "t.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as parquet"):
+    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as Parquet"):
         convert_pairs(tmp_path / "t.parquet", tmp_path / "o2")
     with pytest.raises(FileNotFoundError, match=r"folder .* holds no parquet file that matches 'test-\*'"):
         convert_pairs(shards, tmp_path / "o3", files="test-*")

@@ -49,7 +49,7 @@ def test_the_page_sends_a_file():
     explorer.receive({"type": "rewards", "name": "a.csv", "text": "reward,liked\n2,1\n-1,0\n"})
     assert explorer.source == "a.csv" and explorer.rewards()[1].tolist() == [True, False]
     explorer.receive({"type": "rewards", "name": "a.csv", "text": "reward\n2\n"})
-    assert explorer.message == "a.csv needs the columns reward and liked; missing: liked"
+    assert explorer.message == "a.csv needs the columns reward, liked; missing: liked; found: reward"
 
 
 def test_the_curves_hold_gamma_and_class_weights():
@@ -105,7 +105,7 @@ def test_wrong_arguments_are_refused(arguments, settings, sentence):
     [
         ("reward,liked\n1,maybe\n", "a.csv", "a.csv, row 1: liked must be"),
         ("reward,liked\n1,1\nx,1\n", "a.csv", "a.csv, row 2: reward must be a number, got 'x'"),
-        ("reward,liked\n1\n", "a.csv", "row 1: liked must be"),
+        ("reward,liked\n1\n", "a.csv", "row 1: expected 2 fields as in the header, got 1"),
         ("{", "a.jsonl", "a.jsonl is not JSON lines"),
         ("3\n", "a.jsonl", "one JSON object a line"),
         ('{"loss": 1}\n', "a.jsonl", "none of 1 records"),
