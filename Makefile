@@ -14,7 +14,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all toy paper bench lab lint format site reference clean
+.PHONY: help setup demo test test-all toy paper bench lab lint format site reference results clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
@@ -29,6 +29,7 @@ help:
 	@echo "make paper     the paper's tables on the small world (about an hour on 2 old cores; PROFILE=quick make paper: 13 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
+	@echo "make results   papermill_runs/RESULTS.md from the kept runs"
 
 setup: $(READY)
 
@@ -80,6 +81,9 @@ site: $(READY)
 
 reference: $(READY)
 	$(BIN)/python -m dkto.workshop.keep_lessons
+
+results: $(READY)
+	$(BIN)/python -m dkto.workshop.results
 
 paper: $(READY)
 	$(BIN)/dkto paper --profile $(or $(PROFILE),default) $(if $(STEPS),--steps $(STEPS))

@@ -85,7 +85,8 @@ def test_mistakes_end_in_one_sentence_and_code_2(tmp_path, capsys):
 
 def test_the_shipped_sweeps_and_pages_name_commands_that_exist():
     root = Path(__file__).parent.parent
-    pages = [root / "README.md", *(root / "papermill_runs").glob("*.md"), *(root / "papermill_runs").rglob("*.yaml")]
+    pages = [root / "README.md", *(root / "notebooks").glob("*.md"), *(root / "papermill_runs").glob("*.md")]
+    pages += (root / "papermill_runs").rglob("*.yaml")
     named = {word for page in pages for word in re.findall(r"(?:^#\s+|[`;]\s*)dkto ([a-z-]+)", page.read_text(), re.M)}
     assert {"unpack", "prepare", "sweep"} <= named <= COMMANDS.keys()
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""What the front pages say is so: the Python and the commands run, links lead somewhere, figures are the kept runs'."""
 
 import json
 import re
@@ -8,15 +8,35 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 from PIL import Image
 
 from dkto.cli import main
+from dkto.objective import methods
+from dkto.workshop.results import PAGE, TABLES, figure, results_page
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "papermill_runs/RESULTS.md")]
+PAGES += [ROOT / name for name in ("papermill_runs/README.md", "notebooks/README.md", "notebooks/your_own_likes.md")]
+PAGES += [ROOT / "tests" / "benchmarks" / "README.md"]
+LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
+# a figure of a kept run: what is shown, the run, the key of its metrics.json as the link's title
+FIGURE = re.compile(
+    r'\[((?:[^\[\]]|\[[^\]]*\])*)\]\(papermill_runs/reference/(\S+)/(?:notebook|metrics)\.\w+ "(\S+)"\)'
+)
 
 
-def test_the_ten_lines_turn_likes_into_a_redder_picture(tmp_path, monkeypatch):
+def section(title, text=README):
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_rows(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "][1:]
+
+
+def test_the_ten_lines_turn_likes_into_a_redder_image(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(code.strip().splitlines()) <= 12
     shutil.copytree(ROOT / "notebooks" / "likes", tmp_path / "notebooks" / "likes")
@@ -30,10 +50,9 @@ def test_the_ten_lines_turn_likes_into_a_redder_picture(tmp_path, monkeypatch):
     assert red[1] > red[0] + 5  # of 255
 
 
-def test_three_commands_go_from_twenty_likes_to_pictures(tmp_path, monkeypatch):
-    """As they stand, but with fewer steps and pictures: what is appended comes last and counts."""
-    section = README.split("## Your own likes")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.S)
+def test_three_commands_go_from_twenty_likes_to_images(tmp_path, monkeypatch):
+    """As they stand, but with fewer steps and images: what is appended comes last and counts."""
+    (block,) = re.findall(r"```bash\n(.*?)```", section("Your own likes"), flags=re.S)
     commands = [shlex.split(line.removeprefix(".venv/bin/dkto ")) for line in block.strip().splitlines()]
     assert [command[0] for command in commands] == ["prepare", "train", "generate"]
     lines = (ROOT / "notebooks" / "likes" / "likes.csv").read_text().splitlines(keepends=True)
@@ -48,12 +67,38 @@ def test_three_commands_go_from_twenty_likes_to_pictures(tmp_path, monkeypatch):
     assert len(list(Path("out/images").glob("*.png"))) == 1
 
 
-def test_links_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    block = README.split("## Files")[1].split("```")[1]
-    for line in block.strip().splitlines():
-        assert (ROOT / line.split()[0].rstrip(",")).exists(), line
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    targets = [target for target in LINK.findall(page.read_text()) if not target.startswith("http")]
+    for target in targets:
+        assert (page.parent / target).exists(), target
+
+
+def test_the_front_page_is_short_and_names_every_room():
+    words = re.sub(r"\]\([^)]*\)", "]", README).split()
+    assert len(words) <= 1300
+    named = [line.split()[0] for line in section("Layout").split("```")[1].strip().splitlines()]
+    rooms = {f"dkto/{path.parent.name}" for path in (ROOT / "dkto").glob("*/__init__.py")}
+    assert {name for name in named if name.startswith("dkto/")} == rooms - {"dkto/common"}
+    assert all((ROOT / name).is_dir() for name in named)
+
+
+def test_every_lesson_is_listed():
+    listed = {Path(target).name for target in LINK.findall((ROOT / "notebooks" / "README.md").read_text())}
+    assert {path.name for path in (ROOT / "notebooks").rglob("*.ipynb") if "solutions" not in path.parts} <= listed
+
+
+def test_an_objective_is_one_function_and_one_entry():
+    """The example of CONTRIBUTING.md, among the names of the module that it is written for."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    names = {**vars(methods), "METHODS": {}}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    ((name, method),) = names["METHODS"].items()
+    assert name == "squared" and method.settings == ("beta", "desirable_fraction")
+    policy = torch.tensor([0.2, 0.4], requires_grad=True)
+    felt = method.loss(methods.Errors(policy, torch.tensor([0.3, 0.3])), torch.tensor([True, False]), beta=5.0)
+    felt.loss.backward()
+    assert felt.loss.item() == pytest.approx(0.25) and policy.grad[0] > 0 > policy.grad[1]
 
 
 def test_the_example_table_reads():
@@ -63,20 +108,55 @@ def test_the_example_table_reads():
     assert table.is_desirable.any() and not table.is_desirable.all()
 
 
-def test_the_results_are_those_of_the_kept_runs():
-    """Each row's figure is read again from the metrics that it links to."""
-    rows = re.findall(r"^\| .*? \| (.*?) \| \[`(.*?)`\]\((.*?)\) \|", README.split("## Results")[1], flags=re.M)
-    assert len(rows) >= 10
-    for shown, key, link in rows:
-        metrics = json.loads((ROOT / link).read_text())["metrics"]
-        value, ends = metrics[key], [metrics.get(f"{key}/{end}") for end in ("low", "high")]
-        scale, unit, form = (100, " %", ".0f") if "%" in shown else (1, "", ".3g")
-        low_high = "" if ends[0] is None else " [{}, {}]".format(*(format(scale * end, form) for end in ends))
-        assert shown == f"{scale * value:{form}}{unit}{low_high}", key
+def test_figures_of_the_front_page_are_those_of_the_kept_runs():
+    """Each link's text is read again from the run that it leads to, under the key that is its title."""
+    found = FIGURE.findall(section("What we found"))
+    assert len(found) >= 20
+    for shown, folder, key in found:
+        assert shown == figure(folder, key), key
+    sentences = re.findall(r"^\d\. (.*)$", section("What we found"), flags=re.M)
+    assert len(sentences) == 8 and all(FIGURE.search(sentence) for sentence in sentences)
+    prose = FIGURE.sub("", "\n".join(sentences))
+    assert not re.findall(r"\d+ %|\d\.\d", prose.replace("95 %", "").replace("Flipping 30 %", "")), "not linked"
 
 
-def test_the_seed_made_again_is_as_near_the_former_one_as_the_readme_says():
-    assert "KTO's eleven win-rates lie within one point of the former ones, on the same sides of one half" in README
+def test_what_is_called_open_holds_one_half_and_the_rest_does_not():
+    rows = table_rows(section("What we found"))
+    assert 5 <= len(rows) <= 10
+    for against, here, _ in rows:
+        ((_, folder, key),) = FIGURE.findall(here)
+        metrics = json.loads((ROOT / "papermill_runs" / "reference" / folder / "metrics.json").read_text())["metrics"]
+        assert (metrics[f"{key}/low"] < 0.5 < metrics[f"{key}/high"]) == against.endswith("open"), against
+
+
+def test_the_papers_win_rates_are_those_of_the_kept_card():
+    card = pd.read_csv(ROOT / "papermill_runs" / "reference" / "paper_full" / "cards.csv").set_index("claim")["paper"]
+    shown = {FIGURE.findall(here)[0][2].split("/")[1]: paper for _, here, paper in table_rows(section("What we found"))}
+    shown = {name.replace("_vs_", " over "): paper for name, paper in shown.items() if paper}
+    assert shown == {claim: card[claim].split(" (")[0] for claim in shown} and len(shown) >= 5
+
+
+def test_scale_and_cost_are_those_of_the_benchmarks():
+    rows = table_rows(section("Scale and cost"))
+    assert len(rows) == 5
+    benchmarks = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
+    for _, figures in rows:
+        for number in re.findall(r"[\d.]+ \[[^\]]+\]|[\d.]+", figures):
+            assert number in benchmarks, number
+
+
+def test_the_results_page_is_what_the_kept_runs_give():
+    assert PAGE.read_text() == results_page(), "make results"
+    assert sum(len(table.rows) for table in TABLES) >= 60
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(KeyError, match=r"40_win_rates/metrics.json has no 'win_rate/kto_vs_nobody'"):
+        figure("40_win_rates", "win_rate/kto_vs_nobody")
+
+
+def test_the_seed_made_again_is_as_near_the_former_one_as_the_notes_say():
+    """Eleven win-rates within one point, on the same sides of one half."""
     kept = ROOT / "papermill_runs" / "reference" / "paper_full"
     former, again = pd.read_csv(kept / "seeds.csv"), pd.read_csv(kept / "win_rate_tables-0" / "win_rates.csv")
     again = again[(again["method"] == "kto") & (again["scorer"] == "world_utility")].set_index("opponent")["win_rate"]

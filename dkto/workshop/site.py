@@ -105,11 +105,12 @@ def _rewrite(text: str, lessons: list[str], keep: set[str], folder: str) -> str:
         scheme, name = urlsplit(target).scheme, Path(urlsplit(target).path)
         if scheme in ELSEWHERE or target.startswith("#") or target in keep:
             return match.group()
-        if name.suffix == ".ipynb" and name.stem in lessons and "solutions" not in name.parts:
-            return f"[{words}]({'' if folder else 'lessons/'}{name.stem}.ipynb)"
+        lesson = name.parent.name if name.name == "notebook.ipynb" else name.stem  # the former: of a kept run
+        if name.suffix == ".ipynb" and lesson in lessons and "solutions" not in name.parts:
+            return f"[{words}]({'' if folder else 'lessons/'}{lesson}.ipynb)"
         return words
 
-    return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", replace, text)
+    return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?: \"[^\"]*\")?\)", replace, text)
 
 
 def _write_cards(source: Path, reference: Path) -> list[str]:

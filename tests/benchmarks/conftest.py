@@ -25,7 +25,7 @@ def record_ratio(request):
     record_ratio(key, value, *, at_most=None, at_least=None, low=None, high=None, n=None, **more)
 
     Args of the call:
-        key: as in the README's table, for instance "step_over_pure_compute/small".
+        key: as in the table of README.md here, for instance "step_over_pure_compute/small".
         value: a ratio of two things measured in one run, or a plain number with its unit in the key.
         at_most, at_least: the bound that the value must keep.
         low, high: its 95 % interval.
