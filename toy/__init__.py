@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "sampling": ["sample_ensemble"],
         "schedule": ["Schedule", "linear_schedule"],
-        "study": ["run_study", "seconds_one_by_one"],
+        "experiment": ["run_experiment", "seconds_one_by_one"],
         "training": ["RECIPES", "SMALL", "draw_steps", "pretrain", "run", "tune"],
         "verdicts": ["CLAIMS", "Setting", "headline_settings", "verdict_card"],
         "world": [

@@ -18,8 +18,8 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS, display_name
+from toy.experiment import Experiment
 from toy.measures import Estimate
-from toy.study import Study
 from toy.world import ROLES, UNIT, Gaussian, undesirable_share
 
 LIMITS = {"x": (-0.25, 1.25), "y": (0.05, 1.75)}
@@ -46,7 +46,7 @@ def method_label(name: str, desirable_fraction: float | None = 0.8) -> str:
     """A method's name for a figure: "kahneman_tversky@0.5" is "Kahneman-Tversky, γ = 0.5".
 
     Args:
-        name: key of the study; a part after "@" is the desirable fraction.
+        name: key of the experiment; a part after "@" is the desirable fraction.
         desirable_fraction: shown for the utilities where the name has none; None leaves it out.
     """
     stem, _, fraction = name.partition("@")
@@ -116,11 +116,11 @@ def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note:
     return ax
 
 
-def plot_clouds(study: Study, names: Sequence[str], seed: int, columns: int = 5) -> Figure:
+def plot_clouds(experiment: Experiment, names: Sequence[str], seed: int, columns: int = 5) -> Figure:
     """Panels of one seed's samples, each with its estimates over all seeds.
 
     Args:
-        study: measured methods.
+        experiment: measured methods.
         names: which, in order.
         seed: whose samples are drawn.
         columns: panels a row.
@@ -135,13 +135,13 @@ def plot_clouds(study: Study, names: Sequence[str], seed: int, columns: int = 5)
         sharey=True,
         squeeze=False,
     )
-    place = list(study.seeds).index(seed)
+    place = list(experiment.seeds).index(seed)
     for ax, name in zip(axes.flat, names, strict=False):
-        note = f"KL {_with_half(study.estimate('kl', name), 3)}"
-        note += f"\nundesirable {_with_half(study.estimate('undesirable_share', name), 2, 100)} %"
-        lost = int(study.diverged[study.names.index(name)].sum())
-        note += f"\n{lost} of {len(study.seeds)} seeds diverged" if lost else ""
-        plot_cloud(study.points[study.names.index(name), place], ax, title=method_label(name), note=note)
+        note = f"KL {_with_half(experiment.estimate('kl', name), 3)}"
+        note += f"\nundesirable {_with_half(experiment.estimate('undesirable_share', name), 2, 100)} %"
+        lost = int(experiment.diverged[experiment.names.index(name)].sum())
+        note += f"\n{lost} of {len(experiment.seeds)} seeds diverged" if lost else ""
+        plot_cloud(experiment.points[experiment.names.index(name), place], ax, title=method_label(name), note=note)
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax in axes.flat:
@@ -192,21 +192,21 @@ def plot_estimates(
     return ax
 
 
-def plot_tradeoff(study: Study, names: Sequence[str], ax: Axes | None = None) -> Axes:
+def plot_tradeoff(experiment: Experiment, names: Sequence[str], ax: Axes | None = None) -> Axes:
     """What each method pays: KL to desirable against its undesirable share, both with intervals.
 
     Lines join the two desirable fractions of one utility. Below and left is better, but the share of the desirable
     distribution itself (dotted) is what SFT aims at: only preference objectives go left of it.
 
     Args:
-        study: measured methods.
+        experiment: measured methods.
         names: which.
         ax: axes to draw on, made if left out.
     """
     ax = plt.subplots(figsize=(NOTEBOOK_WIDTH, 4.2), layout="constrained")[1] if ax is None else ax
     places = {}
     for name in names:
-        share, kl = study.estimate("undesirable_share", name), study.estimate("kl", name)
+        share, kl = experiment.estimate("undesirable_share", name), experiment.estimate("kl", name)
         if not kl.n:
             continue
         places[name] = (100 * share.mean, kl.mean)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from toy.experiment import BASE, Experiment
 from toy.measures import Estimate, bounds_of, over_seeds
-from toy.study import BASE, Study
 
 RIVALS = ("loss_averse", "risk_seeking", "dpo")
 
@@ -22,19 +22,19 @@ class Setting:
 
     Attributes:
         name: as the card shows it, "gamma 0.8".
-        study: that holds the runs.
-        names: the study's name of each method, by canonical name; a method that was not run is missing.
+        experiment: that holds the runs.
+        names: the experiment's name of each method, by canonical name; a method that was not run is missing.
     """
 
     name: str
-    study: Study
+    experiment: Experiment
     names: Mapping[str, str]
 
     def value(self, measure: str, method: str) -> np.ndarray:
         """A measure of each seed, NaN where it diverged."""
-        row = self.study.names.index(self.names[method])
-        values = self.study.measures[measure][row].double().numpy().copy()
-        values[self.study.diverged[row].numpy()] = np.nan
+        row = self.experiment.names.index(self.names[method])
+        values = self.experiment.measures[measure][row].double().numpy().copy()
+        values[self.experiment.diverged[row].numpy()] = np.nan
         return values
 
     def estimate(self, measure: str, method: str) -> Estimate:
@@ -137,12 +137,12 @@ def verdict_card(settings: Sequence[Setting]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def headline_settings(study: Study) -> list[Setting]:
+def headline_settings(experiment: Experiment) -> list[Setting]:
     """The two settings of the headline: gamma 0.8, the paper's choice, and 0.5, at which DPO's pairs are drawn."""
     shared = [BASE, "sft", "csft", "dpo"]
     family = ("loss_averse", "risk_seeking", "kahneman_tversky")
     return [
-        Setting(f"γ = {label}", study, {name: name for name in shared} | {name: name + suffix for name in family})
+        Setting(f"γ = {label}", experiment, {name: name for name in shared} | {name: name + suffix for name in family})
         for label, suffix in (("0.8", ""), ("0.5", "@0.5"))
     ]
 

@@ -10,13 +10,13 @@ import pytest
 import toy
 
 PACKAGE = Path(toy.__file__).parent
-ALLOWED = ("objective", "plotting", "runs", "widgets.base")
+ALLOWED = ("common.names", "objective", "plotting", "runs", "widgets.base")
 # each room, from the bottom up; a module may import its own room and those before it
 ROOMS = (
     ("world", "schedule", "network"),
     ("objectives", "sampling"),
     ("training", "measures", "exact"),
-    ("study", "pointwise"),
+    ("experiment", "pointwise"),
     ("verdicts", "plotting"),
     ("playground",),
     ("__main__",),
@@ -45,7 +45,8 @@ def test_imports_point_one_way(path):
 
 
 def test_the_laboratory_loads_no_image_model_library():
-    code = "import sys, toy.study, toy.pointwise; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    found = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
+    code = f"import sys, toy.experiment, toy.pointwise; print({found})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

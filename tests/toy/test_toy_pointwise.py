@@ -9,12 +9,12 @@ import torch
 
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss
 from toy.exact import dpo_optimum, normal_quadrature, output_law
+from toy.experiment import run_experiment
 from toy.measures import exact_kl, fitted_kl
 from toy.network import Ensemble
 from toy.objectives import METHODS, Method, get_method
 from toy.pointwise import PointwiseOptimum, draw_alike
 from toy.schedule import linear_schedule
-from toy.study import run_study
 from toy.training import FULL, SMALL
 
 SEEDS = range(5)
@@ -23,63 +23,63 @@ LARGE_BETA = get_method("dpo", beta=100.0)
 
 
 @pytest.fixture(scope="module")
-def study():
+def experiment():
     """The small recipe: 6 methods x 5 seeds."""
     names = ("kahneman_tversky", "risk_seeking", "loss_averse", "dpo", "loss_averse@0.5")
-    return run_study({**{name: METHODS[name] for name in names}, "dpo@100": LARGE_BETA}, SEEDS, SMALL, processes=1)
+    return run_experiment({**{name: METHODS[name] for name in names}, "dpo@100": LARGE_BETA}, SEEDS, SMALL, processes=1)
 
 
-def test_the_order_of_the_objectives(study):
+def test_the_order_of_the_objectives(experiment):
     """KL KT < risk-seeking < loss-averse < base < DPO at beta 10, gamma 0.8: in each neighbouring pair the whole
     interval of the difference, seed by seed, lies on its side. The closest pair is about 0.2 apart, with 0.03 of
     standard error."""
     for lower, higher in pairwise(ORDER):
-        rows = [study.measures["kl"][study.names.index(name)] for name in (lower, higher)]
+        rows = [experiment.measures["kl"][experiment.names.index(name)] for name in (lower, higher)]
         gap = rows[1] - rows[0]
         assert float(gap.mean()) > 2.8 * float(gap.std()) / math.sqrt(len(SEEDS)), (lower, higher)
 
 
-def test_dpo_leaves_both_distributions(study):
-    assert study.estimate("undesirable_share", "dpo").mean < 0.01
-    assert study.estimate("kl", "dpo").mean > study.estimate("kl", "base").mean
-    assert study.estimate("pair_accuracy", "dpo").mean >= 0.9
+def test_dpo_leaves_both_distributions(experiment):
+    assert experiment.estimate("undesirable_share", "dpo").mean < 0.01
+    assert experiment.estimate("kl", "dpo").mean > experiment.estimate("kl", "base").mean
+    assert experiment.estimate("pair_accuracy", "dpo").mean >= 0.9
 
 
-def test_trained_dpo_reaches_its_closed_form(study):
+def test_trained_dpo_reaches_its_closed_form(experiment):
     """beta = 100, 1000 steps at 3e-4: mean y within 0.012 and spread within 4 % of the law of the exact optimum. The
     interval over 5 seeds is +-0.008 in the mean, and the spread falls 1 % short as for all networks of this size."""
-    mean, std = output_law(dpo_optimum(study.schedule, 100.0), study.schedule)
-    assert study.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.012)
-    assert study.estimate("mean_x", "dpo@100").mean == pytest.approx(0.5, abs=0.012)
-    assert study.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.04)
+    mean, std = output_law(dpo_optimum(experiment.schedule, 100.0), experiment.schedule)
+    assert experiment.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.012)
+    assert experiment.estimate("mean_x", "dpo@100").mean == pytest.approx(0.5, abs=0.012)
+    assert experiment.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.04)
 
 
-def gaps_to_optimum(study, name, point=0.0, count=800):
+def gaps_to_optimum(experiment, name, point=0.0, count=800):
     """Mean over seeds of the trained samples' mean and spread minus the optimum's, and both KLs, on the same noise."""
-    optimum = PointwiseOptimum(study.methods[name], study.schedule, point).sample(count)
+    optimum = PointwiseOptimum(experiment.methods[name], experiment.schedule, point).sample(count)
     trained = []
-    for seed in study.seeds:
-        member = Ensemble(study.policy.architecture, study.model(name, seed).parameters.double())
-        trained.append(draw_alike(lambda x, t, member=member: member(x[None], t)[0], study.schedule, count))
+    for seed in experiment.seeds:
+        member = Ensemble(experiment.policy.architecture, experiment.model(name, seed).parameters.double())
+        trained.append(draw_alike(lambda x, t, member=member: member(x[None], t)[0], experiment.schedule, count))
     trained = torch.stack(trained)
     means, spreads = trained.mean((0, 1)) - optimum.mean(0), trained.std(1).mean(0) - optimum.std(0)
     return means.abs().max(), spreads.abs().max(), float(fitted_kl(trained).mean()), float(fitted_kl(optimum))
 
 
-def test_trained_loss_averse_is_the_pointwise_optimum(study):
+def test_trained_loss_averse_is_the_pointwise_optimum(experiment):
     """beta = 10, gamma = 0.5, where the clamped reference point is 0: mean and spread within 0.012, KL within 12 %.
 
     Both draw with the same noise; what is left is the training's own scatter, +-0.009 in the mean of 5 seeds.
     """
-    means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5")
+    means, spreads, trained, exact = gaps_to_optimum(experiment, "loss_averse@0.5")
     assert means < 0.012 and spreads < 0.012
     assert trained == pytest.approx(exact, rel=0.12)
 
 
-def test_exact_and_fitted_kl_agree_where_clouds_are_round(study):
+def test_exact_and_fitted_kl_agree_where_clouds_are_round(experiment):
     """DDIM's exact KL of the base against the law of its sampler: the same within 5 %."""
-    found = exact_kl(study.model("base"), study.schedule, draws=512)
-    mean, std = output_law(dpo_optimum(study.schedule, 1e12), study.schedule, "ddim")
+    found = exact_kl(experiment.model("base"), experiment.schedule, draws=512)
+    mean, std = output_law(dpo_optimum(experiment.schedule, 1e12), experiment.schedule, "ddim")
     spread = (0.2 * std / 0.1) ** 2
     expected = (2 * spread + 4 - 2 - 2 * math.log(spread)) / 2  # the pretrained mean is 2 desirable stds away
     assert float(mean.abs().max()) < 1e-9
@@ -92,13 +92,13 @@ def test_the_large_recipe_is_predicted_to_two_digits():
     of its way is walked slowly) and 3 % in spread. KT, which has no finite optimum, within 0.012 in mean and spread at
     the reference point seen in training."""
     methods = {"kahneman_tversky": METHODS["kahneman_tversky"], "dpo@100": LARGE_BETA}
-    study = run_study(methods, SEEDS, replace(FULL, max_train_steps=2000), processes=1)
-    point = float(torch.stack([record.reference_point[0] for record in study.records[-5:]]).mean())
-    means, spreads, _, _ = gaps_to_optimum(study, "kahneman_tversky", point, count=2000)
+    experiment = run_experiment(methods, SEEDS, replace(FULL, max_train_steps=2000), processes=1)
+    point = float(torch.stack([record.reference_point[0] for record in experiment.records[-5:]]).mean())
+    means, spreads, _, _ = gaps_to_optimum(experiment, "kahneman_tversky", point, count=2000)
     assert means < 0.012 and spreads < 0.012
-    mean, std = output_law(dpo_optimum(study.schedule, 100.0), study.schedule)
-    assert study.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.012)
-    assert study.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.03)
+    mean, std = output_law(dpo_optimum(experiment.schedule, 100.0), experiment.schedule)
+    assert experiment.estimate("mean_y", "dpo@100").mean == pytest.approx(0.8 + 0.2 * float(mean[1]), abs=0.012)
+    assert experiment.estimate("std_y", "dpo@100").mean == pytest.approx(0.2 * std, rel=0.03)
 
 
 @pytest.mark.slow
@@ -107,8 +107,8 @@ def test_loss_averse_goes_on_towards_its_optimum():
     18 times; after 4000 steps within 0.006, 0.004 and 2 %."""
     for steps, spread, relative in ((2000, 0.007, 0.08), (4000, 0.004, 0.02)):
         recipe = replace(FULL, max_train_steps=steps)
-        study = run_study({"loss_averse@0.5": METHODS["loss_averse@0.5"]}, SEEDS, recipe, processes=1)
-        means, spreads, trained, exact = gaps_to_optimum(study, "loss_averse@0.5", count=2000)
+        experiment = run_experiment({"loss_averse@0.5": METHODS["loss_averse@0.5"]}, SEEDS, recipe, processes=1)
+        means, spreads, trained, exact = gaps_to_optimum(experiment, "loss_averse@0.5", count=2000)
         assert means < 0.006 and spreads < spread
         assert trained == pytest.approx(exact, rel=relative)
 

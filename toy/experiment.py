@@ -1,4 +1,4 @@
-"""A study: methods x seeds, trained as stacked ensembles in one process a core, sampled and measured (paper 7)."""
+"""An experiment: methods x seeds, trained as stacked ensembles, one process a core, sampled and measured (paper 7)."""
 
 import multiprocessing
 import time
@@ -23,7 +23,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Study:
+class Experiment:
     """Trained and measured methods; "base", the pretrained model, is the first of them.
 
     Attributes:
@@ -115,13 +115,13 @@ class Study:
         return source.select(members if seed is None else [members[list(self.seeds).index(seed)]])
 
 
-def run_study(
+def run_experiment(
     methods: Mapping[str, Method],
     seeds: Sequence[int],
     recipe: Recipe = SMALL,
     processes: int = 2,
     record_every: int = 100,
-) -> Study:
+) -> Experiment:
     """Pretrain, tune, sample and measure all methods of all seeds.
 
     Args:
@@ -132,7 +132,7 @@ def run_study(
         record_every: steps between records of the tuning.
 
     Returns:
-        The study; its numbers do not depend on `processes` but by rounding.
+        The experiment; its numbers do not depend on `processes` but by rounding.
 
     Raises:
         ValueError: if there is no method or seed, a seed comes twice, or "base" is among the methods.
@@ -162,7 +162,7 @@ def seconds_one_by_one(methods: Mapping[str, Method], seeds: int, recipe: Recipe
 
     The same code with ensembles of one: pretraining, then tuning and sampling of each method by itself, in this
     process on one thread, which is faster for models this small than two. Measuring is left out, as in
-    `Study.seconds["ensemble"]`.
+    `Experiment.seconds["ensemble"]`.
     """
     warm = Recipe(**{**vars(recipe), "pretrain_steps": 2, "max_train_steps": 2, "num_samples": 100})
     _one_by_one(methods, warm)
@@ -217,7 +217,7 @@ def _accuracy_name(definition: str) -> str:
 
 def _joined(
     methods: dict[str, Method], seeds: Sequence[int], recipe: Recipe, parts: list[dict], seconds: dict[str, float]
-) -> Study:
+) -> Experiment:
     def over_parts(name: str, axis: int) -> Tensor:
         return torch.from_numpy(np.concatenate([part[name] for part in parts], axis))
 
@@ -233,7 +233,7 @@ def _joined(
         )
         for steps in zip(*(part["records"] for part in parts), strict=True)
     ]
-    return Study(
+    return Experiment(
         methods,
         list(seeds),
         recipe,
