@@ -1,12 +1,12 @@
 """The stages that make the small Stable Diffusion:
 
-python -m dkto.world vae --folder runs/world --minutes 30
-torchrun --nproc-per-node 2 -m dkto.world unet --folder runs/world --samples 1500000
-python -m dkto.world export --folder runs/world --output dkto/world/weights
+python -m dkto.workshop vae --folder runs/world --minutes 30
+torchrun --nproc-per-node 2 -m dkto.workshop unet --folder runs/world --samples 1500000
+python -m dkto.workshop export --folder runs/world --output dkto/world/weights
 
 and its learned scorers:
 
-python -m dkto.world preference --folder runs/scorers --output dkto/world/scorers
+python -m dkto.workshop preference --folder runs/scorers --output dkto/world/scorers
 """
 
 from dataclasses import dataclass

@@ -79,25 +79,25 @@ def write_card(folder: Path, figures: dict[str, float], about: dict[str, float])
 
 CARD = """# The small world
 
-A genuine Stable Diffusion pipeline (CLIP tokenizer and text encoder, AutoencoderKL, UNet2DConditionModel, SD's
-scaled-linear schedule, epsilon prediction) for 64 x 64 pictures, {parameters:.1f} million parameters. It loads with
+A real Stable Diffusion pipeline (CLIP tokenizer and text encoder, AutoencoderKL, UNet2DConditionModel, SD's
+scaled-linear schedule, epsilon prediction) for 64 x 64 images, {parameters:.1f} million parameters. It loads with
 
     StableDiffusionPipeline.from_pretrained("dkto/world/weights")
 
 ## Data
-{scenes:,} painted scenes: one thing, or two in a relation, out of 6 shapes, 6 colours, 5 backgrounds and 4 picture
-styles, with captions by a small grammar and an uncaptioned finish (saturation, exposure, haze, blur). 80 % of all
+{scenes:,} painted scenes: one thing, or two in a relation, out of 6 shapes, 6 colours, 5 backgrounds and 4
+styles. Captions follow a small grammar; a finish (saturation, exposure, haze, blur) has no caption. 80 % of all
 captions, chosen by a hash of their text, were used; 10 % are validation and 10 % test prompts. During training 10 %
 of the captions were dropped, 12 % shortened and 1 % wrong. The relations are "left of" and "above": the first named
 thing is always the left or upper one.
 
 ## Recipe
-`python -m dkto.world --help` says how it is made, on a CPU, resumable. VAE: factor 4, 4 latent channels,
+`python -m dkto.workshop --help` shows how it is made, on a CPU, resumable. VAE: factor 4, 4 latent channels,
 {vae_psnr:.1f} dB on held-out scenes. UNet and text encoder, batch 48, AdamW with a constant rate that falls at the end,
 weight average 0.9995, min-SNR-5 weights, offset noise 0.15 (in pretraining only, so that backgrounds can be far from
-mid-grey), in two stages. The first, at 1e-3 (`--two-things 0.5`, then 0.85 after 383,000 samples), knew "right of" and
-"below" too: it learnt colours, shapes, backgrounds and the axis of a relation, but which thing comes first stayed
-at chance. The second went on from its weights (`--start-from`) with two relations for {samples:,} samples:
+mid-grey). There were two stages. The first, at 1e-3 (`--two-things 0.5`, then 0.85 after 383,000 samples), knew "right
+of" and "below" too. It learned colours, shapes, backgrounds and the axis of a relation, but which thing comes first
+stayed at chance. The second continued from its weights (`--start-from`) with two relations for {samples:,} samples:
 `--two-things 0.85 --emphasis 40 --lr 7e-4` (0.75 while the rate fell) counts high-noise steps up to 40 times, since
 places are decided there.
 
@@ -112,10 +112,10 @@ learned model. `tests/world/test_weights.py` draws them again and compares.
 It {verdict} the gate that the project set for itself.
 
 ## Limits
-It knows its grammar and nothing else: other words are read as bytes and mean nothing to it. Things may touch or bend,
-the painted texture is only hinted at, and white borders of stickers are uneven. It says how a *method* behaves, not
+It knows its grammar and nothing else: it reads other words as bytes without a meaning. Things may touch or bend,
+the painted texture is only hinted at, and white borders of stickers are uneven. It shows how a *method* behaves, not
 how good Stable Diffusion becomes. There is no safety checker, since nothing unsafe can be drawn with six shapes; a
 tuned Stable Diffusion should keep its own.
 
-Licence: Apache-2.0, weights and pictures.
+Licence: Apache-2.0, weights and images.
 """

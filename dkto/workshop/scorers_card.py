@@ -154,23 +154,23 @@ def load_embedder(folder: Path, name: str) -> Embedder:
 
 CARD = """# The small world's learned scorers
 
-`world_clip`: a CLIP of {parameters:,} weights, trained from nothing on painted pictures and their captions.
-`world_preference`: the same network tuned on choices between two pictures of one prompt, in PickScore's recipe.
-Both are for 64 x 64 pictures of the small world and say nothing about any others; neither is CLIP nor PickScore.
+`world_clip`: a CLIP of {parameters:,} weights, trained from scratch on painted images and their captions.
+`world_preference`: the same network tuned on choices between two images of one prompt, in PickScore's recipe.
+Both are for 64 x 64 images of the small world and for no others. Neither is CLIP or PickScore.
 
 ## Data
-{pairs:,} pairs of painted pictures for training prompts: faithful, with one attribute changed, or of something else;
+{pairs:,} pairs of painted images for training prompts: faithful, with one attribute changed, or of something else;
 in good, bad or any finish. A simulated person chooses by Bradley-Terry in `world_utility` (fidelity x aesthetics): the
 chance of a choice is sigmoid({sharpness:g} x difference).
 
 ## Recipe
-`python -m dkto.world preference --folder runs/scorers --output dkto/world/scorers`: {clip_steps:,} steps of the
+`python -m dkto.workshop preference --folder runs/scorers --output dkto/world/scorers`: {clip_steps:,} steps of the
 CLIP (contrastive, batch {clip_batch}, with captions of one changed attribute as further wrong answers), then
 {preference_steps:,} steps of the preference model (batch {preference_batch} pairs); AdamW, on one core.
 
 ## Measured on prompts that no training saw
 {test_pairs:,} pairs painted for 200 test prompts. *choices*: share of simulated choices that the scorer orders alike;
-the utility itself orders {ceiling:.0%} of them, the rest is the person's noise. *captions*: share of pictures nearer to
+the utility itself orders {ceiling:.0%} of them, the rest is the person's noise. *captions*: share of images nearer to
 their own caption than to one with that attribute changed, where chance is one half. 95 % Wilson intervals.
 
 | measure | rate | interval | n |
@@ -178,8 +178,8 @@ their own caption than to one with that attribute changed, where chance is one h
 {rows}
 
 ## Limits
-Trained on painted pictures only: on drawn ones, blurred or half-formed, it can be wrong, and a model tuned on it can
-exploit that. Report `world_fidelity` and `world_aesthetics`, which are rules, beside it.
+It saw painted images only. On drawn ones, blurred or half-formed, it can be wrong, and a model tuned on it can exploit
+that. Report `world_fidelity` and `world_aesthetics`, which are rules, beside it.
 
 Licence: Apache-2.0.
 """

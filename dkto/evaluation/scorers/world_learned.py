@@ -1,6 +1,6 @@
 """The small world's learned scorers: a small CLIP, and a preference model in PickScore's recipe.
 
-Their weights ship with the package (`dkto/world/scorers/README.md` is their card); `python -m dkto.world
+Their weights ship with the package (`dkto/world/scorers/README.md` is their card); `python -m dkto.workshop
 preference` makes them. They are for 64 x 64 pictures of the small world and are neither CLIP nor PickScore.
 """
 
