@@ -27,7 +27,7 @@ def record_ratio(request):
     Args of the call:
         key: as in the table of README.md here, for instance "step_over_pure_compute/small".
         value: a ratio of two things measured in one run, or a plain number with its unit in the key.
-        at_most, at_least: the bound that the value must keep.
+        at_most, at_least: the bound that a ratio must keep; seconds have none, since they tell of the machine.
         low, high: its 95 % interval.
         n: how many repetitions it comes from.
         more: further numbers, kept as "key.name" and not shown in the table.

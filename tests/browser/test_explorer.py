@@ -1,8 +1,3 @@
-import io
-import statistics
-import timeit
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,18 +21,22 @@ def pixels(page, label):
     return page.locator(f".dkto-explorer canvas[aria-label*='{label}']").first.evaluate("canvas => canvas.toDataURL()")
 
 
-def drawn_by_python(reference_point):
-    figure = Explorer(reference_point=reference_point).figure()
-    figure.savefig(io.BytesIO(), format="png")
-    plt.close(figure)
+MOVED = """slider => {
+  const shown = () => document.querySelector(".dkto-explorer canvas[aria-label*='Weight of a liked']").toDataURL();
+  const before = shown();
+  slider.stepUp(5);
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  return shown() !== before;
+}"""
 
 
 @pytest.mark.chromium
-def test_a_slider_moved_by_the_keyboard_moves_the_curve_much_sooner_than_python_would(page, picture, until, capsys):
+def test_a_slider_moves_the_curve_without_waiting_for_python(page, picture, until):
+    """The canvas has changed before the event is over: no answer of a kernel can have come in between."""
     slider = page.locator(".dkto-explorer input[data-setting='reference_point']").first
     slider.scroll_into_view_if_needed()
-    before = pixels(page, "Weight of a liked")
-    value = float(slider.input_value())
+    assert slider.evaluate(MOVED)
+    before, value = pixels(page, "Weight of a liked"), float(slider.input_value())
     slider.focus()
     for _ in range(10):
         page.keyboard.press("ArrowRight")
@@ -46,15 +45,7 @@ def test_a_slider_moved_by_the_keyboard_moves_the_curve_much_sooner_than_python_
     page.evaluate("performance.clearMeasures('dkto-explorer')")
     for key in ["ArrowRight"] * 40 + ["ArrowLeft"] * 40:
         page.keyboard.press(key)
-        page.wait_for_timeout(25)  # as fast as a held key repeats
-    until(page, "performance.getEntriesByName('dkto-explorer').length >= 80")
-    times = page.evaluate("performance.getEntriesByName('dkto-explorer').map(entry => entry.duration)")
-    median, late = statistics.median(times), float(np.quantile(times, 0.95))
-    in_python = statistics.median(timeit.repeat(lambda: drawn_by_python(value), number=1, repeat=5)) * 1000
-    with capsys.disabled():
-        print(f"\nslider to new picture: median {median:.1f} ms, 95th percentile {late:.1f} ms, n=80")
-        print(f"the same picture drawn by Python: median {in_python:.1f} ms, n=5")
-    assert median < in_python / 20 and late < in_python / 6
+    until(page, "performance.getEntriesByName('dkto-explorer').length >= 80")  # every key draws
     picture(page.locator(".dkto-explorer").first, "explorer")
 
 

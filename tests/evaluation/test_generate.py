@@ -84,9 +84,16 @@ def test_images_that_no_manifest_tells_of_are_not_taken(tiny_pipeline, tmp_path)
 
 def test_bfloat16_is_advised_against_where_the_processor_lacks_it(tiny_pipeline, tmp_path, monkeypatch):
     system = System(model=str(tiny_pipeline), steps=1, precision="bfloat16")
-    for found, expected in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)):
+    for found, gpu, expected in (
+        ({"avx2": True}, False, False),
+        ({"avx512_bf16": True}, False, True),
+        ({"bf16": True}, False, True),
+        ({"avx2": True}, True, True),
+    ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=found: found)
-        assert computes_bfloat16() == expected or torch.cuda.is_available()
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert computes_bfloat16() == expected
+    monkeypatch.undo()
     monkeypatch.setattr("dkto.evaluation.generate.computes_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="this processor does not compute in bfloat16: float32 is many times as fast"):
         generate_images(system, PROMPTS[:1], tmp_path / "slow", images_per_prompt=1)

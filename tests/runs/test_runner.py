@@ -237,7 +237,7 @@ def marked(mark):
 
 
 def assert_no_orphan(mark):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := marked(mark):
         assert time.monotonic() < deadline, [process.cmdline() for process in left]
         time.sleep(0.2)

@@ -2,7 +2,8 @@
 
 import nbformat
 import pytest
-from test_notebooks import FOLDER, run_small
+from test_notebooks import FOLDER
+from test_notebooks_run import run_small
 
 from toy.__main__ import NOTEBOOK, Headline, format_headline
 

@@ -80,9 +80,9 @@ def test_lora_trains_an_adapter_that_diffusers_loads(config, tiny_pipeline):
 
 @pytest.mark.parametrize("estimator", ["batch", "unrelated", "per_class", "zero"])
 def test_every_estimator_runs(config, estimator):
-    records = list(train(replace(config, estimator=estimator, max_train_steps=3)))
-    assert records[0]["reference_point"] == 0
-    assert (records[-1]["reference_point"] == 0) or estimator != "zero"
+    points = [record["reference_point"] for record in train(replace(config, estimator=estimator, max_train_steps=6))]
+    assert points[0] == 0 and min(points) >= 0
+    assert any(points) == (estimator != "zero"), points
 
 
 def test_sft_draws_liked_samples_only(config):

@@ -111,6 +111,7 @@ def test_the_example_sweep_was_made_by_the_present_lesson(monkeypatch):
 
 def test_references_are_small_and_name_no_place_on_a_machine():
     files = [path for path in REFERENCE.rglob("*") if path.is_file()]
+    assert len(files) >= 2 * len(LESSONS), "a notebook and its metrics for nearly every lesson"
     assert sum(path.stat().st_size for path in files) < MEGABYTES * 1e6
     for path in files:
         if path.suffix in (".json", ".csv", ".ipynb"):
