@@ -13,6 +13,7 @@ from base64 import b64encode
 from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
+from IPython.core.displayhook import CapturingDisplayHook
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from nbformat.v4 import new_output
@@ -31,10 +32,15 @@ class InProcess(Engine):
                 if cell.cell_type != "code":
                     continue
                 nb_man.cell_start(cell, index)
+                last: list[dict] = []  # the value of the last expression
+                shell.display_trap.hook = CapturingDisplayHook(shell, last)
                 with capture_output() as shown:
                     result = shell.run_cell(cell.source, store_history=True)
                 cell.outputs = [new_output("stream", text=text) for text in (shown.stdout, shown.stderr) if text]
-                cell.outputs += [new_output("display_data", o.data, metadata=o.metadata or {}) for o in shown.outputs]
+                values = [(one.data, one.metadata) for one in shown.outputs] + [
+                    (o["data"], o["metadata"]) for o in last
+                ]
+                cell.outputs += [new_output("display_data", data, metadata=about or {}) for data, about in values]
                 cell.outputs += _figures()
                 cell.execution_count = result.execution_count
                 if not result.success:

@@ -226,9 +226,12 @@ def test_a_second_call_of_the_demo_trains_and_draws_nothing_again(outputs):
     }
 
 
-def test_start_here_draws_and_finds_every_function(tmp_path):
+def test_start_here_draws_and_finds_every_function_and_its_tests(tmp_path):
     metrics = run_small("00_start_here", tmp_path)
     assert metrics["picture/fidelity"] > 0.6 and metrics["functions"] >= 10
+    named = re.findall(r"\w+/test_\w+", (FOLDER / "00_start_here.ipynb").read_text())
+    assert len(named) == metrics["functions"]
+    assert all((FOLDER.parent / "tests" / f"{name}.py").is_file() for name in named)
 
 
 def test_the_explorer_leaves_a_static_picture(tmp_path):
