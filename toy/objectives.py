@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from dkto.common.names import check_name
-from dkto.objective.losses import ESTIMATORS, dpo_loss, implicit_reward, kto_loss, reference_point, sft_loss
+from dkto.objective.losses import ESTIMATORS
+from dkto.objective.methods import METHODS as LOSSES
+from dkto.objective.methods import Errors, Felt, method_loss
 from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
@@ -174,17 +176,6 @@ class Objective(NamedTuple):
     undesirable_weight: Tensor
 
 
-class Felt(NamedTuple):
-    """A step as the methods of one `Objective` feel it, (G, S) and (G, S, B).
-
-    `reward` and `point` are implicit rewards and reference point; None where there are none (SFT, CSFT).
-    """
-
-    loss: Tensor
-    reward: Tensor | None
-    point: Tensor | None
-
-
 def group_methods(methods: Sequence[Method], dtype: torch.dtype = torch.float32) -> list[Objective]:
     """Methods gathered by the call they share: objective, utility, estimator and clamp."""
     groups: dict[tuple, list[int]] = {}
@@ -202,44 +193,25 @@ def group_methods(methods: Sequence[Method], dtype: torch.dtype = torch.float32)
     ]
 
 
-def loss_of(
-    objective: Objective,
-    policy_error: Tensor,
-    reference_error: Tensor,
-    is_desirable: Tensor,
-    independent_gap: Tensor | None = None,
-) -> Felt:
-    """The loss of each member, by `dkto.objective.losses` (paper eq. 3, 14-15; Wallace et al. 2023).
+def loss_of(objective: Objective, errors: Errors, is_desirable: Tensor) -> Felt:
+    """The loss of each member, by `dkto.objective.methods.method_loss`, and what it felt: (G, S) and (G, S, B).
 
     Args:
         objective: of `group_methods`.
-        policy_error, reference_error: (G, S, B) denoising errors of its methods.
+        errors: (G, S, B) denoising errors of its methods; `unrelated`, those on `independent_samples`, only for the
+            estimator "independent".
         is_desirable: (G, S, B) bool, as labelled.
-        independent_gap: (G, S, B) reference minus policy error on `independent_samples`; only the
-            estimator "independent" needs it.
     """
-    method = objective.method
-    if method.objective == "sft":
-        return Felt(sft_loss(policy_error, is_desirable), None, None)
-    if method.objective == "csft":
-        return Felt(sft_loss(policy_error), None, None)
-    beta = objective.beta.expand(policy_error.shape[:-1])
-    reward = implicit_reward(policy_error, reference_error, beta)
-    if method.objective == "dpo":
-        chosen, rejected = reward.chunk(2, dim=-1)
-        return Felt(dpo_loss(chosen, rejected), reward, None)
-    point = reference_point(
-        reward,
-        method.estimator,
-        is_desirable=is_desirable,
-        unrelated_reward=None if independent_gap is None else beta[..., None] * independent_gap,
-        clamp=method.clamp,
-    )
-    weights = {
-        "desirable_weight": objective.desirable_weight.expand(beta.shape),
-        "undesirable_weight": objective.undesirable_weight.expand(beta.shape),
-    }
-    return Felt(kto_loss(reward, is_desirable, point, method.utility, **weights), reward, point)
+    method, shape = objective.method, errors.policy.shape[:-1]
+    numbers = ("beta", "desirable_weight", "undesirable_weight")
+    settings = {name: getattr(method, name) for name in ("utility", "estimator", "clamp")}
+    settings |= {name: getattr(objective, name).expand(shape) for name in numbers}
+    settings = {name: value for name, value in settings.items() if name in LOSSES[method.objective].settings}
+    if method.objective != "dpo":
+        return method_loss(method.objective, errors, is_desirable, **settings)
+    sides = Errors(*(torch.stack(error.chunk(2, -1), -1).flatten(-2) for error in errors[:2]))  # chosen, rejected, ...
+    felt = method_loss("dpo", sides, is_desirable, **settings)
+    return felt._replace(reward=torch.cat([felt.reward[..., 0::2], felt.reward[..., 1::2]], -1))
 
 
 def error_weights(
@@ -265,16 +237,12 @@ def error_weights(
     """
     with torch.enable_grad():
         errors = policy_error.detach().requires_grad_(True)
-        felt = [
-            loss_of(
-                objective,
-                errors[objective.rows],
-                reference_error[objective.rows],
-                is_desirable[objective.rows],
-                None if independent_gap is None else independent_gap[objective.rows],
-            )
-            for objective in objectives
-        ]
+        felt = []
+        for objective in objectives:
+            rows = objective.rows
+            # all of the gap on one side: only the difference of these two errors is looked at
+            gap = None if independent_gap is None else Errors(torch.zeros_like(errors[rows]), independent_gap[rows])
+            felt.append(loss_of(objective, Errors(errors[rows], reference_error[rows], gap), is_desirable[rows]))
         total = torch.stack([part.loss.sum() for part in felt]).sum()
         (weights,) = torch.autograd.grad(total, errors)
     return weights, felt

@@ -110,8 +110,10 @@ class StableDiffusionXL(StableDiffusion):
         return {"time_ids": torch.cat([sizes, wanted], 1).float()}
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
-        own = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=noisy_latents.device)
-        time_ids = conditioning.get("time_ids", self.image_conditioning(own)["time_ids"].expand(len(timesteps), -1))
+        time_ids = conditioning.get("time_ids")
+        if time_ids is None:
+            own = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=noisy_latents.device)
+            time_ids = self.image_conditioning(own)["time_ids"].expand(len(timesteps), -1)
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": time_ids}
         hidden = conditioning["encoder_hidden_states"]
         return denoiser(noisy_latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added).sample

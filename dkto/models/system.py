@@ -22,6 +22,7 @@ from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder, weights_fingerpr
 from dkto.models.hub import PUBLISHED, lora_file, unet_folder
 from dkto.objective.methods import CSFT_PREFIXES
 
+TRAINING_RECORD = "training.json"  # what a training leaves in its folder
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -88,9 +89,9 @@ class System:
             FileNotFoundError: if the folder holds no finished run.
         """
         folder = Path(folder)
-        record, parts = folder / "run.json", [part for part in ("model", "lora") if (folder / part).is_dir()]
+        record, parts = folder / TRAINING_RECORD, [part for part in ("model", "lora") if (folder / part).is_dir()]
         if not record.is_file() or not parts:
-            raise FileNotFoundError(f"{folder} holds no finished training (run.json and model/ or lora/)")
+            raise FileNotFoundError(f"{folder} holds no finished training ({TRAINING_RECORD} and model/ or lora/)")
         config = read_json(record, "record of a training", ["config"])["config"]
         found = {"model": config["model"], parts[0]: str(folder / parts[0])}
         if config.get("objective") == "csft":

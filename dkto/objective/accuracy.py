@@ -1,4 +1,4 @@
-"""How often implicit rewards are on the right side: accuracies and the margin (paper 7).
+"""How often implicit rewards are on the right side: accuracies, the margin, and the measures of a step (paper 7).
 
 Measures on tensors keep leading ensemble dimensions, and a NaN makes that member's measure NaN, so that a diverged run
 is seen.
@@ -86,3 +86,51 @@ def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
     liked = torch.where(is_desirable, reward, 0).sum(-1) / is_desirable.sum(-1)
     disliked = torch.where(is_desirable, 0, reward).sum(-1) / (~is_desirable).sum(-1)
     return liked - disliked
+
+
+def measures(
+    reward: Tensor,
+    is_desirable: Tensor,
+    policy_error: Tensor,
+    loss: Tensor,
+    point: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    pairs: bool = False,
+) -> dict[str, float]:
+    """What a step's record says of the global batch.
+
+    Args:
+        reward: (B,) implicit rewards.
+        is_desirable: (B,), true or 1 where liked.
+        policy_error: (B,) denoising errors.
+        loss, point, slope: (B,) the loss, the reference point and the utility's slope as each sample felt them; None
+            for a method without.
+        pairs: whether samples alternate between the chosen and the rejected side of a pair.
+
+    >>> found = measures(torch.tensor([2.0, -1.0]), torch.tensor([True, False]), torch.ones(2), torch.zeros(2))
+    >>> found["reward/margin"], found["implicit_accuracy/sample"]
+    (3.0, 1.0)
+    """
+    liked = is_desirable.bool()
+    values = {
+        "loss": loss.mean(),
+        "policy_error": policy_error.mean(),
+        "mean_abs_reward": reward.abs().mean(),
+        "implicit_accuracy/sample": implicit_accuracy(reward, liked, definition="sample"),
+    }
+    if point is not None:
+        values["reference_point"] = point.mean()
+        values["implicit_accuracy/sample_centred"] = implicit_accuracy(reward - point, liked, definition="sample")
+    if pairs:
+        chosen, rejected = reward[0::2], reward[1::2]
+        values["implicit_accuracy/pair"] = implicit_accuracy(chosen, definition="pair", rejected_reward=rejected)
+    if slope is not None:
+        values["utility_slope"] = slope.mean()
+    if liked.any():
+        values["reward/desirable"] = reward[liked].mean()
+    if not liked.all():
+        values["reward/undesirable"] = reward[~liked].mean()
+    if liked.any() and not liked.all():
+        values["reward/margin"] = values["reward/desirable"] - values["reward/undesirable"]
+    return {name: float(value) for name, value in values.items()}

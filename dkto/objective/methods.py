@@ -83,7 +83,12 @@ def dpo(errors: Errors, is_desirable: Tensor, *, beta: float | Tensor) -> Felt:
 
 
 def sft(errors: Errors, is_desirable: Tensor) -> Felt:
-    """Supervised fine-tuning on whatever was drawn (paper eq. 3); its sampler has drawn what counts."""
+    """Supervised fine-tuning on the liked samples (paper eq. 3)."""
+    return Felt(sft_loss(errors.policy, is_desirable))
+
+
+def sft_all(errors: Errors, is_desirable: Tensor) -> Felt:
+    """The same on every sample: without the preference, or, for CSFT, with the like in the prompt (paper 5.1.2)."""
     return Felt(sft_loss(errors.policy))
 
 
@@ -142,13 +147,13 @@ METHODS: dict[str, Method] = {
         "SFT on all images",
         "by supervised fine-tuning on liked and disliked images alike, without the preference",
         "all",
-        sft,
+        sft_all,
     ),
     "csft": Method(
         "CSFT",
         "by conditional supervised fine-tuning on all images, the like written into the prompt",
         "all",
-        sft,
+        sft_all,
         ("csft_style",),
     ),
     "alignprop": Method(

@@ -73,7 +73,7 @@ def online_settings(online_steps: int, reward: str, model: str = SMALL_WORLD) ->
     """What AlignProp and D3PO are always told: how many steps, the reward, and on the small world short chains.
 
     Batches, guidance and chains of the small world are not those of another model, which keeps the defaults of
-    `dkto.training.online_config.OnlineConfig` where its own settings file says nothing.
+    `dkto.training.OnlineConfig` where its own settings file says nothing.
 
     AlignProp needs a reward with a gradient: the user's measure if it has one. Of the small world's rules those that
     have none (fidelity, utility) give way to the part that has, `world_aesthetics`.

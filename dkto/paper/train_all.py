@@ -28,11 +28,9 @@ from dkto.evaluation.scoring import score_all
 from dkto.models import SMALL_WORLD
 from dkto.models.system import System
 from dkto.objective.methods import CSFT_PREFIXES
-from dkto.training.config import TrainConfig
-from dkto.training.launch import AnyConfig, run_trainings
+from dkto.training.config import OnlineConfig, RunConfig, TrainConfig
+from dkto.training.launch import run_trainings
 from dkto.training.loop import run_training
-from dkto.training.online import run_online
-from dkto.training.online_config import OnlineConfig
 
 OFFLINE = {
     "sft": {"objective": "sft"},
@@ -158,7 +156,7 @@ def pairs_of(table: FeedbackTable) -> FeedbackTable:
     return make_feedback(images, prompts, [True, False] * (len(rows) // 2), np.repeat(np.arange(len(rows) // 2), 2))
 
 
-def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> AnyConfig:
+def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> RunConfig:
     """The training of one system.
 
     Args:
@@ -184,7 +182,7 @@ def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping
     return TrainConfig(data.folder(name), output_dir, **{**used, **OFFLINE[name]})
 
 
-def run_configs(configs: Sequence[AnyConfig], processes: int) -> None:
+def run_configs(configs: Sequence[RunConfig], processes: int) -> None:
     """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process.
 
     Those that draw while they learn take longest and begin first, so that none is left to run alone at the end.
@@ -194,7 +192,7 @@ def run_configs(configs: Sequence[AnyConfig], processes: int) -> None:
         run_trainings(costly_first, processes=processes)
         return
     for config in costly_first:
-        (run_online if isinstance(config, OnlineConfig) else run_training)(config)
+        run_training(config)
 
 
 def system_configs(
@@ -203,7 +201,7 @@ def system_configs(
     output_dir: str | Path,
     common: Mapping[str, object],
     own: Mapping[str, Mapping[str, object]],
-) -> dict[str, AnyConfig]:
+) -> dict[str, RunConfig]:
     """The trainings of systems, by name, for `run_configs`; those that have nothing to train are left out.
 
     Args:

@@ -10,11 +10,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "batches": ["GlobalBatches"],
         "calibration": ["CONVENTIONS", "calibrate", "convert_beta"],
-        "config": ["TrainConfig"],
+        "config": ["OnlineConfig", "RunConfig", "TrainConfig"],
         "engine": ["Engine"],
         "launch": ["run_trainings", "training_command"],
-        "loop": ["denoising_errors", "objective", "run_training", "train"],
-        "online": ["run_online"],
-        "online_config": ["OnlineConfig"],
+        "loop": ["run_training", "train"],
+        "run_folder": ["RunFolder"],
+        "step": ["Run", "denoising_errors", "train_step"],
     },
 )

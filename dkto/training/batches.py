@@ -14,6 +14,7 @@ from torch import Tensor
 from dkto.data.encoded import PreparedFeedback
 from dkto.data.sampler import BiasedSampler
 from dkto.models import DiffusionModel
+from dkto.objective.methods import METHODS
 from dkto.training.config import TrainConfig
 
 # streams of random numbers; the biased sampler draws from stream 0
@@ -24,7 +25,7 @@ PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS = 1, 2, 3, 4, 5, 6
 class Batch:
     """What one rank works on at once; B is its share of a global micro-batch.
 
-    With the objective "dpo" the rows are pairs: chosen, rejected, chosen, rejected, ...
+    For a method on pairs the rows alternate: chosen, rejected, chosen, rejected, ...
     """
 
     noisy_latents: Tensor  # (B, C, h, w)
@@ -55,8 +56,8 @@ def stream(seed: int, step: int, which: int, index: int = 0) -> np.random.Genera
 class GlobalBatches:
     """Draws any rank's share of any step's global batch.
 
-    Rows by objective: "kto" draws them with the biased sampler (paper 4.3), "sft" uniformly among the
-    liked, "sft_all" and "csft" uniformly among all, "dpo" as uniform pairs (chosen, rejected).
+    Rows as the method's entry in `dkto.objective.methods` says: "biased" by gamma (paper 4.3), uniformly among the
+    "liked" or among "all", or as uniform "pairs" (chosen, rejected).
 
     Args:
         config: seed, batch size, objective, gamma, estimator, prompt dropout.
@@ -71,14 +72,16 @@ class GlobalBatches:
         self.config, self.data, self.model = config, data, model
         if config.random_flip and not data.has_flips:
             raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")
-        if config.objective == "dpo":
+        self._method = METHODS[config.objective]
+        if self._method.draws == "pairs":
             if not len(data.pairs):
                 raise ValueError(
-                    f"objective 'dpo' needs pairs, but no liked and disliked image of {data.folder} share a pair_id"
+                    f"objective {config.objective!r} needs pairs, but no liked and disliked image of {data.folder} "
+                    "share a pair_id"
                 )
             self._sampler = None
             return
-        gamma = {"kto": config.desirable_fraction, "sft": 1.0}.get(config.objective, data.is_desirable.mean())
+        gamma = {"biased": config.desirable_fraction, "liked": 1.0}.get(self._method.draws, data.is_desirable.mean())
         self._sampler = BiasedSampler(data.is_desirable, float(gamma), config.seed)
 
     def rows(self, step: int) -> np.ndarray:
@@ -111,7 +114,7 @@ class GlobalBatches:
         """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
         config, model, size = self.config, self.model, len(rows)
         # the two sides of a pair share timestep, noise, prompt and mirroring (Diffusion-DPO)
-        shared = np.arange(size) // (2 if config.objective == "dpo" else 1)
+        shared = np.arange(size) // (2 if self._method.draws == "pairs" else 1)
         timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
         timesteps = timesteps[torch.from_numpy(shared[index])]
         dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]
@@ -119,9 +122,9 @@ class GlobalBatches:
         mean, std = self.data.latents(rows[index], flipped)
         latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
         noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
-        style = config.csft_style if config.objective == "csft" else None
+        style = config.csft_style if "csft_style" in self._method.settings else None
         unrelated = None
-        if config.objective == "kto" and config.estimator == "unrelated":
+        if config.borrows_prompts:
             unrelated = self.data.conditioning(rows[others], dropped[others])
         return Batch(
             noisy_latents=model.add_noise(latents, noise, timesteps),

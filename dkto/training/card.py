@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
 from dkto.common.files import read_json, read_records
 from dkto.common.machine import versions
 from dkto.models import SMALL_WORLD, DiffusionModel
-from dkto.training.config import TrainConfig
+from dkto.objective.methods import METHODS
+from dkto.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from dkto.training.step import Progress
 
 SHOWN = ("loss", "reward/margin", "implicit_accuracy/sample", "implicit_accuracy/pair", "mean_abs_reward")
 FIELDS = (
@@ -28,40 +33,10 @@ FIELDS = (
     "max_train_steps",
     "batch_size",
     "prompt_dropout",
-    "mixed_precision",
+    "precision",
     "ema_decay",
     "seed",
 )
-ONLY_FOR = {
-    "csft_style": ("csft",),
-    "utility": ("kto",),
-    "beta": ("kto", "dpo", "d3po"),
-    "desirable_fraction": ("kto",),
-    "estimator": ("kto",),
-    "backprop_steps": ("alignprop",),
-}
-METHODS = {
-    "kto": "Diffusion-KTO",
-    "dpo": "Diffusion-DPO",
-    "sft": "supervised fine-tuning",
-    "sft_all": "supervised fine-tuning on all pictures",
-    "csft": "conditional supervised fine-tuning",
-    "alignprop": "AlignProp",
-    "d3po": "D3PO",
-}
-TRAINED_ON = {
-    "kto": """on single likes and dislikes (Li et al.,
-*Aligning Diffusion Models by Optimizing Human Utility*, arXiv 2404.04465)""",
-    "dpo": """on pairs of a preferred picture and another
-(Wallace et al., *Diffusion Model Alignment Using Direct Preference Optimization*, arXiv 2311.12908)""",
-    "sft": "on liked pictures alone",
-    "sft_all": "on liked and disliked pictures alike, without the preference",
-    "csft": "on all pictures, the like written into the prompt",
-    "alignprop": """on the gradient of what a scorer says of its own pictures
-(Prabhudesai et al., *Aligning Text-to-Image Diffusion Models with Reward Backpropagation*, arXiv 2310.03739)""",
-    "d3po": """on which of two of its own pictures a scorer prefers
-(Yang et al., *Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model*, arXiv 2311.13231)""",
-}
 CSFT_HINTS = {
     "prefix": 'Write "good image, " before a prompt.',
     "negative": 'Use "Weird image. " as negative prompt.',
@@ -77,7 +52,7 @@ pipeline.load_lora_weights("FOLDER")
 pipeline("a prompt").images[0]"""
 
 
-def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionModel, state: dict) -> None:
+def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel, progress: "Progress") -> None:
     """Write `README.md` with the front matter that the model hub reads.
 
     Args:
@@ -85,7 +60,7 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
         run: the run's folder, with its records.
         config: what was trained.
         model: on what.
-        state: steps done and skipped, seconds.
+        progress: steps done and skipped, seconds.
     """
     local = Path(config.model).exists()
     base = Path(config.model).name if local else config.model
@@ -101,22 +76,23 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
-    fields = [name for name in FIELDS if name not in ONLY_FOR or config.objective in ONLY_FOR[name]]
+    special = set().union(*(method.settings for method in METHODS.values()))
+    fields = [name for name in FIELDS if name not in special or name in METHODS[config.objective].settings]
     settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
     what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
     text = CARD.format(
         front=front.to_yaml(),
         base=base,
-        method=METHODS[config.objective],
+        method=METHODS[config.objective].title,
         what=what,
         kind=model.pipeline_class.__name__,
         usage=usage,
         data=data,
-        trained_on=TRAINED_ON[config.objective],
+        trained_on=METHODS[config.objective].trained_on,
         settings=settings,
-        steps=state["global_step"],
-        skipped=state["skipped_steps"],
-        hours=state["seconds"] / 3600,
+        steps=progress.global_step,
+        skipped=progress.skipped_steps,
+        hours=progress.seconds / 3600,
         figures=figures,
         count=len(records),
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -124,7 +100,7 @@ def write_card(folder: Path, run: Path, config: TrainConfig, model: DiffusionMod
     (folder / "README.md").write_text(text)
 
 
-def _usage(config: TrainConfig, base: str) -> str:
+def _usage(config: RunConfig, base: str) -> str:
     """Code for plain diffusers; the small world lies in this package, and no card tells a place on its machine."""
     usage = FULL
     if config.lora_rank and config.model == SMALL_WORLD:

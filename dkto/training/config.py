@@ -1,57 +1,151 @@
-"""What a training run is told: each value with its unit, the paper's and, where it differs, the released code's."""
+"""Settings of a training: each with its unit, the paper's value and, where it differs, the released code's."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from dkto.common.names import check_choice
+from dkto.objective.methods import METHODS
+from dkto.objective.utilities import get_utility
 
 Objective = Literal["kto", "dpo", "sft", "sft_all", "csft"]
+OnlineObjective = Literal["alignprop", "d3po"]
 TimestepSampling = Literal["default", "uniform", "logit_normal"]
-MixedPrecision = Literal["no", "fp16", "bf16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 CsftStyle = Literal["prefix", "negative"]
 Estimator = Literal["batch", "unrelated", "per_class", "zero"]
 
 
-CHOICES = {
-    "objective": Objective,
-    "csft_style": CsftStyle,
-    "estimator": Estimator,
-    "timestep_sampling": TimestepSampling,
-    "mixed_precision": MixedPrecision,
-    "optimizer": Optimizer,
-    "tracker": Tracker,
-}
+def setting(default: Any, least: float | None = None, *, above: float | None = None, most: float | None = None) -> Any:
+    """A field with its range: at least `least` or above `above`, and at most `most`."""
+    return field(default=default, metadata={"least": least, "above": above, "most": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training has, whatever its method.
+
+    Raises:
+        ValueError: if a value is out of its range; the sentence names the field.
+    """
+
+    model: str = "small-world"
+    """"small-world", a diffusers pipeline folder, or a hub id."""
+    lora_rank: int = setting(0, 0)
+    """0 trains the full UNet (paper); above 0, adapters of that rank."""
+    learning_rate: float = setting(1e-7, above=0)
+    """AdamW step size. Paper 1e-7 for SD v1.5; about 1e-4 for the small world."""
+    warmup_steps: int = setting(1000, 0)
+    """Steps over which the rate rises linearly. Paper 1000; the released example 200."""
+    max_train_steps: int = setting(10_000, above=0)
+    """Optimiser steps. Paper 10,000; the released example 20,000."""
+    batch_size: int = setting(32, above=0)
+    """Samples per step over all processes; dpo counts both sides of a pair. Paper 32 (16 GPUs x 2)."""
+    weight_decay: float = setting(0.01, 0)
+    """AdamW weight decay, 1/step relative to the rate."""
+    max_grad_norm: float = setting(1.0, above=0)
+    """Gradients are scaled down to this norm."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time. Released code: on."""
+    seed: int = setting(0, 0)
+    """Fixes sampling, noise, timesteps and adapter initialisation."""
+    checkpoint_every: int = setting(500, above=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = setting(2, above=0)
+    """How many of the last checkpoints stay on disk."""
+    max_bad_steps: int = setting(3, above=0)
+    """Steps in a row with a loss or gradient that is not finite after which the run stops; single ones are skipped."""
+
+    # settings of the engine that an online training always has in one way, and `TrainConfig` lets one choose
+    precision: ClassVar[str] = "float32"
+    optimizer: ClassVar[str] = "adamw"
+    tracker: ClassVar[str] = "none"
+    ema_decay: ClassVar[float] = 0.0
+    compile: ClassVar[bool] = False
+    gradient_accumulation: ClassVar[int] = 1
+
+    # what changes nothing about the result, so that a run may go on with other values
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset(
+        {"prepared_dir", "output_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "tracker"}
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if get_origin(f.type) is Literal:
+                check_choice(f.name, value, get_args(f.type))
+            if f.type is Path:
+                object.__setattr__(self, f.name, Path(value))
+            least, above, most = (f.metadata.get(name) for name in ("least", "above", "most"))
+            if most is not None and not least <= value <= most:
+                raise ValueError(f"{f.name} must be in [{least:g}, {most:g}], got {value}")
+            if above is not None and not value > above:
+                raise ValueError(f"{f.name} must be above {above:g}, got {value}")
+            if least is not None and not value >= least:
+                raise ValueError(f"{f.name} must be {least:g} or above, got {value}")
+
+    def samples_per_rank(self, ranks: int) -> int:
+        """Samples that one process works on at once.
+
+        Raises:
+            ValueError: if `batch_size` cannot be shared so.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict:
+        """Plain values, for training.json."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def resolved(self) -> "RunConfig":
+        """The same, as any other process understands it."""
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of everything that changes the result; two runs with one fingerprint may resume each other."""
+        values = {key: value for key, value in self.to_dict().items() if key not in self.NEUTRAL}
+        return hashlib.sha256(json.dumps([values, *self._content()], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _content(self) -> Iterator[object]:
+        """What is trained on, where a file of the configuration holds it."""
+        return iter(())
+
+    def difference(self, other: dict) -> str:
+        """The fields that differ from a stored run's, as text."""
+        mine = self.to_dict()
+        names = [f.name for f in fields(self) if f.name in other and other[f.name] != mine[f.name]]
+        return ", ".join(f"{name}: {other[name]!r} stored, {mine[name]!r} asked" for name in names)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One fine-tuning run.
+class TrainConfig(RunConfig):
+    """One training on prepared feedback.
 
     Raises:
         ValueError: if a value is out of its range; the sentence names the field.
     """
 
     prepared_dir: Path
-    """Folder written by `dkto prepare`: latents and prompt embeddings of the feedback."""
+    """Folder written by `dkto prepare`: latents and prompt embeddings of the feedback, of the same model."""
     output_dir: Path
-    """Folder for metrics.jsonl, run.json, checkpoints and the tuned weights."""
-    model: str = "small-world"
-    """"small-world", a diffusers pipeline folder, or a hub id; must be the model the data were prepared with."""
+    """Folder for metrics.jsonl, training.json, checkpoints and the tuned weights."""
+    _: KW_ONLY
     objective: Objective = "kto"
     """kto (paper eq. 14-15); dpo on pairs (eq. 8; beta has no half here, so the published 5000 is 2500); sft on the
     liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2)."""
     csft_style: CsftStyle = "prefix"
     """For csft: prefix ("good image, " / "bad image, ", the paper) or negative ("Weird image. " on disliked ones)."""
     utility: str = "kahneman_tversky"
-    """Name in dkto.objective.utilities.UTILITIES; the paper's choice is kahneman_tversky."""
-    beta: float = 5000.0
+    """Name in dkto.objective.UTILITIES; the paper's choice is kahneman_tversky."""
+    beta: float = setting(5000.0, above=0)
     """Reward scale, multiplies the mean-squared-error gap. Paper 5000; the released script's default is 1000."""
-    desirable_fraction: float = 0.8
+    desirable_fraction: float = setting(0.8, 0, most=1)
     """gamma, the chance that a drawn sample is a liked one, for kto. Paper 0.8; the released default is 0.5."""
-    prompt_dropout: float = 0.0
+    prompt_dropout: float = setting(0.0, 0, most=1)
     """Chance that a sample's prompt is replaced by the empty one. Paper silent; the released code 0.2."""
     estimator: Estimator = "batch"
     """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
@@ -59,32 +153,16 @@ class TrainConfig:
     """Keep the reference point at or above 0 (paper 4.1)."""
     timestep_sampling: TimestepSampling = "default"
     """Noise levels: uniform (paper), logit_normal (Stable Diffusion 3), or default, as the model was trained."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = setting(1.0, above=0)
     """Weight of liked samples, no unit. Paper 1."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = setting(1.0, above=0)
     """Weight of disliked samples, no unit. Paper 1."""
-    lora_rank: int = 0
-    """0 trains the full UNet (paper); above 0, adapters of that rank."""
-    learning_rate: float = 1e-7
-    """AdamW step size. Paper 1e-7 for SD v1.5; about 1e-4 for the small world."""
-    warmup_steps: int = 1000
-    """Steps over which the rate rises linearly. Paper 1000; the released example 200."""
-    max_train_steps: int = 10_000
-    """Optimiser steps. Paper 10,000; the released example 20,000."""
-    batch_size: int = 32
-    """Samples per step over all processes; dpo counts both sides of a pair. Paper 32 (16 GPUs x 2)."""
     random_flip: bool = False
     """Mirror every second image; needs `dkto prepare --flip`. Paper silent; released code: on."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = setting(1, above=0)
     """Micro-batches that a step is split into; the reference point is the mean over one of them. Paper 1."""
-    weight_decay: float = 0.01
-    """AdamW weight decay, 1/step relative to the rate."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    mixed_precision: MixedPrecision = "no"
-    """Precision of the passes of policy and reference; what is trained stays float32. Released code: fp16."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time. Released code: on."""
+    precision: Precision = "float32"
+    """Precision of the passes of policy and reference; what is trained stays float32. Released code: float16."""
     optimizer: Optimizer = "adamw"
     """adamw (paper: Adam), or adamw8bit, moments of 8 bits, for GPUs with bitsandbytes (the released example)."""
     ema_decay: float = 0.0
@@ -93,35 +171,12 @@ class TrainConfig:
     """torch.compile the policy on a GPU: slow first steps, faster ones after. Refused on a CPU; untried on a GPU."""
     tracker: Tracker = "none"
     """Send the records to tensorboard, wandb or trackio as well; metrics.jsonl is written always."""
-    seed: int = 0
-    """Fixes sampling, noise, timesteps and adapter initialisation."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of the last checkpoints stay on disk."""
-    max_bad_steps: int = 3
-    """Steps in a row with a loss or gradient that is not finite after which the run stops; single ones are skipped."""
 
     def __post_init__(self) -> None:
-        positive = ("beta", "learning_rate", "max_train_steps", "batch_size", "desirable_weight", "undesirable_weight")
-        positive += ("gradient_accumulation", "max_grad_norm", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("lora_rank", "warmup_steps", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
-        for name in ("desirable_fraction", "prompt_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known.__args__:
-                raise ValueError(f"{name} must be one of {', '.join(known.__args__)}, got {getattr(self, name)!r}")
         self.samples_per_rank(1)
-        object.__setattr__(self, "prepared_dir", Path(self.prepared_dir))
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
 
     def samples_per_rank(self, ranks: int) -> int:
         """Samples that one process works on at once: batch_size / gradient_accumulation / ranks.
@@ -130,33 +185,108 @@ class TrainConfig:
             ValueError: if that is no whole number, cuts a pair in two, or leaves nobody to borrow a prompt from.
         """
         parts = self.gradient_accumulation * ranks
-        unit, what = (2, "2 (dpo's pairs)") if self.objective == "dpo" else (1, "")
+        unit, what = (2, "2 (dpo's pairs)") if METHODS[self.objective].draws == "pairs" else (1, "")
         if self.batch_size % (parts * unit):
             needed = " x ".join(filter(None, [f"{self.gradient_accumulation} gradient_accumulation", what]))
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of {ranks} processes x {needed}")
-        if self.objective == "kto" and self.estimator == "unrelated" and self.batch_size == self.gradient_accumulation:
+        if self.borrows_prompts and self.batch_size == self.gradient_accumulation:
             raise ValueError("estimator 'unrelated' needs at least 2 samples in a micro-batch, got 1")
         return self.batch_size // parts
 
-    def to_dict(self) -> dict:
-        """Plain values, for run.json."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+    @property
+    def borrows_prompts(self) -> bool:
+        """Whether a step also looks at its samples under each other's prompts."""
+        return self.estimator == "unrelated" and "estimator" in METHODS[self.objective].settings
 
     def resolved(self) -> "TrainConfig":
         """The same, with the text of a utility that was defined as one, by which any process knows it."""
-        from dkto.objective.utilities import get_utility  # it loads torch, which a configuration does without
-
         definition = get_utility(self.utility).definition
         return replace(self, utility=definition) if definition else self
 
-    def fingerprint(self) -> str:
-        """Hash of everything that changes the result; two runs with one fingerprint may resume each other."""
-        ignored = {"output_dir", "prepared_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "tracker"}
-        values = {key: value for key, value in self.to_dict().items() if key not in ignored}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-    def difference(self, other: dict) -> str:
-        """The fields that differ from a stored run's, as text."""
-        mine = self.to_dict()
-        names = [f.name for f in fields(self) if f.name in other and other[f.name] != mine[f.name]]
-        return ", ".join(f"{name}: {other[name]!r} stored, {mine[name]!r} asked" for name in names)
+@dataclass(frozen=True)
+class OnlineConfig(RunConfig):
+    """One training of AlignProp or D3PO, which draw their own images, on one process.
+
+    Raises:
+        ValueError: if a value is out of its range; the sentence names the field.
+    """
+
+    prompts_file: Path
+    """Training prompts, one a line; each step draws some of them."""
+    output_dir: Path
+    """Folder for metrics.jsonl, training.json, checkpoints and the tuned weights."""
+    _: KW_ONLY
+    objective: OnlineObjective = "alignprop"
+    """alignprop: the reward's gradient through the sampler; d3po: online pairs, paper eq. 9-10."""
+    reward: str = "world_aesthetics"
+    """Name of a scorer; for alignprop one that has a gradient."""
+    sampling_steps: int = setting(10, above=0)
+    """DDIM steps of a chain, N. AlignProp's code 50, D3PO's 20."""
+    backprop_steps: int = 1
+    """K for alignprop: the last steps of the chain that the gradient passes; 1 is DRaFT-1. AlignProp's code about 8."""
+    chain_steps: int = 0
+    """For d3po: how many steps of each chain enter the loss, new ones each round; 0 takes all, as its code."""
+    guidance: float = setting(3.0, above=0)
+    """Classifier-free guidance inside the chain, no unit; 1 is off and halves the cost. Both codes 5."""
+    eta: float = setting(1.0, 0, most=1)
+    """DDIM's noise, 1 = ancestral, 0 = none; d3po needs some. Both codes 1."""
+    beta: float = setting(0.1, above=0)
+    """For d3po: weight of the log-ratio (mean over latent dimensions). Its code 0.1."""
+    ratio_clip: float = setting(0.1, above=0)
+    """For d3po: probability ratios are kept in [1 - ratio_clip, 1 + ratio_clip]. Its code 0.1."""
+    lora_rank: int = setting(8, 0)
+    """Rank of the adapters; 0 trains the full UNet. TRL's port of AlignProp 4."""
+    learning_rate: float = setting(1e-3, above=0)
+    """AdamW step size. AlignProp's code 1e-3, D3PO's 3e-5."""
+    warmup_steps: int = setting(0, 0)
+    """Steps over which the rate rises linearly."""
+    max_train_steps: int = setting(35, above=0)
+    """Optimiser steps; each draws new images."""
+    batch_size: int = setting(16, above=0)
+    """Images per step; d3po draws half as many prompts, two images each. AlignProp's code 128."""
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass: less memory, about a third more time, the same result."""
+    checkpoint_every: int = setting(10, above=0)
+    """Steps between checkpoints."""
+
+    NEUTRAL: ClassVar[frozenset[str]] = RunConfig.NEUTRAL | {"prompts_file", "gradient_checkpointing"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("backprop_steps", 1), ("chain_steps", 0)):
+            if not low <= getattr(self, name) <= self.sampling_steps:
+                raise ValueError(
+                    f"{name} must be in [{low}, {self.sampling_steps} sampling_steps], got {getattr(self, name)}"
+                )
+        if self.objective == "d3po" and self.eta == 0:
+            raise ValueError(f"eta must be in (0, 1] for d3po, whose chains need a probability, got {self.eta}")
+        if self.objective == "d3po" and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even for d3po, two images a prompt, got {self.batch_size}")
+
+    def samples_per_rank(self, ranks: int) -> int:
+        """All of `batch_size`.
+
+        Raises:
+            ValueError: on more than one process.
+        """
+        if ranks != 1:
+            raise ValueError(f"{self.objective} trains on one process, got {ranks}")
+        return self.batch_size
+
+    def prompts(self) -> list[str]:
+        """The training prompts.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds none.
+        """
+        if not self.prompts_file.is_file():
+            raise FileNotFoundError(f"prompts_file {self.prompts_file} does not exist")
+        prompts = [line.strip() for line in self.prompts_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if not prompts:
+            raise ValueError(f"prompts_file {self.prompts_file} holds no prompt")
+        return prompts
+
+    def _content(self) -> Iterator[object]:
+        yield self.prompts()

@@ -3,21 +3,25 @@
 from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 
 # isort: split
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from dkto.common.files import read_json, write_json
 from dkto.common.machine import peak_memory_mb
 from dkto.models import DiffusionModel, make_policy
-from dkto.training.config import TrainConfig
+from dkto.training.config import RunConfig
 
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHOLE_STATE = "engine"  # what DeepSpeed writes for itself
 
 
 class Engine:
@@ -36,7 +40,7 @@ class Engine:
             apply mixed precision itself.
     """
 
-    def __init__(self, config: TrainConfig, model: DiffusionModel) -> None:
+    def __init__(self, config: RunConfig, model: DiffusionModel) -> None:
         self.config = config
         check_packages(config)
         # without an accelerator, cpu=True makes gloo ranks under torchrun
@@ -46,18 +50,17 @@ class Engine:
         if self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"accelerate's own mixed precision is {self.accelerator.mixed_precision!r} and would reach the policy "
-                "but not the reference: leave it 'no' there and give mixed_precision to the training"
+                "but not the reference: leave it 'no' there and give precision to the training"
             )
         self.device = self.accelerator.device
         config.samples_per_rank(self.accelerator.num_processes)
-        self.dtype = PRECISIONS[config.mixed_precision]
+        self.dtype: torch.dtype = getattr(torch, config.precision)
         self.pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed, frozen_dtype=self.dtype)
         if config.gradient_checkpointing:
             self.pair.policy.enable_gradient_checkpointing()
         self.pair.to(self.device)
         self.optimizer = make_optimizer(config, list(self.pair.trainable().values()))
-        scaled = config.mixed_precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "float16" else None
         self.policy: nn.Module = self.pair.policy
         self.ema: EMAModel | None = None
         if self.sharded and config.ema_decay:
@@ -74,6 +77,11 @@ class Engine:
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = self.config.samples_per_rank(self.accelerator.num_processes)
         settings["gradient_clipping"] = self.config.max_grad_norm
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        return self.accelerator.process_index, self.accelerator.num_processes
 
     def start(self) -> None:
         """Hand policy and optimiser to accelerate; weights that are to be resumed are in place by now."""
@@ -110,6 +118,31 @@ class Engine:
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all processes."""
         return self.accelerator.reduce(values, "sum")
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """A tracker that is open for the length of a `with` block, if the configuration asks for one."""
+        if self.config.tracker != "none":
+            self.accelerator.init_trackers("dkto", self.config.to_dict())
+        try:
+            yield
+        finally:
+            if self.config.tracker != "none":
+                self.accelerator.end_training()
+
+    def track(self, record: dict) -> None:
+        """Send a step's record to the tracker, if there is one."""
+        if self.config.tracker != "none":
+            self.accelerator.log(record, step=record["global_step"])
+
+    def gather(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Columns of the whole global batch on the CPU, from each micro-batch's share of this process, (B,) each."""
+        table = torch.cat([torch.stack(list(part.values())) for part in parts], 1)
+        return dict(zip(parts[0], self.accelerator.gather(table.T.contiguous()).T.cpu(), strict=True))
+
+    def any(self, asked: bool) -> bool:
+        """Whether any process asks: all of them must leave after the same step."""
+        return asked if self.rank[1] == 1 else bool(self.sum(torch.tensor(float(asked), device=self.device)) > 0)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""
@@ -160,6 +193,44 @@ class Engine:
             return self.accelerator.get_state_dict(self.policy)
         return None
 
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter, whole on the main process; every rank calls."""
+        return _moments(self) if self.accelerator.is_main_process or self.sharded else {}
+
+    def write_state(self, folder: Path, moments: dict[str, Tensor]) -> None:
+        """Write what a resumed training needs beside weights: moments, weight average, loss scale."""
+        about: dict[str, object] = {}
+        save_file(moments, folder / "optimizer.safetensors")
+        if self.ema is not None:
+            names = self.pair.trainable()
+            shadows = {n: s.contiguous() for n, s in zip(names, self.ema.shadow_params, strict=True)}
+            save_file(shadows, folder / "ema.safetensors")
+            about["ema_step"] = self.ema.optimization_step
+        if self.scaler is not None:
+            about["scaler"] = self.scaler.state_dict()
+        write_json(folder / "engine.json", about)
+
+    def save_whole_state(self, folder: Path) -> None:
+        """Let DeepSpeed write its own state, if it is there; every rank calls."""
+        if self.deepspeed:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(folder / WHOLE_STATE)
+        self.accelerator.wait_for_everyone()
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `write_state` wrote; the engine has been started."""
+        about = read_json(folder / "engine.json", "state of an engine")
+        if self.scaler is not None:
+            self.scaler.load_state_dict(about["scaler"])
+        if self.deepspeed:
+            self.accelerator.load_state(folder / WHOLE_STATE)
+        else:
+            _restore_moments(self, load_file(folder / "optimizer.safetensors"))
+        if self.ema is not None:
+            stored = load_file(folder / "ema.safetensors")
+            self.ema.shadow_params = [stored[n].to(p.device) for n, p in self.pair.trainable().items()]
+            self.ema.optimization_step = about["ema_step"]
+
     def peak_memory_mb(self) -> float:
         """Most memory that was ever held at once: of the GPU, or on a CPU of the process; MB of 2^20 bytes."""
         if self.device.type == "cuda":
@@ -167,7 +238,7 @@ class Engine:
         return peak_memory_mb()
 
 
-def check_packages(config: TrainConfig) -> None:
+def check_packages(config: RunConfig) -> None:
     """Refuse what the machine lacks before anything is loaded."""
     wanted = {"optimizer 'adamw8bit'": "bitsandbytes"} if config.optimizer == "adamw8bit" else {}
     if config.tracker != "none":
@@ -182,7 +253,7 @@ def check_packages(config: TrainConfig) -> None:
         )
 
 
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW in float32, in one pass over memory where the device has a kernel for it, or with moments of 8 bits."""
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
@@ -192,6 +263,40 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def make_ema(config: TrainConfig, parameters: list[nn.Parameter]) -> EMAModel:
+def make_ema(config: RunConfig, parameters: list[nn.Parameter]) -> EMAModel:
     """The weight average; it begins at the weights as they are."""
     return EMAModel(parameters, decay=config.ema_decay, foreach=True)
+
+
+def _moments(engine: Engine) -> dict[str, Tensor]:
+    """The optimiser's state by parameter, whole on every rank."""
+    if engine.deepspeed:
+        return {}
+    if engine.sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(engine.policy, engine.optimizer, options=options)["state"]
+    else:
+        state = {name: engine.optimizer.state[parameter] for name, parameter in engine.pair.trainable().items()}
+    return {
+        f"{name}/{key}": torch.as_tensor(value).contiguous().clone()
+        for name, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def _restore_moments(engine: Engine, stored: dict[str, Tensor]) -> None:
+    state: dict[str, dict[str, Tensor]] = {}
+    for path, value in stored.items():
+        name, _, key = path.rpartition("/")
+        state.setdefault(name, {})[key] = value
+    if engine.sharded:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        groups = engine.optimizer.state_dict()["param_groups"]
+        whole = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(engine.policy, engine.optimizer, whole, options=options)
+        return
+    fused = engine.optimizer.defaults.get("fused")  # such a kernel counts its steps beside the weights, others on a CPU
+    for name, parameter in engine.pair.trainable().items():
+        moments = {k: v.to(parameter.device) if fused or v.ndim else v for k, v in state.get(name, {}).items()}
+        if moments:
+            engine.optimizer.state[parameter] = moments

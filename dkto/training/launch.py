@@ -11,14 +11,12 @@ from pathlib import Path
 from dkto.common.files import read_records
 from dkto.common.processes import FAMILY_VARIABLE, following
 from dkto.common.progress import progress
-from dkto.training.config import TrainConfig
-from dkto.training.online_config import OnlineConfig
+from dkto.training.config import OnlineConfig, RunConfig, TrainConfig
 
-AnyConfig = TrainConfig | OnlineConfig
 COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
 
 
-def config_arguments(config: AnyConfig) -> list[str]:
+def config_arguments(config: RunConfig) -> list[str]:
     """The configuration as command-line arguments of `dkto train` or `dkto train-online`."""
     arguments = []
     config = config.resolved()  # a utility defined as text here is unknown there
@@ -32,7 +30,7 @@ def config_arguments(config: AnyConfig) -> list[str]:
     return arguments
 
 
-def training_command(config: AnyConfig, *, threads: int, ranks: int, accelerate_config: str | Path) -> list[str]:
+def training_command(config: RunConfig, *, threads: int, ranks: int, accelerate_config: str | Path) -> list[str]:
     """The command that `start_training` runs."""
     if ranks < 1:
         raise ValueError(f"ranks must be 1 or more, got {ranks}")
@@ -50,7 +48,7 @@ def training_command(config: AnyConfig, *, threads: int, ranks: int, accelerate_
 
 
 def start_training(
-    config: AnyConfig, *, threads: int = 1, ranks: int = 1, accelerate_config: str | Path = ""
+    config: RunConfig, *, threads: int = 1, ranks: int = 1, accelerate_config: str | Path = ""
 ) -> subprocess.Popen:
     """Start one training; its output goes to `train.log` in the run's folder.
 
@@ -74,7 +72,7 @@ def start_training(
 
 
 def run_trainings(
-    configs: Sequence[AnyConfig],
+    configs: Sequence[RunConfig],
     *,
     processes: int = 0,
     threads: int = 1,
@@ -122,14 +120,14 @@ def run_trainings(
         bar.close()
 
 
-def _failure(config: AnyConfig, code: int) -> str:
+def _failure(config: RunConfig, code: int) -> str:
     log = config.output_dir / "train.log"
     lines = log.read_text().strip().splitlines() or ["no output"]
     last = next((line for line in reversed(lines) if "dkto: " in line), lines[-1])  # launchers write pages after it
     return f"training in {config.output_dir} ended with code {code}: {last} (see {log})"
 
 
-def _steps_done(config: AnyConfig) -> int:
+def _steps_done(config: RunConfig) -> int:
     path = Path(config.output_dir) / "metrics.jsonl"
     records = read_records(path) if path.exists() else []
     return records[-1]["global_step"] if records else 0

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,17 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dkto.common.names import check_name
-from dkto.models import PolicyAndReference, make_policy
-from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
-from dkto.training.engine import PRECISIONS
+from dkto.models import (
+    DiffusionModel,
+    PolicyAndReference,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    make_policy,
+)
+from dkto.objective.methods import method_loss
+from dkto.training.batches import Batch
+from dkto.training.step import denoising_errors
 
 GB = 2**30
 SDXL_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -36,14 +46,14 @@ class Size:
 
     Attributes:
         title: name for tables.
-        denoiser_class: class of diffusers.
+        model_class: whose passes it makes.
         config: what differs from the class' defaults.
         latents: (C, h, w) of one sample at the model's own resolution.
         inputs: shape of each further input of one sample.
     """
 
     title: str
-    denoiser_class: str
+    model_class: type[DiffusionModel]
     config: dict
     latents: tuple[int, int, int]
     inputs: dict[str, tuple[int, ...]]
@@ -52,7 +62,7 @@ class Size:
 SIZES = {
     "small-world": Size(
         "small world",
-        "UNet2DConditionModel",
+        StableDiffusion,
         {
             "sample_size": 16,
             "block_out_channels": (32, 64, 128),
@@ -68,14 +78,14 @@ SIZES = {
     ),
     "sd15": Size(
         "Stable Diffusion 1.5",
-        "UNet2DConditionModel",
+        StableDiffusion,
         {"sample_size": 64, "cross_attention_dim": 768},
         (4, 64, 64),
         {"encoder_hidden_states": (77, 768)},
     ),
     "sdxl": Size(
         "SDXL",
-        "UNet2DConditionModel",
+        StableDiffusionXL,
         {
             "sample_size": 128,
             "block_out_channels": (320, 640, 1280),
@@ -94,7 +104,7 @@ SIZES = {
     ),
     "sd3": Size(
         "Stable Diffusion 3 medium",
-        "SD3Transformer2DModel",
+        StableDiffusion3,
         {
             "sample_size": 128,
             "num_layers": 24,
@@ -114,38 +124,35 @@ def build_denoiser(name: str, device: str = "meta") -> nn.Module:
     Raises:
         ValueError: for a name that is not in `SIZES`.
     """
-    import diffusers
-
     check_name("size", name, SIZES)
     with torch.device(device):
-        return getattr(diffusers, SIZES[name].denoiser_class)(**SIZES[name].config)
+        return SIZES[name].model_class.denoiser_class(**SIZES[name].config)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What `denoising_errors` asks of an engine: policy and reference, and the precision of their passes."""
+
+    pair: PolicyAndReference
+    dtype: torch.dtype
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.pair.policy
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
 
 
 def run_step(
     size: Size, pair: PolicyAndReference, optimizer: torch.optim.Optimizer, batch: int, dtype: torch.dtype
 ) -> None:
-    """One step of training as the trainer's, on random inputs: reference, policy, KTO loss, backward, AdamW."""
-    latents = torch.randn(batch, *size.latents)
-    inputs = {name: torch.randn(batch, *shape) for name, shape in size.inputs.items()}
-    added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
-    if added:
-        inputs["added_cond_kwargs"] = added
-    timesteps = torch.full((batch,), 500.0)
-
-    def error(denoiser: nn.Module) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            output = (
-                denoiser(hidden_states=latents, timestep=timesteps, **inputs)
-                if pair.part == "transformer"
-                else (denoiser(latents, timesteps, **inputs))
-            )
-        return denoising_error(output.sample, latents)
-
-    with pair.as_reference() as reference:
-        reference_error = error(reference)
-    reward = implicit_reward(error(pair.policy), reference_error, 1.0)
-    liked = torch.ones(batch, dtype=torch.bool)
-    kto_loss(reward, liked, reference_point(reward)).backward()
+    """One step of training by the trainer's own errors and loss, on random inputs, and AdamW."""
+    latents, liked = torch.randn(batch, *size.latents), torch.ones(batch, dtype=torch.bool)
+    conditioning = {name: torch.randn(batch, *shape) for name, shape in size.inputs.items()}
+    inputs = Batch(latents, latents, torch.full((batch,), 500.0), conditioning, liked)
+    run = SimpleNamespace(model=size.model_class(Path()), engine=_Passes(pair, dtype))
+    method_loss("kto", denoising_errors(run, inputs), liked, beta=1.0).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -194,7 +201,7 @@ def step_memory(
     batch: int = 1,
     *,
     lora_rank: int = 0,
-    mixed_precision: str = "no",
+    precision: str = "float32",
     gradient_checkpointing: bool = False,
 ) -> float:
     """Most memory that one process holds at once in a step, GB of 2^30 bytes, computed.
@@ -203,7 +210,7 @@ def step_memory(
         name: key of `SIZES`.
         batch: samples that the process works on at once.
         lora_rank: 0 for full fine-tuning against a frozen copy.
-        mixed_precision: "no", "bf16" or "fp16".
+        precision: "float32", "bfloat16" or "float16".
         gradient_checkpointing: compute activations again in the backward pass.
 
     Raises:
@@ -211,7 +218,7 @@ def step_memory(
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    dtype, size = PRECISIONS[mixed_precision], SIZES.get(name)
+    dtype, size = getattr(torch, precision), SIZES.get(name)
     pair = make_policy(build_denoiser(name), lora_rank, seed=0, frozen_dtype=dtype)
     if gradient_checkpointing:
         pair.policy.enable_gradient_checkpointing()
@@ -282,7 +289,7 @@ def memory_row(
     *,
     cards: tuple[int, ...] = (24, 40, 80),
     overhead_gb: float = 1.5,
-    mixed_precision: str = "bf16",
+    precision: str = "bfloat16",
     gradient_checkpointing: bool = True,
 ) -> MemoryRow:
     """What a model takes and the largest batch for each card; some minutes for a large one.
@@ -292,9 +299,9 @@ def memory_row(
         lora_rank: 0 for full fine-tuning.
         cards: memory of the cards, GB.
         overhead_gb: kept free for CUDA's context, its workspaces and the allocator's leftovers.
-        mixed_precision, gradient_checkpointing: as in `TrainConfig`.
+        precision, gradient_checkpointing: as in `TrainConfig`.
     """
-    options = {"mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing}
+    options = {"precision": precision, "gradient_checkpointing": gradient_checkpointing}
     memory = cache(partial(step_memory, name, lora_rank=lora_rank, **options))
     largest = {card: largest_batch(memory, card - overhead_gb) for card in cards}
     pair = make_policy(build_denoiser(name), lora_rank, seed=0)
@@ -307,34 +314,33 @@ import json, sys
 import torch
 from dkto.training.memory import SIZES, build_denoiser, run_step
 from dkto.models import make_policy
-from dkto.training.engine import PRECISIONS
 from dkto.common.machine import peak_memory_mb
 
 name, batch, rank, precision, threads = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
 torch.set_num_threads(threads)
 torch.nn.functional.scaled_dot_product_attention(*[torch.zeros(1, 1, 2, 8)] * 3)  # libraries are loaded by now
 before = peak_memory_mb()
-pair = make_policy(build_denoiser(name, "cpu"), rank, seed=0, frozen_dtype=PRECISIONS[precision])
+pair = make_policy(build_denoiser(name, "cpu"), rank, seed=0, frozen_dtype=getattr(torch, precision))
 optimizer = torch.optim.AdamW(pair.trainable().values(), foreach=False)
 for _ in range(2):
-    run_step(SIZES[name], pair, optimizer, batch, PRECISIONS[precision])
+    run_step(SIZES[name], pair, optimizer, batch, getattr(torch, precision))
 print(json.dumps((peak_memory_mb() - before) / 2**10))
 """
 
 
 def measured_step_memory(
-    name: str, *, batch: int = 1, lora_rank: int = 0, mixed_precision: str = "no", threads: int = 1
+    name: str, *, batch: int = 1, lora_rank: int = 0, precision: str = "float32", threads: int = 1
 ) -> float:
     """The same measured on this CPU: growth of the resident memory of a process of its own, GB of 2^30 bytes (Linux).
 
     Args:
-        name, batch, lora_rank, mixed_precision: as in `step_memory`.
+        name, batch, lora_rank, precision: as in `step_memory`.
         threads: CPU threads.
 
     Raises:
         RuntimeError: if the process ends badly, for instance for want of memory.
     """
-    arguments = [name, str(batch), str(lora_rank), mixed_precision, str(threads)]
+    arguments = [name, str(batch), str(lora_rank), precision, str(threads)]
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring {name} ended with code {done.returncode}: {done.stderr.strip()[-200:]}")

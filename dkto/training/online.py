@@ -1,16 +1,15 @@
-"""Objectives that sample while they train: AlignProp and D3PO, two systems that the paper compares with.
+"""Objectives that sample while they train: AlignProp and D3PO, two methods that the paper compares with.
 
-    alignprop  maximise a differentiable reward of pictures drawn by the policy: its gradient runs back through
+    alignprop  maximise a differentiable reward of images drawn by the policy: its gradient runs back through
                the decoder and the last K steps of the chain (Prabhudesai et al. 2023; K = 1 is DRaFT-1)
-    d3po       draw two pictures of a prompt, ask which is better, and take DPO's loss at every step of the two
+    d3po       draw two images of a prompt, ask which is better, and take DPO's loss at every step of the two
                chains (paper eq. 9-10; Yang et al. 2023)
 
-Like `dkto.training.loop.train`, `train_online` is a generator of step records that leaves the same files, goes on
-from its last checkpoint, and draws every random number at an address (seed, step, index).
+`dkto.training.loop.train` runs them as every other method: the same records, files and checkpoints. Every random number
+is drawn at an address (seed, step, index).
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,38 +17,41 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dkto.common.files import keep_records
-from dkto.common.processes import sole_writer
-from dkto.common.progress import progress
-from dkto.evaluation.scorers import check_scorers, get_pixel_scorer, score
-from dkto.models import PolicyAndReference, StableDiffusion, load_model
+from dkto.evaluation.scorers import PixelScorer, check_scorers, get_pixel_scorer, score
+from dkto.models import StableDiffusion, load_model
 from dkto.training.batches import stream
 from dkto.training.chain import Chain, chain_steps, log_ratio
+from dkto.training.config import OnlineConfig
 from dkto.training.engine import Engine
-from dkto.training.loop import learning_rate_at, stop_on_sigterm
-from dkto.training.online_config import OnlineConfig
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.step import Run
 
 PROMPTS, NOISE, CHAIN_STEPS = 21, 22, 23  # streams of random numbers
 
 
-class OnlineModel:
-    """A latent diffusion model with everything that sampling needs, on one device.
+class OwnImages:
+    """What an online step learns from: images that the policy draws, with everything that drawing needs, on one device.
 
     Args:
         model: epsilon or v prediction.
         prompts: those of a step are encoded when it is their turn, so that their number costs no memory.
         device: where it runs.
+        scorer: AlignProp's reward on pixels.
 
     Raises:
         ValueError: if the model predicts neither; flows have another chain.
     """
 
-    def __init__(self, model: StableDiffusion, prompts: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: StableDiffusion,
+        prompts: Sequence[str],
+        device: torch.device,
+        scorer: PixelScorer | None = None,
+    ) -> None:
         if not isinstance(model, StableDiffusion):
             known = "Stable Diffusion 1.x, 2.x and XL"
             raise ValueError(f"AlignProp and D3PO draw by DDIM, which {model.folder} cannot; expected {known}")
-        self.model, self.prompts, self.device = model, list(prompts), device
+        self.model, self.prompts, self.device, self.scorer = model, list(prompts), device, scorer
         self._tokenizer, encoder = model.load_text()
         self._encoder = encoder.to(device)
         self._empty = self._encode([""])
@@ -86,80 +88,18 @@ def to_images(pixel_values: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def train_online(config: OnlineConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[dict]:
-    """Train and yield one record per optimiser step; each samples anew from the policy as it is then.
-
-    A run whose output folder holds checkpoints of the same configuration goes on from the last one; one that
-    is finished yields nothing. At the end the folder holds `metrics.jsonl`, `run.json` and `lora/` or `model/`.
-
-    Args:
-        config: what to train.
-        should_stop: asked after every step; once it is true, a checkpoint is written and the run ends there, to go on
-            when it is called again.
-
-    Raises:
-        KeyError: if no scorer has the reward's name.
-        FileNotFoundError: if the reward's weights or the prompts are missing.
-        ValueError: if AlignProp's reward has no gradient, the reward cannot read a prompt, the model is a flow, or the
-            folder belongs to another configuration.
-        BlockingIOError: if another process trains into the folder.
-        FloatingPointError: if loss or gradient is not finite; the checkpoints are whole.
-    """
-    store = CheckpointStore(config)
-    if store.is_finished():
-        return
-    # a reward that cannot be had stops the run before anything is loaded or drawn for it
+def start_online(config: OnlineConfig) -> Run:
+    """An online run at its beginning; a reward that cannot be had is refused before anything is loaded for it."""
     pixel_scorer = get_pixel_scorer(config.reward) if config.objective == "alignprop" else None
     check_scorers([config.reward], config.prompts())
     model = load_model(config.model)
     engine = Engine(config, model)
-    online = OnlineModel(model, config.prompts(), engine.device)
-    with sole_writer(config.output_dir):
-        store.restore(engine)
-        state, pair = store.state, engine.pair
-        keep_records(store.records_path, state["global_step"])
-        store.describe(num_processes=1)
-        for step in range(state["global_step"], config.max_train_steps):
-            began = time.monotonic()
-            engine.set_rate(learning_rate_at(step, config))
-            if pixel_scorer is not None:
-                measured = alignprop_step(config, online, pair, pixel_scorer, step)
-            else:
-                measured = d3po_step(config, online, pair, step)
-            grad_norm = engine.clip()
-            if not np.isfinite([grad_norm, *measured.values()]).all():
-                raise FloatingPointError(
-                    f"loss or gradient was not finite at step {step + 1}; the last checkpoint in {config.output_dir} "
-                    "is whole. Lower learning_rate"
-                )
-            engine.step(True)
-            state["global_step"], state["seconds"] = step + 1, state["seconds"] + time.monotonic() - began
-            record = {"global_step": step + 1, **measured, "grad_norm": grad_norm}
-            record["learning_rate"] = learning_rate_at(step, config)
-            record["samples_per_second"] = config.batch_size / (time.monotonic() - began)
-            store.append(record)
-            last = step + 1 == config.max_train_steps
-            stopping = should_stop() and not last
-            if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
-                store.save(engine)
-            yield record
-            if stopping:
-                return
-        pair.policy.disable_gradient_checkpointing()
-        store.finish(engine, model)
+    return Run(config, model, engine, OwnImages(model, config.prompts(), engine.device, pixel_scorer))
 
 
-def run_online(config: OnlineConfig):
-    """Train to the end with a progress bar; returns the run's folder (see `dkto.models.system.System.of_run`).
-
-    SIGTERM stops it as it stops `dkto.training.loop.run_training`.
-    """
-    bar = progress(total=config.max_train_steps, desc=config.objective, unit="step")
-    with bar, stop_on_sigterm() as should_stop:
-        for record in train_online(config, should_stop):
-            bar.update(record["global_step"] - bar.n)
-            bar.set_postfix(reward=f"{record['reward']:.3f}", refresh=False)
-    return config.output_dir
+def online_step(run: Run) -> dict[str, float]:
+    """The gradients of one step of AlignProp or D3PO; returns its measures."""
+    return (alignprop_step if run.config.objective == "alignprop" else d3po_step)(run)
 
 
 def draw_rows(config: OnlineConfig, count: int, step: int) -> np.ndarray:
@@ -176,14 +116,15 @@ def draw_noise(config: OnlineConfig, step: int, shape: tuple[int, ...]) -> Tenso
     return torch.from_numpy(np.stack([rng.standard_normal(size, np.float32) for rng in rngs]))
 
 
-def alignprop_step(config: OnlineConfig, online: OnlineModel, pair: PolicyAndReference, scorer, step: int) -> dict:
+def alignprop_step(run: Run) -> dict[str, float]:
     """One batch of pictures and the gradient of minus their mean reward; returns the measures."""
+    config, online, pair, step = run.config, run.batches, run.engine.pair, run.progress.global_step
     rows = draw_rows(config, len(online.prompts), step)
     noise = draw_noise(config, step, online.latent_shape(pair.policy)).to(online.device)
     chain = online.chain(rows, config)
     for last in chain.draw(pair.policy, noise, config.backprop_steps):
         latents = last
-    rewards = scorer(online.decode(latents), [online.prompts[row] for row in rows])
+    rewards = online.scorer(online.decode(latents), [online.prompts[row] for row in rows])
     if rewards.shape != (config.batch_size,) or not rewards.requires_grad:
         raise ValueError(
             f"reward {config.reward} must return ({config.batch_size},) values with gradient, "
@@ -194,13 +135,14 @@ def alignprop_step(config: OnlineConfig, online: OnlineModel, pair: PolicyAndRef
     return {"loss": float(loss.detach()), "reward": float(rewards.detach().mean())}
 
 
-def d3po_step(config: OnlineConfig, online: OnlineModel, pair: PolicyAndReference, step: int) -> dict:
+def d3po_step(run: Run) -> dict[str, float]:
     """One batch of pairs and the gradient of D3PO's loss over their chains; returns the measures.
 
     Of each pair the picture with the higher reward is chosen; a tie teaches nothing.
 
         loss = -log sigmoid(beta * (log ratio(chosen) - log ratio(rejected))), mean over pairs and steps
     """
+    config, online, pair, step = run.config, run.batches, run.engine.pair, run.progress.global_step
     rows = draw_rows(config, len(online.prompts), step)
     noise = draw_noise(config, step, online.latent_shape(pair.policy)).to(online.device)
     chain = online.chain(rows, config)

@@ -11,6 +11,7 @@ from scipy import stats
 from dkto.common.files import read_json
 from dkto.data.encoded import PreparedFeedback
 from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy, read_weights
+from dkto.models.system import TRAINING_RECORD
 from dkto.objective.losses import denoising_error
 from dkto.training.batches import GlobalBatches
 from dkto.training.config import TrainConfig
@@ -23,9 +24,10 @@ def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAnd
         FileNotFoundError: if the folder holds no finished run.
     """
     folder = Path(folder)
-    about = read_json(folder / "run.json", "record of a training") if (folder / "run.json").exists() else {}
+    record = folder / TRAINING_RECORD
+    about = read_json(record, "record of a training") if record.exists() else {}
     if not about.get("finished"):
-        raise FileNotFoundError(f"{folder} holds no finished training (run.json is missing or says so)")
+        raise FileNotFoundError(f"{folder} holds no finished training ({TRAINING_RECORD} is missing or says so)")
     config = TrainConfig(**about["config"])
     model = load_model(config.model)
     pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)

@@ -2,50 +2,46 @@
 
 The folder of a run:
 
-    run.json, metrics.jsonl                       configuration and machine; one line per step
+    training.json, metrics.jsonl                  configuration and machine; one line per step
     checkpoint-00000500/                          whole or absent; the last `keep_checkpoints` of them
     checkpoint-*/unet/ or pytorch_lora_weights.safetensors            as diffusers loads them
-    checkpoint-*/optimizer.safetensors, ema.safetensors, state.json   to go on from
+    checkpoint-*/state.json, engine.json, optimizer.safetensors, ...  to go on from
     latest -> checkpoint-00000500                 at the end -> model or lora
     model/ or lora/                               at the end: for plain diffusers, with a card
 """
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from dkto.common.files import read_json, write_json
+from dkto.common.files import keep_records, read_json, write_json
 from dkto.common.machine import git_commit, hardware, versions
-from dkto.models import DiffusionModel, read_weights, write_weights
+from dkto.models import write_weights
+from dkto.models.system import TRAINING_RECORD
 from dkto.training.card import write_card
-from dkto.training.config import TrainConfig
-from dkto.training.engine import Engine, make_ema
+from dkto.training.config import RunConfig
 
-ENGINE_STATE = "engine"  # what DeepSpeed writes for itself
+if TYPE_CHECKING:
+    from dkto.training.step import Run
+
+FORMER_RECORD = "run.json"  # of version 0.1
 
 
-class CheckpointStore:
-    """Writes and reads the folder of one run.
+class RunFolder:
+    """Writes and reads the folder of one run; it starts nothing and changes no configuration."""
 
-    Attributes:
-        state: what a checkpoint remembers beside weights: `global_step`, `skipped_steps`, `bad_steps` (in a
-            row) and `seconds` of training.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config.resolved()
-        self.folder = Path(config.output_dir)
-        self.records_path = self.folder / "metrics.jsonl"
-        self.state: dict = {"global_step": 0, "skipped_steps": 0, "bad_steps": 0, "seconds": 0.0}
+        self.path = Path(config.output_dir)
+        self.records_path = self.path / "metrics.jsonl"
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
+        return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
 
     def is_finished(self) -> bool:
         """Whether this very configuration was trained to its end here.
@@ -53,45 +49,45 @@ class CheckpointStore:
         Raises:
             ValueError: if another one was, or on other feedback; the sentence names what differs.
         """
-        path = self.folder / "run.json"
+        path = self.path / TRAINING_RECORD
         if not path.exists():
+            former = self.path / FORMER_RECORD
+            if former.exists() and "fingerprint" in read_json(former, "record of a run"):
+                raise ValueError(
+                    f"{former} is a training of dkto 0.1, which this version cannot go on with: choose "
+                    "another output_dir"
+                )
             return False
-        about = read_json(path, "record of a training")
-        if "fingerprint" in about:
-            self._check_same(self.folder, about)
+        about = read_json(path, "record of a training", ["fingerprint", "config"])
+        self._check_same(self.path, about)
         return bool(about.get("finished"))
 
-    def describe(self, num_processes: int, **more) -> None:
-        """Write run.json."""
-        about = {
-            "config": self.config.to_dict(),
-            "fingerprint": self.config.fingerprint(),
-            "feedback": self._feedback(),
-        }
-        about |= {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
-        write_json(self.folder / "run.json", {**about, "num_processes": num_processes, **more})
+    def begin(self, num_processes: int, last_step: int) -> None:
+        """Write training.json, and drop the records after `last_step`, which will be written again."""
+        keep_records(self.records_path, last_step)
+        self._describe(num_processes)
 
     def append(self, record: dict) -> None:
         """Add one record; each line is flushed, so that a viewer sees it at once."""
         with self.records_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, engine: Engine) -> None:
+    def save(self, run: "Run") -> None:
         """Write `checkpoint-STEP/`; every rank makes the call.
 
         Raises:
             RuntimeError: if it cannot be written, for instance on a full disk; the former checkpoint is whole.
         """
-        target = self.folder / f"checkpoint-{self.state['global_step']:08d}"
+        engine, target = run.engine, self.path / f"checkpoint-{run.progress.global_step:08d}"
         part = target.with_name(target.name + ".part")
-        weights = engine.full_weights()
-        moments = _moments(engine) if engine.accelerator.is_main_process or engine.sharded else {}
+        weights, moments = engine.full_weights(), engine.moments()
         if engine.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
             try:
                 part.mkdir(parents=True)
                 write_weights(engine.pair, part, weights)
-                self._write_state(engine, part, moments)
+                engine.write_state(part, moments)
+                write_json(part / "state.json", asdict(run.progress) | self._identity())
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)
                 kept = self.checkpoints()
@@ -99,42 +95,58 @@ class CheckpointStore:
                 raise RuntimeError(
                     f"{target.name} could not be written ({error}); {rest}: make room and call again"
                 ) from error
-        if engine.deepspeed:
-            engine.accelerator.wait_for_everyone()
-            engine.accelerator.save_state(part / ENGINE_STATE)
-        engine.accelerator.wait_for_everyone()
+        engine.save_whole_state(part)
         if engine.accelerator.is_main_process:
             part.replace(target)
             self._point_latest(target)
             for old in self.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
 
-    def restore(self, engine: Engine) -> None:
-        """Load the last complete checkpoint, if there is one, into an engine that has not started, and start it.
+    def last_checkpoint(self) -> tuple[Path, dict] | None:
+        """The last complete checkpoint and its state, or None.
 
         Raises:
             ValueError: if it belongs to another configuration or other feedback; the sentence names what differs.
         """
         found = self.checkpoints()
         if not found:
-            engine.start()
-            return
-        state = read_json(found[-1] / "state.json", "state of a checkpoint")
+            return None
+        state = read_json(found[-1] / "state.json", "state of a checkpoint", ["fingerprint", "config"])
         self._check_same(found[-1], state)
-        self.state = {name: state[name] for name in self.state}
-        read_weights(engine.pair, found[-1])
-        if engine.scaler is not None:
-            engine.scaler.load_state_dict(state["scaler"])
-        engine.start()
-        if engine.deepspeed:
-            engine.accelerator.load_state(found[-1] / ENGINE_STATE)
-        else:
-            _restore_moments(engine, load_file(found[-1] / "optimizer.safetensors"))
-        if self.config.ema_decay:
-            stored = load_file(found[-1] / "ema.safetensors")
-            engine.ema = make_ema(self.config, engine.parameters)
-            engine.ema.shadow_params = [stored[n].to(p.device) for n, p in engine.pair.trainable().items()]
-            engine.ema.optimization_step = state["ema_step"]
+        return found[-1], state
+
+    def finish(self, run: "Run") -> None:
+        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""
+        engine = run.engine
+        with engine.averaged():
+            weights = engine.full_weights()
+            if not engine.accelerator.is_main_process:
+                return
+            target = self.path / ("lora" if self.config.lora_rank else "model")
+            part = target.with_name(target.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            if self.config.lora_rank:
+                write_weights(engine.pair, part, weights)
+            else:
+                run.model.write_pipeline(engine.pair.policy, part, weights)
+        write_card(part, self.path, self.config, run.model, run.progress)
+        shutil.rmtree(target, ignore_errors=True)
+        part.replace(target)
+        self._point_latest(target)
+        seconds, skipped = run.progress.seconds, run.progress.skipped_steps
+        done = {"seconds": round(seconds, 2), "hours": round(seconds / 3600, 4), "skipped_steps": skipped}
+        self._describe(engine.rank[1], **done, finished=True)
+        for old in self.path.glob("checkpoint-*"):  # the half of one that a kill left as well
+            shutil.rmtree(old)
+
+    def _describe(self, num_processes: int, **more: object) -> None:
+        about = {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
+        write_json(self.path / TRAINING_RECORD, {**self._identity(), **about, "num_processes": num_processes, **more})
+
+    def _identity(self) -> dict[str, object]:
+        """What a run is of: its configuration and its feedback."""
+        config = self.config
+        return {"config": config.to_dict(), "fingerprint": config.fingerprint(), "feedback": self._feedback()}
 
     def _check_same(self, place: Path, stored: dict) -> None:
         if stored["fingerprint"] != self.config.fingerprint():
@@ -148,86 +160,12 @@ class CheckpointStore:
             )
 
     def _feedback(self) -> str | None:
-        """Hash of the prepared feedback; None if the training draws its own pictures or the folder is gone."""
+        """Hash of the prepared feedback; None if the training draws its own images or the folder is gone."""
         path = Path(getattr(self.config, "prepared_dir", "")) / "prepared.json"
         return read_json(path, "record of prepared feedback").get("feedback") if path.is_file() else None
 
-    def finish(self, engine: Engine, model: DiffusionModel) -> None:
-        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""
-        with engine.averaged():
-            weights = engine.full_weights()
-            if not engine.accelerator.is_main_process:
-                return
-            target = self.folder / ("lora" if self.config.lora_rank else "model")
-            part = target.with_name(target.name + ".part")
-            shutil.rmtree(part, ignore_errors=True)
-            if self.config.lora_rank:
-                write_weights(engine.pair, part, weights)
-            else:
-                model.write_pipeline(engine.pair.policy, part, weights)
-        write_card(part, self.folder, self.config, model, self.state)
-        shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
-        self._point_latest(target)
-        done = {"seconds": round(self.state["seconds"], 2), "hours": round(self.state["seconds"] / 3600, 4)}
-        skipped = self.state["skipped_steps"]
-        self.describe(engine.accelerator.num_processes, **done, skipped_steps=skipped, finished=True)
-        for old in self.folder.glob("checkpoint-*"):  # the half of one that a kill left as well
-            shutil.rmtree(old)
-
-    def _write_state(self, engine: Engine, part: Path, moments: dict[str, Tensor]) -> None:
-        save_file(moments, part / "optimizer.safetensors")
-        about = {**self.state, "fingerprint": self.config.fingerprint(), "config": self.config.to_dict()}
-        about["feedback"] = self._feedback()
-        if engine.ema is not None:
-            names = engine.pair.trainable()
-            shadows = {n: s.contiguous() for n, s in zip(names, engine.ema.shadow_params, strict=True)}
-            save_file(shadows, part / "ema.safetensors")
-            about["ema_step"] = engine.ema.optimization_step
-        if engine.scaler is not None:
-            about["scaler"] = engine.scaler.state_dict()
-        write_json(part / "state.json", about)
-
     def _point_latest(self, target: Path) -> None:
-        part = self.folder / "latest.part"
+        part = self.path / "latest.part"
         part.unlink(missing_ok=True)
         part.symlink_to(target.name)
-        part.replace(self.folder / "latest")
-
-
-def _moments(engine: Engine) -> dict[str, Tensor]:
-    """The optimiser's state by parameter, whole on every rank."""
-    if engine.deepspeed:
-        return {}
-    if engine.sharded:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(engine.policy, engine.optimizer, options=options)["state"]
-    else:
-        state = {name: engine.optimizer.state[parameter] for name, parameter in engine.pair.trainable().items()}
-    return {
-        f"{name}/{key}": torch.as_tensor(value).contiguous().clone()
-        for name, values in state.items()
-        for key, value in values.items()
-    }
-
-
-def _restore_moments(engine: Engine, stored: dict[str, Tensor]) -> None:
-    state: dict[str, dict[str, Tensor]] = {}
-    for path, value in stored.items():
-        name, _, key = path.rpartition("/")
-        state.setdefault(name, {})[key] = value
-    if engine.sharded:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        groups = engine.optimizer.state_dict()["param_groups"]
-        whole = {"state": state, "param_groups": groups}
-        set_optimizer_state_dict(engine.policy, engine.optimizer, whole, options=options)
-        return
-    fused = engine.optimizer.defaults.get("fused")  # such a kernel counts its steps beside the weights, others on a CPU
-    for name, parameter in engine.pair.trainable().items():
-        moments = {k: v.to(parameter.device) if fused or v.ndim else v for k, v in state.get(name, {}).items()}
-        if moments:
-            engine.optimizer.state[parameter] = moments
+        part.replace(self.path / "latest")

@@ -93,16 +93,16 @@ class Explorer(Instrument):
     def of_run(cls, folder: str | Path, **settings) -> "Explorer":
         """Rewards from a run's `metrics.jsonl`: the mean of the liked and of the disliked samples of every step.
 
-        Beta and utility are the run's, read from its `run.json`.
+        Beta and utility are the run's, read from its `training.json`.
 
         Raises:
             FileNotFoundError: if the folder holds no run.
         """
         folder = Path(folder)
-        for name in ("metrics.jsonl", "run.json"):
+        for name in ("metrics.jsonl", "training.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
-        config = read_json(folder / "run.json", "record of a training", ["config"])["config"]
+        config = read_json(folder / "training.json", "record of a training", ["config"])["config"]
         rewards, labels = rewards_of_records(read_records(folder / "metrics.jsonl"))
         known = {"beta": config["beta"], "utility": get_utility(config["utility"]).name}
         return cls(rewards, labels, source=f"step means of {folder.name}", **(known | settings))

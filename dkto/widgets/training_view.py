@@ -22,7 +22,7 @@ from dkto.models.system import System, draw, noise_generator
 from dkto.plotting import plot_training
 from dkto.training.config import TrainConfig
 from dkto.training.launch import start_training
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.run_folder import RunFolder
 from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
 
 POLL_SECONDS = 0.5
@@ -81,7 +81,7 @@ class TrainingView(Instrument):
         self._thread: threading.Thread | None = None
         self._drawn: set[str] = set()
         self._read()
-        if CheckpointStore(config).is_finished():
+        if RunFolder(config).is_finished():
             self.state, self.can_start = "finished", False
             self._finish()
 
@@ -140,7 +140,7 @@ class TrainingView(Instrument):
             drawing: Future | None = None
             while self.process.poll() is None:
                 self._read()
-                newest = (CheckpointStore(self.config).checkpoints() or [None])[-1]
+                newest = (RunFolder(self.config).checkpoints() or [None])[-1]
                 if drawing is not None and drawing.done():
                     drawing.result()
                     drawing = None
@@ -152,7 +152,7 @@ class TrainingView(Instrument):
         before_it_listened = self.process.returncode == -signal.SIGTERM and self.state == "stopping"
         if self.process.returncode and not before_it_listened:
             self._fail()
-        elif not CheckpointStore(self.config).is_finished():
+        elif not RunFolder(self.config).is_finished():
             self.state = "stopped"
         else:
             self._finish()

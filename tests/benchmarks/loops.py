@@ -25,13 +25,13 @@ from dkto.data.encoded import PreparedFeedback
 from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
-from dkto.objective.utilities import get_utility
 from dkto.training.batches import GlobalBatches
 from dkto.training.config import TrainConfig
-from dkto.training.engine import PRECISIONS, Engine
-from dkto.training.loop import denoising_errors, train_step
+from dkto.training.engine import Engine
+from dkto.training.loop import learning_rate_at, resume
 from dkto.training.memory import SIZES, build_denoiser
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.run_folder import RunFolder
+from dkto.training.step import Run, denoising_errors, finish_step, train_step
 
 # a UNet of the real class that a shared machine can bear, to try the script with
 REDUCED = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
@@ -98,31 +98,31 @@ class Ours:
             learning_rate=1e-6,
             warmup_steps=1,
             lora_rank=options["lora_rank"],
-            mixed_precision=options["precision"],
+            precision=options["precision"],
             max_train_steps=10**6,
         )
         self.model = Model(Path(options["folder"]), options["size"])
         data = PreparedFeedback(self.config.prepared_dir, self.model)
         self.batches = GlobalBatches(self.config, data, self.model)
-        self.engine, self.store = Engine(self.config, self.model), CheckpointStore(self.config)
-        self.store.restore(self.engine)
+        self.engine, self.folder = Engine(self.config, self.model), RunFolder(self.config)
+        self.run = Run(self.config, self.model, self.engine, self.batches)
+        resume(self.run, self.folder)
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
-        self.utility, self.count = get_utility("kahneman_tversky"), 0
 
     def step(self):
-        parts = (self.config, self.utility, self.model, self.batches, self.engine, self.store.state, (0, 1))
-        record = train_step(self.count, *parts)
+        began, rate = time.monotonic(), learning_rate_at(self.run.progress.global_step, self.config)
+        self.engine.set_rate(rate)
+        record = finish_step(self.run, train_step(self.run), rate, began)
         assert record is not None
-        self.store.append(record)
-        self.count += 1
+        self.folder.append(record)
 
     def tensors(self):
-        return self.batches.draw(self.count).to(self.engine.device)
+        return self.batches.draw(self.run.progress.global_step).to(self.engine.device)
 
     def pure(self, batch):
         """Reference forward, policy forward and backward, optimizer step, on tensors that are there already."""
-        errors, _ = denoising_errors(self.model, self.engine, batch)
-        (errors[0] - errors[1]).mean().backward()
+        errors = denoising_errors(self.run, batch)
+        (errors.policy - errors.reference).mean().backward()
         self.engine.prepared_optimizer.step()
         self.engine.prepared_optimizer.zero_grad()
 
@@ -139,7 +139,7 @@ class Published:
         self.unet.enable_gradient_checkpointing()
         self.reference = {name: value.clone() for name, value in self.unet.state_dict().items()}
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, weight_decay=0.01)
-        self.rng, self.dtype = np.random.default_rng(0), PRECISIONS[options["precision"]]
+        self.rng, self.dtype = np.random.default_rng(0), getattr(torch, options["precision"])
         self.rows = [json.loads(line) for line in Path(options["table"]).read_text().splitlines()]
 
     def timed(self, name, function):

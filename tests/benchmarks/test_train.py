@@ -64,7 +64,7 @@ def material(tmp_path_factory):
             "batch": BATCH[size],
             "threads": THREADS,
             "lora_rank": 0,
-            "precision": "no",
+            "precision": "float32",
             "warmup": 3 if size == "small" else 1,
             "steps": STEPS[size],
         }
@@ -130,7 +130,7 @@ def test_samples_per_second_over_the_published_loop(size, measured, record_ratio
 @pytest.mark.timeout(1500)
 def test_samples_per_second_with_mixed_precision(measured, record_ratio):
     """Our mixed precision and kernel against the published loop in float32 with AdamW as the scripts call it."""
-    ratios, _ = speed_over_published(measured, SIZE, 2, "", precision="bf16")
+    ratios, _ = speed_over_published(measured, SIZE, 2, "", precision="bfloat16")
     key = f"samples_per_second_over_published_loop_defaults/{SIZE}"
     record_ratio(key, **interval(ratios), **bound(SIZE, at_least=2.0))
 
@@ -139,7 +139,7 @@ def test_samples_per_second_with_mixed_precision(measured, record_ratio):
 @pytest.mark.parametrize(
     ("suffix", "changes", "most"),
     [
-        ("", {"precision": "bf16", "seed": 0}, 1.0),
+        ("", {"precision": "bfloat16", "seed": 0}, 1.0),
         ("_equal_precision", {"seed": 0}, None),
         ("_lora", {"lora_rank": 32, "steps": 1}, 0.4),
     ],

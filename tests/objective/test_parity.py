@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dkto.objective.utilities import _BUILT_IN_NAMES, get_utility
+from dkto.objective.accuracy import measures
+from dkto.objective.methods import METHODS, Errors, method_loss
+from dkto.objective.utilities import _BUILT_IN_NAMES
 from dkto.training.batches import Batch
-from dkto.training.loop import objective
+from dkto.training.step import columns
 
 ESTIMATORS = ("batch", "unrelated", "per_class", "zero")
 
@@ -68,12 +70,12 @@ def evaluate(config, policy, reference, unrelated, liked):
         return torch.tensor(values, dtype=torch.float64)
 
     batch = Batch(None, None, None, {}, torch.tensor(liked))
-    others = tuple(map(tensor, unrelated)) if config.estimator == "unrelated" else None
-    loss, table = objective(
-        config, get_utility(config.utility), (leaf, tensor(reference)), others, batch, lambda sums: sums
-    )
-    loss.backward()
-    return float(loss.detach()), leaf.grad.tolist(), table
+    others = Errors(*map(tensor, unrelated)) if config.estimator == "unrelated" else None
+    errors = Errors(leaf, tensor(reference), others)
+    settings = METHODS[config.objective].loss_settings(config)
+    felt = method_loss(config.objective, errors, batch.is_desirable, reduce=lambda sums: sums, **settings)
+    felt.loss.backward()
+    return float(felt.loss.detach()), leaf.grad.tolist(), columns(felt, errors, batch, config.beta)
 
 
 @pytest.fixture(params=range(4))
@@ -107,7 +109,7 @@ def test_kto_is_the_published_formula(errors, config, utility, estimator, clamp,
     unrelated = (unrelated_policy, unrelated_reference)
     loss, gradient, table = evaluate(config, policy, reference, unrelated, liked)
     z = point(estimator, clamp, beta, policy, reference, *unrelated, liked)
-    assert float(table[4, 0]) == pytest.approx(z, abs=1e-12)
+    assert float(table["point"][0]) == pytest.approx(z, abs=1e-12)
     assert loss == pytest.approx(kto(utility, z, beta, policy, reference, liked, weights), rel=1e-12)
     for i in range(len(policy)):  # the point is held fixed: it carries no gradient
         step = 1e-6
@@ -153,13 +155,14 @@ def test_dpo_is_the_published_formula_at_half_its_beta(errors, config):
     right = sum(
         (policy[w] - policy[lost]) - (reference[w] - reference[lost]) < 0 for w, lost in ((0, 1), (2, 3), (4, 5))
     )
-    from dkto.training.loop import measures
-
-    assert measures(config, table)["implicit_accuracy/pair"] == pytest.approx(right / 3)
+    assert measures(**table, pairs=True)["implicit_accuracy/pair"] == pytest.approx(right / 3)
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_all", "csft"])
-def test_supervised_objectives_are_the_mean_error(errors, config, name):
+def test_supervised_objectives_are_the_mean_error_of_the_liked_or_of_all(errors, config, name):
     policy, reference, _, _, liked = errors
     loss, gradient, _ = evaluate(replace(config, objective=name), policy, reference, (), liked)
-    assert loss == pytest.approx(sum(policy) / 6, rel=1e-12) and gradient == pytest.approx([1 / 6] * 6)
+    counts = [like or name != "sft" for like in liked]
+    share = 1 / sum(counts)
+    assert loss == pytest.approx(sum(p * share for p, c in zip(policy, counts, strict=True) if c), rel=1e-12)
+    assert gradient == pytest.approx([share * c for c in counts])

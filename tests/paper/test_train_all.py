@@ -26,8 +26,7 @@ from dkto.paper.train_all import (
     train_systems,
     write_settings,
 )
-from dkto.training.config import TrainConfig
-from dkto.training.online_config import OnlineConfig
+from dkto.training.config import OnlineConfig, TrainConfig
 from dkto.world.scenes import prompts_for
 
 NAMES = "base base_best_guidance sft sft_all csft dpo kto kto_loss_averse kto_risk_seeking kto_shuffled alignprop d3po"
@@ -77,7 +76,7 @@ def test_csft_draws_in_the_form_that_its_settings_chose(data, tiny_pipeline, tmp
 
 
 def test_variants_take_their_methods_settings_and_nothing_else(runs):
-    configs = {name: json.loads((run / "run.json").read_text())["config"] for name, run in runs.items()}
+    configs = {name: json.loads((run / "training.json").read_text())["config"] for name, run in runs.items()}
     assert {configs[name]["beta"] for name in ("kto", "kto_loss_averse", "kto_risk_seeking", "kto_shuffled")} == {50.0}
     assert configs["dpo"]["beta"] == 100.0
     assert [configs[name]["utility"] for name in ("kto_loss_averse", "kto_risk_seeking")] == [

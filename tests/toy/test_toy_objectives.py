@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dkto.objective.losses import denoising_error, effective_weight, implicit_reward, reference_point
+from dkto.objective.methods import Errors
 from dkto.objective.utilities import UTILITIES
 from toy.network import Architecture, Ensemble
 from toy.objectives import (
@@ -48,7 +49,8 @@ def test_weighted_denoising_is_the_gradient_of_every_loss(method):
     (objective,) = group_methods([method], torch.float64)
 
     error = denoising_error(leaf.forward(read)[0], noise, batch_dims=2)
-    felt = loss_of(objective, error[None], reference_error, is_desirable, gap)
+    unrelated = None if gap is None else Errors(torch.zeros_like(gap), gap)
+    felt = loss_of(objective, Errors(error[None], reference_error, unrelated), is_desirable)
     (expected,) = torch.autograd.grad(felt.loss.sum(), leaf.parameters)
 
     noise_pred, trace = network.forward(read)

@@ -8,7 +8,7 @@ import pytest
 
 from dkto.data.encode import prepare_feedback
 from dkto.models import SMALL_WORLD_FOLDER
-from dkto.training.card import METHODS, TRAINED_ON
+from dkto.objective.methods import METHODS
 from dkto.training.loop import run_training
 
 
@@ -32,7 +32,7 @@ def drawn_by(card, folder, config):
 def test_the_code_on_a_card_draws(config, lora_rank):
     folder, card = card_of(replace(config, lora_rank=lora_rank, max_train_steps=1))
     assert drawn_by(card, folder, config).width == 16
-    assert f"tuned with {METHODS['kto']}" in card and "| utility | kahneman_tversky |" in card
+    assert f"tuned with {METHODS['kto'].title}" in card and "| utility | kahneman_tversky |" in card
 
 
 def test_the_code_for_an_adapter_of_the_small_world_draws(likes, tmp_path, config):
@@ -48,7 +48,7 @@ def test_the_code_for_an_adapter_of_the_small_world_draws(likes, tmp_path, confi
     ("objective", "there", "absent"),
     [
         ("dpo", ("| beta | 500.0 |", "2311.12908", "diffusion-dpo"), ("utility", "2404.04465", "desirable_fraction")),
-        ("sft", ("on liked pictures alone", "| learning_rate |"), ("| beta |", "| utility |", "2404.04465")),
+        ("sft", ("on liked images alone", "| learning_rate |"), ("| beta |", "| utility |", "2404.04465")),
         ("sft_all", ("without the preference",), ("| beta |", "| utility |")),
     ],
 )
@@ -58,4 +58,4 @@ def test_a_card_speaks_of_its_own_method(config, paired, objective, there, absen
 
 
 def test_every_method_has_its_words():
-    assert METHODS.keys() == TRAINED_ON.keys()
+    assert all(method.title and method.trained_on for method in METHODS.values())

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from dkto.training.batches import Batch
 from dkto.training.config import TrainConfig
-from dkto.training.loop import measures, objective
-from dkto.objective.utilities import UTILITIES, get_utility
+from dkto.training.step import columns
+from dkto.objective.accuracy import measures
+from dkto.objective.methods import METHODS, Errors, method_loss
+from dkto.objective.utilities import UTILITIES
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -51,11 +53,11 @@ for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o 
         def run(where, total):
             leaf = share(policy, where).requires_grad_()
             batch = Batch(None, None, None, {}, share(liked, where))
-            errors = (leaf, share(reference, where))
-            unrelated = (share(other_p, where), share(other_r, where)) if estimator == "unrelated" else None
-            loss, table = objective(config, get_utility(utility), errors, unrelated, batch, total)
-            loss.backward()
-            return loss.detach(), leaf.grad, table
+            unrelated = Errors(share(other_p, where), share(other_r, where)) if estimator == "unrelated" else None
+            errors = Errors(leaf, share(reference, where), unrelated)
+            felt = method_loss(name, errors, batch.is_desirable, reduce=total, **METHODS[name].loss_settings(config))
+            felt.loss.backward()
+            return felt.loss.detach(), leaf.grad, columns(felt, errors, batch, beta)
 
         whole_loss, whole_grad, whole_table = run(slice(0, 8), lambda x: x)
         mine = slice(rank * 4, rank * 4 + 4)
@@ -63,9 +65,11 @@ for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o 
         assert abs(float(total(loss) / ranks - whole_loss)) < 1e-6 * max(1, abs(float(whole_loss))), (name, utility)
         # DDP averages the gradients of the ranks
         assert torch.allclose(grad / ranks, whole_grad[mine], rtol=1e-6, atol=1e-12), (name, utility, estimator)
-        parts = [torch.empty_like(table.T.contiguous()) for _ in range(ranks)]
-        dist.all_gather(parts, table.T.contiguous())
-        one, two = measures(config, torch.cat(parts).T), measures(config, whole_table)
+        rows = torch.stack(list(table.values())).T.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(ranks)]
+        dist.all_gather(parts, rows)
+        gathered = dict(zip(table, torch.cat(parts).T))
+        one, two = (measures(**found, pairs=name == "dpo") for found in (gathered, whole_table))
         assert one.keys() == two.keys()
         assert all(abs(one[k] - two[k]) <= 1e-6 * max(1, abs(two[k])) for k in one), (name, utility, estimator)
         checked += 1

@@ -8,19 +8,19 @@ from dkto.training.engine import Engine, check_packages
 from dkto.training.loop import train
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_first_step_has_no_reward_in_any_precision(config, precision, lora_rank):
     """Policy = reference through the whole trainer, at the paper's beta: |beta * g| < 0.01."""
-    config = replace(config, beta=5000.0, mixed_precision=precision, lora_rank=lora_rank, estimator="unrelated")
+    config = replace(config, beta=5000.0, precision=precision, lora_rank=lora_rank, estimator="unrelated")
     first = next(train(config))
     assert first["mean_abs_reward"] < 0.01 and first["reference_point"] < 0.01
     assert first["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_what_is_trained_stays_in_float32_and_the_rest_does_not(config, precision):
-    engine = Engine(replace(config, mixed_precision=precision, lora_rank=2), load_model(config.model))
+    engine = Engine(replace(config, precision=precision, lora_rank=2), load_model(config.model))
     engine.start()
     assert {p.dtype for p in engine.parameters} == {torch.float32}
     assert engine.dtype in {p.dtype for p in engine.pair.policy.parameters()}
@@ -110,7 +110,7 @@ def test_a_compiled_policy_trains_the_same(config):
 @pytest.mark.gpu
 def test_moments_of_eight_bits_train_and_resume(config):
     pytest.importorskip("bitsandbytes")
-    config = replace(config, optimizer="adamw8bit", mixed_precision="fp16")
+    config = replace(config, optimizer="adamw8bit", precision="float16")
     run = train(config)
     for _ in range(5):
         next(run)

@@ -14,7 +14,7 @@ from dkto.common.processes import FAMILY_VARIABLE, join_family
 from dkto.objective.utilities import define_utility
 from dkto.training.launch import config_arguments
 from dkto.training.loop import train
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.run_folder import RunFolder
 
 
 def living(folder):
@@ -70,7 +70,9 @@ def test_a_killed_papermill_leaves_no_orphan(config, tmp_path):
 def test_arguments_say_the_whole_configuration(config):
     import tyro
 
-    assert tyro.cli(type(config), args=config_arguments(config)) == config
+    from dkto.cli import Train
+
+    assert tyro.cli(Train, args=config_arguments(config)).config == config
 
 
 def test_a_utility_defined_as_text_is_one_configuration_here_and_there(config):
@@ -78,7 +80,7 @@ def test_a_utility_defined_as_text_is_one_configuration_here_and_there(config):
     named, told = replace(config, utility="steep_here"), replace(config, utility="steep_here = tanh(3 * x)")
     assert config_arguments(named) == config_arguments(told)
     list(train(replace(told, max_train_steps=1)))
-    assert CheckpointStore(replace(named, max_train_steps=1)).is_finished()
+    assert RunFolder(replace(named, max_train_steps=1)).is_finished()
 
 
 def test_a_training_of_the_first_process_of_a_container_is_no_orphan(monkeypatch):

@@ -17,7 +17,7 @@ from dkto.common.files import read_records
 from dkto.data.encode import prepare_feedback
 from dkto.training.launch import config_arguments, run_trainings, start_training
 from dkto.training.loop import learning_rate_at, run_training, train
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.run_folder import RunFolder
 
 MEASURES = {
     "global_step",
@@ -54,7 +54,7 @@ def test_a_run_leaves_records_and_a_pipeline_for_plain_diffusers(config, tiny_pi
     assert records[0]["peak_memory_mb"] > 50
     assert all(r.keys() >= MEASURES and all(np.isfinite(v) for v in r.values()) for r in records)
     assert read_records(config.output_dir / "metrics.jsonl") == records
-    about = json.loads((config.output_dir / "run.json").read_text())
+    about = json.loads((config.output_dir / "training.json").read_text())
     assert about["finished"] and about["config"]["beta"] == 500.0 and "torch" in about["versions"]
     assert not list(config.output_dir.glob("checkpoint-*"))
     before = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
@@ -150,7 +150,7 @@ def test_stopped_and_resumed_equals_uninterrupted(config):
     for _ in range(5):  # two steps after the checkpoint of step 3
         next(steps)
     steps.close()
-    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000003"]
     resumed = list(train(config))
     assert [r["global_step"] for r in resumed] == [4, 5, 6, 7, 8]
     assert without_time(read_records(config.output_dir / "metrics.jsonl")) == without_time(expected)
@@ -178,11 +178,11 @@ def test_killed_in_training_and_called_again_ends_the_same(config):
     command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not CheckpointStore(long).checkpoints() and process.poll() is None and time.monotonic() < deadline:
+    while not RunFolder(long).checkpoints() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert CheckpointStore(long).checkpoints()
+    assert RunFolder(long).checkpoints()
     run_trainings([long], threads=1)
     records = read_records(long.output_dir / "metrics.jsonl")
     assert without_time(records) == without_time(read_records(whole.output_dir / "metrics.jsonl"))
@@ -227,7 +227,7 @@ def test_the_rate_warms_up_and_stays(config):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, monkeypatch):
     monkeypatch.setattr(
-        "dkto.training.loop.denoising_error", lambda prediction, target: prediction.mean((1, 2, 3)) * float("nan")
+        "dkto.training.step.denoising_error", lambda prediction, target: prediction.mean((1, 2, 3)) * float("nan")
     )
     with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, last at step 3"):
         list(train(config))

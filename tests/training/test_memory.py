@@ -55,7 +55,7 @@ def test_adapters_checkpointing_and_half_precision_save_memory():
     full = step_memory("small-world", batch=32)
     assert step_memory("small-world", batch=32, lora_rank=4) < full
     assert step_memory("small-world", batch=32, gradient_checkpointing=True) < full
-    assert step_memory("small-world", batch=32, mixed_precision="bf16") < full
+    assert step_memory("small-world", batch=32, precision="bfloat16") < full
     assert step_memory("small-world", batch=64) > full
 
 
@@ -74,7 +74,7 @@ def test_the_largest_batch_is_found(limit, expected):
 def test_a_row_says_which_batch_fits():
     row = memory_row("small-world", 0, cards=(1, 80), overhead_gb=0.8)
     fits = row.largest_batch[1]
-    options = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    options = {"precision": "bfloat16", "gradient_checkpointing": True}
     assert step_memory("small-world", batch=fits, **options) <= 1 - 0.8
     assert step_memory("small-world", batch=fits + 1, **options) > 1 - 0.8
     assert row.largest_batch[80] == 512 > fits > 0

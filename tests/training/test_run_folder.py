@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from dkto.common.files import read_records
 from dkto.data.encode import prepare_feedback
+from dkto.training.engine import Engine
 from dkto.training.launch import config_arguments
 from dkto.training.loop import run_training, train
-from dkto.training.run_folder import CheckpointStore
+from dkto.training.run_folder import RunFolder
 
 TIMED = {"samples_per_second", "peak_memory_mb"}
 
@@ -47,7 +48,7 @@ def test_the_last_few_are_kept_and_latest_points_at_the_newest(config, tiny_pipe
     config = replace(config, checkpoint_every=2, keep_checkpoints=2, max_train_steps=8)
     stop_after(config, 7)
     folder = config.output_dir
-    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000004", "checkpoint-00000006"]
+    assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000004", "checkpoint-00000006"]
     assert (folder / "latest").resolve().name == "checkpoint-00000006"
     UNet2DConditionModel.from_pretrained(folder / "latest" / "unet")
     run_training(config)
@@ -61,8 +62,8 @@ def test_the_last_few_are_kept_and_latest_points_at_the_newest(config, tiny_pipe
     [
         {"lora_rank": 2},
         {"ema_decay": 0.9},
-        {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        {"mixed_precision": "fp16", "max_train_steps": 12},  # its first steps find the scale of the loss
+        {"precision": "bfloat16", "gradient_checkpointing": True},
+        {"precision": "float16", "max_train_steps": 12},  # its first steps find the scale of the loss
         {"gradient_accumulation": 2, "estimator": "unrelated", "prompt_dropout": 0.5},
     ],
     ids=str,
@@ -89,10 +90,10 @@ def test_a_save_that_is_cut_short_leaves_the_former_checkpoint(config, monkeypat
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CheckpointStore, "_write_state", killed)
+    monkeypatch.setattr(Engine, "write_state", killed)
     with pytest.raises(KeyboardInterrupt):
         list(train(config))
-    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000003"]
     monkeypatch.undo()
     assert [r["global_step"] for r in train(config)] == [4, 5, 6, 7, 8]
 
@@ -110,7 +111,7 @@ def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
             next(steps)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [p.name for p in CheckpointStore(config).checkpoints()] == ["checkpoint-00000003"]
+    assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000003"]
     assert not list(config.output_dir.glob("*.part"))
     assert len(list(train(config))) == 5
 
@@ -118,7 +119,7 @@ def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
 def test_another_configuration_does_not_resume(config):
     stop_after(config, 4)
     other = replace(config, beta=100.0, batch_size=8)
-    with pytest.raises(ValueError, match=r"\(beta: 500.0 stored, 100.0 asked, batch_size: 4 stored, 8 asked\)"):
+    with pytest.raises(ValueError, match=r"\(batch_size: 4 stored, 8 asked, beta: 500.0 stored, 100.0 asked\)"):
         next(train(other))
 
 
@@ -171,7 +172,7 @@ def test_a_step_with_nan_in_its_batch_is_skipped_and_counted(config, monkeypatch
     records = read_records(config.output_dir / "metrics.jsonl")
     assert [(r["global_step"], r["skipped_steps"]) for r in records] == [(1, 0), (2, 0), (4, 1), (5, 1)]
     assert [r["skipped_steps"] for r in train(config)] == [1, 1]
-    about = json.loads((config.output_dir / "run.json").read_text())
+    about = json.loads((config.output_dir / "training.json").read_text())
     assert about["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(config.output_dir).values())
     assert "6 steps, of which 1 were skipped" in (config.output_dir / "model" / "README.md").read_text()

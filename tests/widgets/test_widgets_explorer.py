@@ -73,7 +73,7 @@ def test_a_run_gives_its_step_means_its_beta_and_its_utility(tmp_path):
         {"global_step": 2, "loss": 1.0, "reward/desirable": 2.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"beta": 50.0, "utility": "flat = tanh(x/9)"}}))
+    (tmp_path / "training.json").write_text(json.dumps({"config": {"beta": 50.0, "utility": "flat = tanh(x/9)"}}))
     explorer = Explorer.of_run(tmp_path)
     assert explorer.beta == 50.0 and explorer.utility == "flat"
     np.testing.assert_allclose(explorer.rewards()[0], [1, -1, 2], rtol=1e-6)
