@@ -72,44 +72,41 @@ def compile_expression(text: str) -> Map:
     if len(text) > MAX_LENGTH:
         raise ValueError(f"a formula may have {MAX_LENGTH} characters, got {len(text)}")
     try:
-        tree = ast.parse(text, mode="eval")
-        parts = list(ast.walk(tree.body))
+        tree = ast.parse(text, mode="eval").body
+        parts = [part for part in ast.walk(tree) if isinstance(part, ast.expr)]
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply or holds a strange character"
         raise ValueError(f"formula {text!r} cannot be read: {reason}") from None
-    size = sum(isinstance(part, ast.expr) for part in parts)
-    if size > MAX_PARTS:
-        raise ValueError(f"formula {_short(text)!r} has {size} parts, more than {MAX_PARTS}")
+    if len(parts) > MAX_PARTS:
+        raise ValueError(f"formula {_short(text)!r} has {len(parts)} parts, more than {MAX_PARTS}")
     try:
-        compiled = _compile(tree.body)
-    except _NotAllowed as refusal:
+        compiled = _compile(tree)
+    except ValueError as refusal:
         raise ValueError(f"formula {_short(text)!r}: {refusal}") from None
     if not any(isinstance(part, ast.Name) and part.id == "x" for part in parts):
-        raise ValueError(f"formula {_short(text)!r} does not hang on x")
+        raise ValueError(f"formula {_short(text)!r} does not depend on x")
     return compiled
 
 
-class _NotAllowed(Exception):
-    pass
-
-
 def _compile(node: ast.expr) -> Map:
+    """The function of one part; whatever is not listed here is refused."""
     match node:
         case ast.Name(id="x"):
             return lambda x: x
         case ast.Name(id=name) if name in CONSTANTS:
             return _constant(CONSTANTS[name])
-        case ast.Name(id=name):
-            if name in KNOWN:
-                raise _NotAllowed(f"{name} is a function: write its values in brackets")
-            raise _NotAllowed(not_known(f"unknown name {_short(name)!r}", name, KNOWN))
+        case ast.Name(id=name) if name in KNOWN:
+            raise ValueError(f"{name} is a function: write its values in brackets")
+        case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)) if name not in KNOWN:
+            raise ValueError(not_known(f"unknown name {_short(name)!r}", name, KNOWN))
         case ast.Constant():
-            return _constant(_number(node))
+            return _constant(_number(node, MAX_NUMBER, f"a number must be plain and at most {MAX_NUMBER:g}"))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:
             sign, inner = _SIGNS[type(op)], _compile(operand)
             return lambda x: sign(inner(x))
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = _compile(left), _exponent(right)
+            limit = f"the exponent of a power must be a number from -{MAX_EXPONENT:g} to {MAX_EXPONENT:g}"
+            base, exponent = _compile(left), _number(right, MAX_EXPONENT, limit)
             return lambda x: base(x) ** exponent
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             operate, first, second = _OPERATORS[type(op)], _compile(left), _compile(right)
@@ -117,37 +114,25 @@ def _compile(node: ast.expr) -> Map:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS | FUNCTIONS_OF_TWO:
             wanted = 1 if name in FUNCTIONS else 2
             if len(arguments) != wanted:
-                raise _NotAllowed(f"{name} takes {wanted} value{'s' * (wanted > 1)}, got {len(arguments)}")
+                raise ValueError(f"{name} takes {wanted} value{'s' * (wanted > 1)}, got {len(arguments)}")
             function, inner = (FUNCTIONS | FUNCTIONS_OF_TWO)[name], [_compile(argument) for argument in arguments]
             return lambda x: function(*(part(x) for part in inner))
-        case ast.Call(func=ast.Name(id=name) as unknown) if name not in KNOWN:
-            return _compile(unknown)  # refuses it, with the nearest
-    raise _NotAllowed(f"{_source(node)!r} is not allowed; write it with x, numbers, + - * / ** and the known functions")
+    part = _short(ast.unparse(node))
+    raise ValueError(f"{part!r} is not allowed; write it with x, numbers, + - * / ** and the known functions")
 
 
 def _constant(value: float) -> Map:
     return lambda x: torch.full_like(x, value, requires_grad=False)
 
 
-def _number(node: ast.expr) -> float:
-    value = node.value if isinstance(node, ast.Constant) else None
-    if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
-        raise _NotAllowed(f"a number must be plain and at most {MAX_NUMBER:g}, got {_source(node)!r}")
+def _number(node: ast.expr, largest: float, expected: str) -> float:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):  # no literal
+        value = None
+    if type(value) not in (int, float) or not abs(value) <= largest:
+        raise ValueError(f"{expected}, got {_short(ast.unparse(node))!r}")
     return float(value)
-
-
-def _exponent(node: ast.expr) -> float:
-    negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
-    inner = node.operand if negative else node
-    value = inner.value if isinstance(inner, ast.Constant) else None
-    if type(value) not in (int, float) or not abs(value) <= MAX_EXPONENT:
-        limit = f"{MAX_EXPONENT:g}"
-        raise _NotAllowed(f"the exponent of a power must be a number from -{limit} to {limit}, got {_source(node)!r}")
-    return float(-value if negative else value)
-
-
-def _source(node: ast.AST) -> str:
-    return _short(ast.unparse(node))
 
 
 def _short(text: str, longest: int = 60) -> str:

@@ -5,8 +5,8 @@ U' is the weight with which a sample is learnt from (paper C.4). `UTILITIES` hol
 `register_utility` adds a user's own.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dkto.common.names import check_name
-from dkto.objective.formula import compile_expression
+from dkto.objective.formula import Map, compile_expression
 
 Sign = Literal["inside", "outside"]
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,11 @@ All but `exponential` keep value and slope finite for |x| up to 1e4 in half, bfl
 
 
 def get_utility(utility: str | Utility) -> Utility:
-    """The utility of that name; a `Utility` is passed through; "name = formula" defines one by `define_utility`.
+    """The utility of that name; "name = formula" is one as text; a `Utility` is passed through. Registers nothing.
 
     Raises:
-        ValueError: if the name is unknown; the sentence names the nearest and lists the known ones.
+        ValueError: if the name is unknown (the sentence names the nearest and lists the known ones), or the text is
+            refused as by `define_utility`.
 
     >>> get_utility("loss_averse").formula
     'log sigmoid(x)'
@@ -141,8 +141,7 @@ def get_utility(utility: str | Utility) -> Utility:
     if isinstance(utility, Utility):
         return utility
     if isinstance(utility, str) and "=" in utility:
-        name, _, formula = utility.partition("=")
-        return define_utility(name.strip(), formula)
+        return _from_text(utility)
     check_name("utility", utility, UTILITIES)
     return UTILITIES[utility]
 
@@ -181,14 +180,8 @@ def register_utility(
     >>> tanh.slope(torch.tensor([0.0]))
     tensor([1.])
     """
-    if not name.isidentifier():
-        raise ValueError(f"name must be a word of letters, digits and underscores, got {name!r}")
-    if name in _BUILT_IN_NAMES:
-        raise ValueError(f"utility {name!r} is built in and cannot be replaced; choose another name")
-    if name in UTILITIES and not replace:
+    if name in UTILITIES and name not in _BUILT_IN_NAMES and not replace:
         raise ValueError(f"utility {name!r} exists already; choose another name or pass replace=True")
-    if sign not in ("inside", "outside"):
-        raise ValueError(f"sign must be 'inside' or 'outside', got {sign!r}")
     utility = Utility(name, value, slope or _slope_by_autograd(value), sign, formula or name, description)
     _check(utility)
     UTILITIES[name] = utility
@@ -198,7 +191,7 @@ def register_utility(
 def define_utility(name: str, formula: str) -> Utility:
     """Register a utility given as text (`dkto.objective.formula` says what it may hold), under a name of one's own.
 
-    The same name may be defined anew. In a run's settings the text "name = formula" stands for it, so
+    A name may be defined again. In a run's settings the text "name = formula" replaces the name, so
     that the run's record says what was trained, and a sub-process knows it too.
 
     Raises:
@@ -207,11 +200,18 @@ def define_utility(name: str, formula: str) -> Utility:
     >>> define_utility("steep", "2 * sigmoid(3 * x)").definition
     'steep = 2 * sigmoid(3 * x)'
     """
-    formula = formula.strip()
-    value = compile_expression(formula)
-    utility = register_utility(name, value, formula=formula, description="defined as text", replace=True)
-    UTILITIES[name] = replace(utility, definition=f"{name} = {formula}")
+    UTILITIES[name] = _from_text(f"{name} = {formula}")
     return UTILITIES[name]
+
+
+@cache
+def _from_text(definition: str) -> Utility:
+    name, formula = (part.strip() for part in definition.split("=", 1))
+    value = compile_expression(formula)
+    about = {"formula": formula, "description": "defined as text", "definition": f"{name} = {formula}"}
+    utility = Utility(name, value, _slope_by_autograd(value), **about)
+    _check(utility)
+    return utility
 
 
 def _slope_by_autograd(value: Map) -> Map:
@@ -225,6 +225,12 @@ def _slope_by_autograd(value: Map) -> Map:
 
 
 def _check(utility: Utility) -> None:
+    if not utility.name.isidentifier():
+        raise ValueError(f"name must be a word of letters, digits and underscores, got {utility.name!r}")
+    if utility.name in _BUILT_IN_NAMES:
+        raise ValueError(f"utility {utility.name!r} is built in and cannot be replaced; choose another name")
+    if utility.sign not in ("inside", "outside"):
+        raise ValueError(f"sign must be 'inside' or 'outside', got {utility.sign!r}")
     grid = torch.linspace(-8, 8, 2049, dtype=torch.float64)  # steps of 1/128 and 0 itself, exactly
     y = _on_grid(f"utility {utility.name!r}", utility.value, grid)
     slopes = _on_grid(f"slope of utility {utility.name!r}", utility.slope, grid)

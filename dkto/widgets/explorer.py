@@ -104,7 +104,7 @@ class Explorer(Instrument):
                 raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
         config = read_json(folder / "training.json", "record of a training", ["config"])["config"]
         rewards, labels = rewards_of_records(read_records(folder / "metrics.jsonl"))
-        known = {"beta": config["beta"], "utility": get_utility(config["utility"]).name}
+        known = {"beta": config["beta"], "utility": _name_of(config["utility"])}
         return cls(rewards, labels, source=f"step means of {folder.name}", **(known | settings))
 
     @traitlets.validate("beta", "desirable_weight", "undesirable_weight", "largest_reward")
@@ -121,7 +121,7 @@ class Explorer(Instrument):
 
     @traitlets.validate("utility")
     def _known_utility(self, proposal: dict) -> str:
-        return get_utility(proposal["value"]).name
+        return _name_of(proposal["value"])
 
     def refresh(self) -> None:
         """Send every utility of `dkto.objective.UTILITIES` to the page, after one was registered in Python."""
@@ -277,6 +277,12 @@ def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     refuse_rows(table["reward"], ~np.isnan(rewards), name, "reward must be a number")
     labels = [parse_label(value, f"{name}, row {row}") for row, value in enumerate(table["liked"], 1)]
     return rewards, np.array(labels, dtype=bool)
+
+
+def _name_of(utility: str) -> str:
+    """The name of a utility; one that comes as text is registered, for the page knows names."""
+    found = get_utility(utility)
+    return define_utility(found.name, found.formula).name if found.definition else found.name
 
 
 def _samples(y: torch.Tensor) -> bytes:

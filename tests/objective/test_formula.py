@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dkto.objective.formula import FUNCTIONS, FUNCTIONS_OF_TWO, compile_expression
 from dkto.objective.losses import kto_loss
-from dkto.objective.utilities import define_utility, get_utility
+from dkto.objective.utilities import UTILITIES, define_utility, get_utility
 
 X = torch.linspace(-3, 3, 13, dtype=torch.float64)
 
@@ -73,7 +73,7 @@ REFUSED = {
     "x ** 11": "exponent",
     "x ** x": "exponent",
     "x ** 1e300": "exponent",
-    "3 + 4": "does not hang on x",
+    "3 + 4": "does not depend on x",
     "x" + "+x" * 60: "has 121 parts, more than 100",
     "x" + " " * 300 + "+ 1": "200 characters, got",
     "(" * 90 + "x" + ")" * 90 + "(": "cannot be read",
@@ -140,6 +140,13 @@ def test_any_text_at_all_is_refused_or_compiled(text):
         compile_expression(text)
     except ValueError as refusal:
         assert str(refusal)
+
+
+def test_a_utility_as_text_is_one_without_being_registered():
+    utility = get_utility("of_text = tanh(x / 3)")
+    assert utility is get_utility("of_text = tanh(x / 3)") and utility.name == "of_text" not in UTILITIES
+    assert define_utility("of_text", "tanh(x / 3)") is utility is UTILITIES["of_text"]
+    assert get_utility("of_text = x").formula == "x" and get_utility("of_text") is utility
 
 
 def test_a_defined_utility_trains_under_its_name_and_under_its_definition():
