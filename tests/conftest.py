@@ -1,9 +1,11 @@
 """Every test runs offline, without a display, from the same seeds; what the machine lacks is skipped, not failed."""
 
 import json
+import multiprocessing.process
 import os
 import random
 import shutil
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -36,6 +38,29 @@ def pytest_collection_modifyitems(items):
         for name, reason in lacks.items():
             if reason and name in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_are_marked(request):
+    """`make check` starts no other process: what would is marked `process`, and fails there without the mark."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "not process" in request.config.option.markexpr:
+
+            def refuse(self, *arguments, **options):
+                raise AssertionError("this test starts a process: mark it with pytest.mark.process")
+
+            patch.setattr(subprocess.Popen, "__init__", refuse)
+            patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """As many CPU threads as a training that a test starts has, so that the numbers are bitwise the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

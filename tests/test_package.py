@@ -25,19 +25,32 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 TOY = {"common", "objective", "plotting", "runs", "widgets"}  # what the 2-D laboratory takes of dkto
 
 
-def test_importing_dkto_imports_neither_diffusers_nor_transformers():
-    code = "import sys, dkto; print([m for m in ('diffusers', 'transformers', 'torch') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+LIGHT = """
+import sys
+found = lambda *names: [name for name in names if name in sys.modules]
+heavy = ("diffusers", "transformers", "accelerate")
+import dkto
+print("dkto", found("torch", *heavy))
+import dkto.objective.losses, dkto.objective.methods, dkto.evaluation.metrics
+print("objective", found(*heavy))
+import toy.experiment, toy.pointwise
+print("toy", found(*heavy))
+"""
 
 
-def test_the_objective_needs_torch_alone():
-    code = "import sys, dkto.objective.losses; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.process
+def test_dkto_the_objective_and_the_toy_import_little():
+    """`import dkto` loads not even torch; the objective, the metrics and the 2-D laboratory need no image model."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["dkto []", "objective []", "toy []"]
 
 
-@pytest.mark.parametrize("module", ["dkto.evaluation.generate", "dkto.training.engine"])
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "module",
+    # both go through `dkto.common.quiet`; a second process of ten seconds of imports is for the whole suite
+    ["dkto.training.engine", pytest.param("dkto.evaluation.generate", marks=pytest.mark.slow)],
+)
 def test_what_imports_diffusers_first_is_quiet(module):
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

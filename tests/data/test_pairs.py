@@ -104,6 +104,7 @@ def test_a_shard_without_rows_adds_nothing(shards, tmp_path):
     assert names(read_feedback(convert_pairs(shards, tmp_path / "two"))) == expected
 
 
+@pytest.mark.process
 def test_a_call_after_a_kill_goes_on_with_the_shards_that_are_missing(shards, tmp_path):
     expected = read_feedback(convert_pairs(shards, tmp_path / "whole")).to_frame()["prompt"].tolist()
     code = (
@@ -205,6 +206,7 @@ def test_bad_sources_are_named(shards, tmp_path):
     assert names(read_feedback(convert_pairs(str(shards / "train-1*"), tmp_path / "o5"))).keys() == set("aecfg")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_shards(tmp_path):
     """Six shards of 20 MB take no more than one does; measured in processes of their own."""
@@ -270,6 +272,7 @@ class FakeHub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.process
 def test_a_hub_id_is_fetched_shard_by_shard_and_leaves_no_shard_behind(shards, tmp_path):
     (shards / "README.md").write_text("not a shard")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(FakeHub, folder=shards))

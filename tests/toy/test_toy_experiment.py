@@ -56,6 +56,7 @@ def test_shapes_and_names(experiment):
     assert set(experiment.seconds) == {"ensemble", "measures"} and experiment.seconds["ensemble"] > 0
 
 
+@pytest.mark.process
 def test_two_processes_give_what_one_gives(experiment):
     """Batched products round differently in ensembles of other sizes; float32 over 100 steps keeps 3 digits."""
     two = run_experiment(METHODS, [0, 1, 2], TINY, processes=2, record_every=20)

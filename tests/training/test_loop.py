@@ -170,11 +170,11 @@ def test_a_finished_run_of_another_configuration_is_not_overwritten(config):
     assert same(weights(config.output_dir), before)
 
 
-def test_killed_in_training_and_called_again_ends_the_same(config):
+def test_killed_in_training_and_called_again_ends_the_same(config, one_thread):
     """A real process, really killed: SIGKILL after the first checkpoint has been written."""
     long = replace(config, max_train_steps=40, checkpoint_every=4)
     whole = replace(long, output_dir=config.output_dir.with_name("whole"))
-    run_trainings([whole], threads=1)
+    list(train(whole))
     command = [sys.executable, "-m", "dkto.cli", "train", *config_arguments(long), "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -183,7 +183,7 @@ def test_killed_in_training_and_called_again_ends_the_same(config):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert RunFolder(long).checkpoints()
-    run_trainings([long], threads=1)
+    list(train(long))
     records = read_records(long.output_dir / "metrics.jsonl")
     assert without_time(records) == without_time(read_records(whole.output_dir / "metrics.jsonl"))
     assert same(weights(long.output_dir), weights(whole.output_dir))
@@ -270,6 +270,11 @@ def test_configurations_out_of_range_are_refused(config, values, sentence):
         replace(config, **values)
 
 
-def test_a_failing_sub_process_is_reported_with_its_last_line(config, tmp_path):
-    with pytest.raises(RuntimeError, match=r"ended with code 2: dkto: .*prepared\.json is missing"):
-        run_trainings([replace(config, prepared_dir=tmp_path)])
+def test_a_failing_sub_process_is_reported_with_its_last_line(config, monkeypatch):
+    """A process that ends as the command does when it refuses something; launchers write pages after the sentence."""
+    code = "import sys; print('dkto: prepared.json is missing'); print('a page'); sys.exit(2)"
+    monkeypatch.setattr("dkto.training.launch.training_command", lambda *_, **options: [sys.executable, "-c", code])
+    with pytest.raises(
+        RuntimeError, match=r"run ended with code 2: dkto: prepared\.json is missing \(see .*train\.log"
+    ):
+        run_trainings([config])

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -10,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
+from dkto.cli import main
 from dkto.common.files import read_records
 from dkto.evaluation.scorers import SCORERS, get_pixel_scorer, register_scorer
 from dkto.models import load_model, make_policy
@@ -312,9 +311,9 @@ def test_a_reward_that_is_not_finite_stops_the_run(config):
         SCORERS.pop("broken")
 
 
-def test_the_command_trains_online(config):
-    command = [sys.executable, "-m", "dkto.cli", "train-online", "--prompts-file", str(config.prompts_file)]
+def test_the_command_trains_online(config, capsys):
+    command = ["train-online", "--prompts-file", str(config.prompts_file)]
     command += ["--output-dir", str(config.output_dir), "--model", config.model, "--reward", "world_redness"]
     command += ["--sampling-steps", "2", "--batch-size", "2", "--max-train-steps", "1", "--lora-rank", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "finished" in done.stdout and (config.output_dir / "lora").is_dir()
+    assert main(command) == 0
+    assert "finished" in capsys.readouterr().out and (config.output_dir / "lora").is_dir()

@@ -1,3 +1,4 @@
+import sys
 import time
 from dataclasses import replace
 
@@ -46,8 +47,10 @@ def test_a_training_is_watched_stopped_at_a_checkpoint_and_gone_on_with(config):
     assert view.wait(300) == "stopped"
 
 
-def test_a_training_that_fails_says_why(config, tmp_path):
-    view = TrainingView(replace(config, prepared_dir=tmp_path / "nowhere"))
+def test_a_training_that_fails_says_why(config, monkeypatch):
+    code = "import sys; sys.exit('dkto: nowhere holds no prepared feedback')"
+    monkeypatch.setattr("dkto.training.launch.training_command", lambda *_, **options: [sys.executable, "-c", code])
+    view = TrainingView(config)
     view.start()
     assert view.wait(300) == "failed"
     assert "holds no prepared feedback" in view.message and "train.log" in view.message and view.can_start
