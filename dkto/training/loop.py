@@ -58,7 +58,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     folder = RunFolder(config)
     if folder.is_finished():
         return
-    run = start(config)
+    run = open_run(config)
     main = run.engine.accelerator.is_main_process
     with sole_writer(config.output_dir) if main else nullcontext():
         resume(run, folder)
@@ -85,12 +85,12 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
             run.engine.accelerator.wait_for_everyone()
 
 
-def start(config: RunConfig) -> Run:
+def open_run(config: RunConfig) -> Run:
     """A run at its beginning: model, batches and engine."""
     if config.objective in ONLINE:
-        from dkto.training.online import start_online  # it needs the scorers
+        from dkto.training.online import open_online  # it needs the scorers
 
-        return start_online(config)
+        return open_online(config)
     model = load_model(config.model)
     batches = GlobalBatches(config, PreparedFeedback(config.prepared_dir, model), model)
     return Run(config, model, Engine(config, model), batches)

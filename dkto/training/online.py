@@ -88,7 +88,7 @@ def to_images(pixel_values: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def start_online(config: OnlineConfig) -> Run:
+def open_online(config: OnlineConfig) -> Run:
     """An online run at its beginning; a reward that cannot be had is refused before anything is loaded for it."""
     pixel_scorer = get_pixel_scorer(config.reward) if config.objective == "alignprop" else None
     check_scorers([config.reward], config.prompts())
