@@ -14,11 +14,13 @@ from torch import Tensor
 from dkto.common.names import check_name
 from dkto.objective.losses import ESTIMATORS
 from dkto.objective.methods import METHODS as LOSSES
-from dkto.objective.methods import Errors, Felt, method_loss
+from dkto.objective.methods import OFFLINE, Errors, Felt, method_loss
 from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
-OBJECTIVES = ("sft", "csft", "dpo", "kto")
+OBJECTIVES = OFFLINE
+SHARED = ("utility", "estimator", "clamp")  # settings that methods of one call of a loss have in common
+NUMBERS = ("beta", "desirable_weight", "undesirable_weight")  # those that each of them has of its own
 TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
 
 
@@ -121,7 +123,7 @@ class Samples(NamedTuple):
 
 def drawing_of(method: Method) -> tuple[bool, float, float]:
     """How a method draws: (pairs, desirable_fraction, flip_rate); methods with the same share their samples."""
-    pairs = method.objective == "dpo"
+    pairs = LOSSES[method.objective].draws == "pairs"
     return pairs, 1.0 if pairs else method.desirable_fraction, method.flip_rate
 
 
@@ -180,15 +182,14 @@ def group_methods(methods: Sequence[Method], dtype: torch.dtype = torch.float32)
     """Methods gathered by the call they share: objective, utility, estimator and clamp."""
     groups: dict[tuple, list[int]] = {}
     for row, method in enumerate(methods):
-        kto = (method.utility, method.estimator, method.clamp) if method.objective == "kto" else ()
-        groups.setdefault((method.objective, *kto), []).append(row)
+        shared = [getattr(method, name) for name in SHARED if name in LOSSES[method.objective].settings]
+        groups.setdefault((method.objective, *shared), []).append(row)
 
     def column(rows: list[int], name: str) -> Tensor:
         return torch.tensor([[getattr(methods[row], name)] for row in rows], dtype=dtype)
 
-    numbers = ("beta", "desirable_weight", "undesirable_weight")
     return [
-        Objective(methods[rows[0]], torch.tensor(rows), *(column(rows, name) for name in numbers))
+        Objective(methods[rows[0]], torch.tensor(rows), *(column(rows, name) for name in NUMBERS))
         for rows in groups.values()
     ]
 
@@ -203,14 +204,13 @@ def loss_of(objective: Objective, errors: Errors, is_desirable: Tensor) -> Felt:
         is_desirable: (G, S, B) bool, as labelled.
     """
     method, shape = objective.method, errors.policy.shape[:-1]
-    numbers = ("beta", "desirable_weight", "undesirable_weight")
-    settings = {name: getattr(method, name) for name in ("utility", "estimator", "clamp")}
-    settings |= {name: getattr(objective, name).expand(shape) for name in numbers}
+    settings = {name: getattr(method, name) for name in SHARED}
+    settings |= {name: getattr(objective, name).expand(shape) for name in NUMBERS}
     settings = {name: value for name, value in settings.items() if name in LOSSES[method.objective].settings}
-    if method.objective != "dpo":
+    if LOSSES[method.objective].draws != "pairs":
         return method_loss(method.objective, errors, is_desirable, **settings)
     sides = Errors(*(torch.stack(error.chunk(2, -1), -1).flatten(-2) for error in errors[:2]))  # chosen, rejected, ...
-    felt = method_loss("dpo", sides, is_desirable, **settings)
+    felt = method_loss(method.objective, sides, is_desirable, **settings)
     return felt._replace(reward=torch.cat([felt.reward[..., 0::2], felt.reward[..., 1::2]], -1))
 
 

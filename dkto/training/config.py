@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from dkto.common.names import check_choice
-from dkto.objective.methods import METHODS
+from dkto.objective.methods import METHODS, OFFLINE, ONLINE
 from dkto.objective.utilities import get_utility
 
-Objective = Literal["kto", "dpo", "sft", "sft_all", "csft"]
-OnlineObjective = Literal["alignprop", "d3po"]
+Objective = Literal[*OFFLINE]
+OnlineObjective = Literal[*ONLINE]
 TimestepSampling = Literal["default", "uniform", "logit_normal"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw8bit"]

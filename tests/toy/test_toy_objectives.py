@@ -133,7 +133,7 @@ def test_only_csft_is_told_a_label():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Method("ktoo"), "unknown objective 'ktoo'; did you mean 'kto'\\? known: sft, csft, dpo, kto"),
+        (lambda: Method("ktoo"), "unknown objective 'ktoo'; did you mean 'kto'\\? known: kto, dpo, sft, sft_all, csft"),
         (
             lambda: Method(estimator="unrelated"),
             "unknown estimator 'unrelated'; known: batch, independent, per_class, zero",

@@ -278,3 +278,39 @@ def test_a_failing_sub_process_is_reported_with_its_last_line(config, monkeypatc
         RuntimeError, match=r"run ended with code 2: dkto: prepared\.json is missing \(see .*train\.log"
     ):
         run_trainings([config])
+
+
+NEW_METHOD = """
+import sys
+import torch
+from dkto.objective import methods
+from dkto.objective.methods import Felt, Method, implicit_reward
+
+def squared(errors, is_desirable, *, beta):
+    reward = implicit_reward(errors.policy, errors.reference, beta)
+    gap = reward - torch.where(is_desirable, 1.0, -1.0)
+    return Felt((gap**2).mean(-1), reward.detach(), slope=2 * gap.abs().detach())
+
+methods.METHODS["squared"] = Method("least squares", "on single likes", "biased", squared, ("desirable_fraction",))
+methods.OFFLINE += ("squared",)  # as an entry in the file is
+
+from dkto.training import TrainConfig, run_training
+folder = run_training(TrainConfig(sys.argv[1], sys.argv[2], model=sys.argv[3], objective="squared", beta=500.0,
+                                  batch_size=4, max_train_steps=2, lora_rank=2))
+assert "tuned with least squares" in (folder / "lora" / "README.md").read_text()
+from toy import Method as Tuning
+from toy.objectives import Errors, group_methods, loss_of
+(objective,) = group_methods([Tuning("squared")])
+errors = Errors(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+print("toy", loss_of(objective, errors, torch.ones(1, 2, 4, dtype=torch.bool)).loss.tolist())
+"""
+
+
+def test_a_new_method_is_one_function_and_one_entry(config, tmp_path):
+    """What CONTRIBUTING promises: trainer, card and laboratory take it from the table."""
+    arguments = [str(config.prepared_dir), str(tmp_path / "new"), config.model]
+    done = subprocess.run([sys.executable, "-c", NEW_METHOD, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "toy [[1.0, 1.0]]"
+    records = read_records(tmp_path / "new" / "metrics.jsonl")
+    assert records[0]["loss"] == pytest.approx(1.0)
