@@ -1,23 +1,72 @@
+import inspect
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 from PIL import Image
 
 from dkto.cli import COMMANDS, main
+from dkto.common.commands import command_line
 from dkto.data.feedback import write_feedback
 
+NAMES = [function.__name__.replace("_", "-") for function in COMMANDS]
+OPTIONS = {
+    "feedback": "SOURCE --image-folder --partition --ties --held-out --gamma",
+    "unpack": "SOURCE --output-dir --partition --ties --files",
+    "prepare": "SOURCE --image-folder --partition --ties --output-dir --model --batch-size --flip --held-out --strict "
+    "--num-processes --csft",
+    "calibrate": "--prepared-dir --steps --samples --wanted-slope --threads",
+    "memory": "--models --lora-ranks --cards --overhead-gb --precision --gradient-checkpointing --measure",
+    "train": "--prepared-dir --output-dir --objective --beta --lora-rank --threads",
+    "train-online": "--prompts-file --output-dir --objective --reward --threads",
+    "generate": "PROMPTS --output-dir --count --model --unet --lora --guidance --steps --images-per-prompt --seed "
+    "--num-processes",
+    "score": "FOLDER --scorers --num-processes",
+    "evaluate": "OURS THEIRS --scorers",
+    "run": "NOTEBOOK OUTPUT --parameters --gpus --cards",
+    "sweep": "PATH --dry-run --output-dir --profile --cores --retries --redo",
+    "demo": "--output-dir",
+    "paper": "--output-dir --profile --settings-file --steps",
+    "paper-search": "--output-dir --user --tries --train-steps --keep",
+}
 
-def test_every_command_has_help_that_says_what_it_does(capsys):
-    for name in COMMANDS:
-        with pytest.raises(SystemExit) as end:
-            main([name, "--help"])
-        assert end.value.code == 0
-        text = capsys.readouterr().out
-        assert f"usage: dkto {name}" in text and len(text.split()) > 20
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_help_on_every_option(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: dkto {name}" in text
+    assert set(OPTIONS[name].split()) <= set(re.findall(r"--[a-z-]+|[A-Z]{4,}", text))
+    function = next(function for function in COMMANDS if function.__name__ == name.replace("-", "_"))
+    for option in inspect.signature(command_line(function)).parameters.values():
+        (about,) = [each for each in get_args(option.annotation) if hasattr(each, "help")] or [None]
+        assert len((about.help or "").split()) > 1, f"{name} {option.name} has no help"
+
+
+def test_the_list_of_commands_and_a_slip_of_the_keys(capsys):
+    assert main(["--help"]) == main([]) == 0
+    assert re.findall(r"^  ([a-z-]+) +[A-Z]", capsys.readouterr().out, re.M) == NAMES * 2 and set(NAMES) == set(OPTIONS)
+    assert main(["trian", "--beta", "1"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "dkto: there is no command 'trian'; did you mean 'train'? known: feedback"
+    )
+
+
+def test_a_command_imports_what_it_calls_and_no_more():
+    """A sweep starts many runs; and who reads likes waits for no model."""
+    code = "import sys\nfrom dkto.cli import main\nfor name in ('run', 'sweep', 'feedback', 'unpack', 'evaluate'):\n"
+    code += "    try:\n        main([name, '--help'])\n    except SystemExit:\n        pass\n"
+    code += "print([name for name in ('torch', 'diffusers', 'transformers', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, capsys):
@@ -88,7 +137,7 @@ def test_the_shipped_sweeps_and_pages_name_commands_that_exist():
     pages = [root / "README.md", *(root / "notebooks").glob("*.md"), *(root / "papermill_runs").glob("*.md")]
     pages += (root / "papermill_runs").rglob("*.yaml")
     named = {word for page in pages for word in re.findall(r"(?:^#\s+|[`;]\s*)dkto ([a-z-]+)", page.read_text(), re.M)}
-    assert {"unpack", "prepare", "sweep"} <= named <= COMMANDS.keys()
+    assert {"unpack", "prepare", "sweep"} <= named <= set(NAMES)
 
 
 @pytest.mark.parametrize("given", [["prompts"], ["prompts=3", "prompts=4"]])

@@ -3,8 +3,7 @@
 Every source becomes a `FeedbackTable`: a CSV, TSV, JSONL or Parquet file with the columns `image`, `prompt` and
 `liked`; the authors' own table (`file_name`, `caption`, `split`); a folder with `liked/` and `disliked/`; rankings as
 HPDv2's or ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as Pick-a-Pic's, are first
-unpacked by `dkto.data.pairs`.) Whatever the source, each image stays in its folder: a file name that points outside is
-refused.
+unpacked by `dkto.data.pairs`.) Each image stays in its folder: a file name that points outside is refused.
 """
 
 import hashlib
@@ -181,10 +180,10 @@ def read_feedback(
     `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
 
     Args:
-        source: file or folder.
-        partition: for `split` and rankings, which images count as liked: "at_least_once" (the
+        source: a .csv, .tsv, .jsonl or .parquet file, rankings as .json, or a folder with liked/ and disliked/.
+        partition: for splits and rankings, which images count as liked: "at_least_once" (the
             default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`.
-        ties: for rankings, what an equal rank says, see `dkto.data.votes.TIE_RULES`; "ignore" is the default.
+        ties: for rankings, what an equal rank says: "ignore" (the default), "liked" or "disliked" for both images.
         image_folder: where the images of a file lie; the file's own folder if not given.
 
     Raises:

@@ -61,9 +61,10 @@ def convert_pairs(
         source: a parquet file, a folder of them, a pattern such as "data/train-*.parquet", or the hub id of a
             data set, whose shards are then fetched one at a time and removed after use.
         output_dir: folder for images, votes and table; what is in it already is kept.
-        partition: which images count as liked, see `dkto.data.votes.PARTITIONS`; "at_least_once" is the paper's choice.
-        ties: what a tie says, see `dkto.data.votes.TIE_RULES`; the paper does not tell its own.
-        files: for a folder or a hub id, the pattern that the shards' names match.
+        partition: which images count as liked: "at_least_once" (the paper's choice), "always" or "mostly", see
+            `dkto.data.votes.PARTITIONS`.
+        ties: what a tie says of its two images: "ignore", "liked" or "disliked"; the paper does not tell its own.
+        files: for a folder or a hub id, the pattern that the shards' names match, for instance "data/train-*".
 
     Returns:
         Path of the table, `likes_RULE.parquet` in `output_dir`; its counts lie beside it as .json.

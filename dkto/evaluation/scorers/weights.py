@@ -212,9 +212,9 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
     The pickle is read with torch's `weights_only=True`, which builds tensors and plain containers and runs no code.
 
     Args:
-        name: key of `PUBLISHED_FILES`.
+        name: hps_v2, hps_v2_1, image_reward, laion_aesthetics or another key of `PUBLISHED_FILES`.
         source: the downloaded file.
-        sha256: of it, as its page shows; needed where the project does not know it.
+        sha256: its hash as its page shows; needed where the project does not know it.
 
     Returns:
         The safetensors file; beside it a .json with both hashes.

@@ -1,0 +1,116 @@
+"""Command lines made of functions: options are parameters, with the types, defaults and help that these have anyway.
+
+A command has options of its own, `held_out: Annotated[float, "share to set apart"] = 0.0`, and those of the functions
+that it calls, `read: Calls("dkto.data.feedback:read_feedback")`, whose help is in their docstrings. Only the command
+that is asked for imports what it calls.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, get_origin, get_type_hints
+
+import tyro
+from docstring_parser import parse_from_object
+
+from dkto.common.names import not_known
+
+MISTAKES = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError)
+SIMPLER = {str | Path: str, str | Path | None: str | None}  # to a command line both are text
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Annotates a parameter of a command: it gets this function or class, bound to what the command line says.
+
+    Attributes:
+        target: "module:function", or "module:Class".
+        without: names of parameters, blank-separated, that are no options: the command gives them itself.
+    """
+
+    target: str
+    without: str = ""
+
+
+def run_commands(functions: Iterable[Callable[..., None]], arguments: list[str] | None, prog: str) -> int:
+    """Run the command that the arguments name; a mistake of the user ends in one sentence and exit code 2.
+
+    Args:
+        functions: commands by their names; the list of all shows the first line of each docstring.
+        arguments: those of this process if None.
+        prog: the program's name.
+    """
+    commands = {function.__name__.replace("_", "-"): function for function in functions}
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [OPTIONS]; {prog} COMMAND --help says more\n")
+        print("\n".join(f"  {name:<14}{command.__doc__.splitlines()[0]}" for name, command in commands.items()))
+        return 0
+    if name.startswith("--tyro-"):  # completion of a shell
+        tyro.extras.subcommand_cli_from_dict({n: command_line(c) for n, c in commands.items()}, args=[name, *rest])
+    try:
+        if name not in commands:
+            raise ValueError(not_known(f"there is no command {name!r}", name, commands))
+        tyro.cli(command_line(commands[name]), args=rest, prog=f"{prog} {name}")()
+    except MISTAKES as error:
+        print(f"{prog.split()[-1]}: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of all options of a command, for `tyro.cli`; it returns the command with its options filled in.
+
+    A required parameter is positional, unless it is keyword-only, of a class, or an `output_dir`.
+
+    >>> def greet(name: str, times: Annotated[int, "how often"] = 1) -> None:
+    ...     "Say hello."
+    ...     print("hello", *[name] * times)
+    >>> tyro.cli(command_line(greet), args=["Ada", "--times", "2"])()
+    hello Ada Ada
+    """
+    options, called = {}, {}
+    for name, option in _options(command).items():
+        if isinstance(calls := option.annotation, Calls):
+            module, _, function = calls.target.partition(":")
+            function = getattr(import_module(module), function)
+            own = {key: each for key, each in _options(function).items() if key not in calls.without.split()}
+            called[name] = function, list(own)
+            options |= own
+        else:
+            options[name] = option
+
+    def filled_in(**values: object) -> Callable[[], None]:
+        for name, (function, names) in called.items():
+            values[name] = partial(function, **{key: values.pop(key) for key in names})
+        return partial(command, **values)
+
+    filled_in.__doc__ = command.__doc__
+    filled_in.__signature__ = inspect.Signature(list(options.values()))
+    filled_in.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return filled_in
+
+
+def _options(function: Callable) -> dict[str, inspect.Parameter]:
+    """Parameters by name, annotated for tyro: with their help, and whether they are positional."""
+    hints, help_of = get_type_hints(function, include_extras=True), {}
+    for described in (function,) if not inspect.isclass(function) else function.__mro__[-2::-1]:  # fields are inherited
+        for entry in parse_from_object(described).params:
+            text = " ".join((entry.description or "").split()).rstrip(".")
+            help_of |= dict.fromkeys(entry.arg_name.split(", "), text)
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = SIMPLER.get(hints[name], hints[name])
+        if not isinstance(hint, Calls):
+            text = hint.__metadata__[0] if get_origin(hint) is Annotated else help_of.get(name)
+            required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+            if required and name != "output_dir" and not inspect.isclass(function):
+                hint = tyro.conf.Positional[Annotated[hint, tyro.conf.arg(help=text, metavar=name.upper())]]
+            else:
+                hint = Annotated[hint, tyro.conf.arg(help=text)]
+        found[name] = parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)
+    return found
