@@ -78,7 +78,7 @@ def plot_utilities(
 def plot_slopes(
     utilities: Sequence[str | Utility] = PAPER_UTILITIES, x: Tensor | None = None, ax: Axes | None = None
 ) -> Axes:
-    """U', the weight with which a sample is learnt from (paper Figure 8); slopes above 2 are cut off.
+    """U', the weight with which the model learns from a sample (paper Figure 8); slopes above 2 are cut off.
 
     Args:
         utilities: names or `Utility` objects.
@@ -147,8 +147,8 @@ def plot_reward_weights(
 ) -> Axes:
     """Rewards of liked (upwards) and disliked (downwards) samples under the weight with which each learns (paper C.4).
 
-    A bar is strong where the weight there is at least a tenth of the largest in the picture; the curve
-    of the weight is scaled to the picture.
+    A bar is strong where the weight there is at least a tenth of the largest in the figure; the curve
+    of the weight is scaled to the figure.
 
     Args:
         rewards: (N,) implicit rewards.

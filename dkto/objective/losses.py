@@ -93,7 +93,7 @@ def reference_point(
 
         batch        mean reward of the batch's own samples (what the released model used; costs nothing)
         unrelated    mean reward of noisy samples under another sample's prompt (the paper's text, 4.1)
-        independent  mean reward of samples drawn anew from the pretraining data (no prompts: the 2-D toy)
+        independent  mean reward of fresh samples from the pretraining data (no prompts: the 2-D toy)
         per_class    average of the liked samples' mean and the disliked samples' mean; where a class
                      has no sample, the other's mean alone
         zero         0
@@ -245,7 +245,7 @@ def dpo_loss(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
 
     Here `beta` has one unit everywhere, Diffusion-KTO's. Diffusion-DPO's released code halves its own,
     so its 5000 is `beta` = 2500 in `implicit_reward`; the Stable Diffusion 1.5 example of diffusers
-    has the half folded into its default, 2500, which is taken over as it stands.
+    has the half folded into its default, 2500, which is used as it is.
 
     Args:
         chosen_reward, rejected_reward: (..., B) implicit rewards of the two sides. Carry gradient.

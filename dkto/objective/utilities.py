@@ -1,7 +1,7 @@
 """Utility functions of human judgement and their slopes (paper 4.2, Figures 2 and 8).
 
 A utility U maps a gain or loss, measured from the reference point, to how much it is felt. Its slope
-U' is the weight with which a sample is learnt from (paper C.4). `UTILITIES` holds them by name;
+U' is the weight with which the model learns from a sample (paper C.4). `UTILITIES` holds them by name;
 `register_utility` adds a user's own.
 """
 
@@ -98,7 +98,7 @@ _BUILT_IN = (
         _softplus,
         torch.sigmoid,
         formula="-log sigmoid(-x)",
-        description="the paper's text to the letter: rewards pushing a disliked sample away for ever, so it diverges",
+        description="the paper's text to the letter: pushes a disliked sample away without end, and diverges",
         title="risk-seeking, literal",
     ),
     Utility(

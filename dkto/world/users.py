@@ -1,7 +1,7 @@
-"""Simulated users: who likes which picture, by a stated rule.
+"""Simulated users: who likes which image, by a stated rule.
 
-The red user is the paper's §6: a red-tinted version of a picture is liked, the original disliked.
-The others look at pictures as they are and like those above a threshold of their own measure.
+The red user is the paper's §6: a red-tinted version of an image is liked, the original disliked.
+The others look at images as they are and like those above a threshold of their own measure.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ def check_flip_rate(rate: float) -> None:
 
 @dataclass(frozen=True)
 class SimulatedUser:
-    """A user whose likes follow a measure of the picture.
+    """A user whose likes follow a measure of the image.
 
     Attributes:
         name: how tables call the user.
         measure: (image as (H, W, 3) uint8, prompt) -> value.
-        threshold: pictures with a higher value are liked.
+        threshold: images with a higher value are liked.
         flip_rate: share of likes given by mistake, in [0, 0.5].
 
     Raises:
@@ -48,7 +48,7 @@ class SimulatedUser:
         check_flip_rate(self.flip_rate)
 
     def likes(self, images: Sequence[Image.Image], prompts: Sequence[str], seed: int = 0) -> np.ndarray:
-        """(N,) bool: whether this user likes each picture; mistakes depend on `seed` alone."""
+        """(N,) bool: whether this user likes each image; mistakes depend on `seed` alone."""
         values = np.array([self.measure(np.asarray(i), p) for i, p in zip(images, prompts, strict=True)])
         mistakes = np.random.default_rng(seed).random(len(values)) < self.flip_rate
         return (values > self.threshold) ^ mistakes
@@ -65,7 +65,7 @@ USERS = {
 
 
 def tint_red(image: Image.Image, strength: float = RED_TINT) -> Image.Image:
-    """The picture seen through a red filter: red is lifted, green and blue are dimmed.
+    """The image seen through a red filter: red is lifted, green and blue are dimmed.
 
         red' = red + strength * (255 - red);  green' = (1 - 0.6 strength) green;  blue' likewise
 
