@@ -63,7 +63,8 @@ def test_cells_are_clean(path):
 @every_notebook
 def test_cells_are_short(path):
     for cell in code_cells(read(path)):
-        assert len(cell.source.splitlines()) <= LONGEST_CELL, f"cell {cell.id} has more than {LONGEST_CELL} lines"
+        source = re.sub(r"^(from|import) [^(\n]*(\([^)]*\))?\n?", "", cell.source, flags=re.M)
+        assert len(source.splitlines()) <= LONGEST_CELL, f"cell {cell.id} has more than {LONGEST_CELL} lines"
 
 
 @every_notebook

@@ -67,6 +67,19 @@ def test_three_commands_go_from_twenty_likes_to_images(tmp_path, monkeypatch):
     assert len(list(Path("out/images").glob("*.png"))) == 1
 
 
+def test_the_page_on_your_own_likes_names_options_that_exist(capsys):
+    page = (ROOT / "notebooks" / "your_own_likes.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.strip().splitlines()]
+    assert {command[0] for command in commands} >= {"feedback", "prepare", "calibrate", "train", "generate", "score"}
+    for name in {command[0] for command in commands}:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        known = capsys.readouterr().out
+        used = {word for command in commands if command[0] == name for word in command if word.startswith("--")}
+        assert {option for option in used if option not in known} == set(), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page):
     targets = [target for target in LINK.findall(page.read_text()) if not target.startswith("http")]

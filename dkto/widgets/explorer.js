@@ -126,7 +126,7 @@ function render({ model, el }) {
     const line = (curve, map) => ({ x, y: x.map(map), colour: curve.colour, dash: curve.dash, width: curve.name === state.utility ? 3.5 : 1.8 });
     const xLabel = "gain or loss (implicit reward)";
     panels.value.draw({ x: [-half, half], y: [-1.15 * half, 1.15 * half], xLabel, yLabel: "utility U", lines: curves.map((c) => line(c, c.value)), title: "What is felt: U" });
-    panels.slope.draw({ x: [-half, half], y: [-0.1, 2], xLabel, yLabel: "slope U'", lines: curves.map((c) => line(c, c.slope)), title: "What is learnt from: U'" });
+    panels.slope.draw({ x: [-half, half], y: [-0.1, 2], xLabel, yLabel: "slope U'", lines: curves.map((c) => line(c, c.slope)), title: "What the model learns from: U'" });
   }
 
   let drawnFixed = "";
