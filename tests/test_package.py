@@ -1,8 +1,10 @@
 """What the package promises as a whole: light to import, every exported name there, imports that point one way."""
 
 import ast
+import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,33 @@ def test_the_laboratory_takes_only_what_it_may():
 def test_modules_can_be_read_in_one_sitting():
     long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 480}
     assert not long
+
+
+def imports_of(notebook):
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("dkto", "toy"):
+                    yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_lessons_import_only_what_a_room_offers():
+    notebooks = sorted((PACKAGE.parent / "notebooks").rglob("*.ipynb"))
+    taken = {
+        pair for notebook in notebooks if ".ipynb_checkpoints" not in notebook.parts for pair in imports_of(notebook)
+    }
+    assert len(notebooks) >= 50 and len(taken) > 100
+    doors = {room for room, _ in taken}
+    assert all(door in ("dkto", "toy") or door.removeprefix("dkto.") in LEVEL for door in doors), "a module, not a room"
+    offered = {door: getattr(import_module(door), "__all__", None) for door in doors}
+    missing = {(door, name) for door, name in taken if offered[door] is not None and name not in offered[door]}
+    assert not missing, f"not offered: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("room", [room for room in LEVEL if room not in ("cli", "plotting")])
+def test_a_room_says_what_it_is_for_and_offers_what_is_there(room):
+    """Every name of its door can be had and is no module, also after the module of a similar name was imported."""
+    module = import_module(f"dkto.{room}")
+    assert 0 < len(module.__doc__.strip().splitlines()) <= 6
+    for name in getattr(module, "__all__", ()):
+        assert not isinstance(getattr(module, name), type(sys)), f"{name} is a module"
