@@ -158,11 +158,11 @@ def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
     """A real process that gets SIGTERM before its first checkpoint."""
     config = replace(config, max_train_steps=400, checkpoint_every=10_000)
     process = start_training(config)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (config.output_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert "stopped at a checkpoint" in (config.output_dir / "train.log").read_text()
     done = len(read_records(config.output_dir / "metrics.jsonl"))
     (checkpoint,) = config.output_dir.glob("checkpoint-*")
