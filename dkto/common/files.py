@@ -75,7 +75,7 @@ def claim(path: Path, about: dict, what: str) -> None:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The step records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The records of a file of JSON lines, as `metrics.jsonl`; a last line that a kill cut short is left out."""
     records = []
     for line in Path(path).read_text().splitlines():
         try:
@@ -85,9 +85,13 @@ def read_records(path: str | Path) -> list[dict]:
     return records
 
 
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write records, one line of JSON each, whole or not at all."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda part: part.write_text(text))
+
+
 def keep_records(path: Path, last_step: int) -> None:
     """Drop the records after `last_step`: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_records(path) if record["global_step"] <= last_step]
-    write_atomically(path, lambda part: part.write_text("".join(kept)))
+    if path.exists():
+        write_records(path, [record for record in read_records(path) if record["global_step"] <= last_step])

@@ -24,8 +24,8 @@ FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # the process that started a training
 def join_family() -> None:
     """In a process started below a launcher (accelerate, torchrun): end when the launcher does.
 
-    The kernel's request is not handed on to children, so each training process makes it anew. Does nothing in a
-    training that was not started by `start_training`.
+    The kernel's request is not handed on to children, so each training process makes it itself. Does nothing in
+    a training that `start_training` did not start.
     """
     if started := os.environ.get(FAMILY_VARIABLE):
         follow.die_with_parent()
@@ -34,7 +34,7 @@ def join_family() -> None:
 
 
 def start_worker(threads: int = 1) -> None:
-    """In each process of a pool: its threads, and an end with the pool's own process, else it would wait for ever."""
+    """In each process of a pool: its threads, and an end with the pool's own process, or it would wait indefinitely."""
     import torch
 
     torch.set_num_threads(threads)

@@ -37,11 +37,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dkto.common.files import claim, read_json, write_atomically, write_json
+from dkto.common.files import claim, write_atomically, write_json, write_records
 from dkto.common.names import check_choice
 from dkto.common.processes import start_worker
 from dkto.common.progress import progress
-from dkto.data.encoded import csft_set, model_fingerprint, shard_path
+from dkto.data.encoded import PROMPT_SETS, csft_set, model_fingerprint, read_about, shard_numbers, shard_path
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import MAX_PIXELS, load_image
 from dkto.models import DiffusionModel, load_model
@@ -185,10 +185,9 @@ def _feedback_hash(feedback: FeedbackTable) -> str:
 
 def _all_tasks(folder: Path, csft: str | None) -> list[tuple[str, int]]:
     """Every shard that should be there: its set and number."""
-    about = read_json(folder / "prepared.json", "record of prepared feedback")
+    about = read_about(folder)
     sets = {"prompts"} | ({csft_set(csft, liked) for liked in (True, False)} if csft else set())
-    tasks = [(name, n) for name in sorted(sets) for n in range(-(-about["prompts"] // about["prompt_shard_rows"]))]
-    return tasks + [("latents", n) for n in range(-(-about["rows"] // about["shard_rows"]))]
+    return [(kind, n) for kind in (*sorted(sets), "latents") for n in shard_numbers(about, kind)]
 
 
 @dataclass
@@ -220,7 +219,7 @@ class _Job:
 
     @cached_property
     def about(self) -> dict:
-        return read_json(self.folder / "prepared.json", "record of prepared feedback")
+        return read_about(self.folder)
 
     @cached_property
     def model(self) -> DiffusionModel:
@@ -242,8 +241,7 @@ class _Job:
 
     def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
         table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(number)
-        prefix = next((p for s in CSFT_PREFIXES for p, like in _prefixes(s) if csft_set(s, like) == kind and p), "")
-        prompts = [prefix + prompt for prompt in table["prompt"].to_pylist()]
+        prompts = [PROMPT_SETS[kind] + prompt for prompt in table["prompt"].to_pylist()]
         parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
         return shard, list(_too_long(_flat(self.text[:1]), prompts))
@@ -330,10 +328,6 @@ def _too_long(tokenizers: Iterable, prompts: list[str]) -> Iterator[tuple[int, s
     yield from sorted(cut.items())
 
 
-def _prefixes(style: str) -> Iterator[tuple[str, bool]]:
-    yield from zip(CSFT_PREFIXES[style], (True, False), strict=True)
-
-
 def _flat(parts: object) -> Iterator:
     if isinstance(parts, tuple | list):
         for part in parts:
@@ -350,14 +344,14 @@ def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]
 
 def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     """Gather what the shards say of their rows, and write the index of those that can be trained on."""
-    about = read_json(folder / "prepared.json", "record of prepared feedback")
+    about = read_about(folder)
     reasons = dict(_notes(folder, "latents", about["shard_rows"]))
     kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)
     lines = [{"row": row + 1, "image": str(feedback.images[row]), "reason": why} for row, why in reasons.items()]
-    _write_lines(folder / "skipped.jsonl", lines)
+    write_records(folder / "skipped.jsonl", lines)
     kinds = sorted({path.name.rsplit("-", 1)[0] for path in folder.glob("*-*.safetensors")} - {"latents"})
     cut = [(kind, row, text) for kind in kinds for row, text in _notes(folder, kind, about["prompt_shard_rows"])]
-    _write_lines(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
+    write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
     frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"]).iloc[kept]
@@ -375,11 +369,6 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     if cut:
         text = f"{truncated} of {about['prompts']} prompts are longer than the text encoder takes and are cut"
         warnings.warn(f"{text}, see {folder / 'truncated.jsonl'}", stacklevel=3)
-
-
-def _write_lines(path: Path, lines: list[dict]) -> None:
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(path, lambda part: part.write_text(text))
 
 
 def _save_array(values: np.ndarray, path: Path) -> None:

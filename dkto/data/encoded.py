@@ -30,6 +30,23 @@ def csft_set(style: str, liked: bool) -> str:
     return f"csft-{style}-{'liked' if liked else 'disliked'}" if prefix else "prompts"
 
 
+PROMPT_SETS = {csft_set(style, liked): CSFT_PREFIXES[style][not liked] for style in CSFT_PREFIXES for liked in (1, 0)}
+PROMPT_SETS["prompts"] = ""
+"""What is written before the prompts of each set: nothing, or the like."""
+
+
+def read_about(folder: Path) -> dict:
+    """The record of what a folder was prepared from."""
+    keys = ("model", "flip", "rows", "shard_rows", "prompts", "prompt_shard_rows")
+    return read_json(folder / "prepared.json", "record of prepared feedback", keys)
+
+
+def shard_numbers(about: dict, kind: str) -> range:
+    """Numbers of the shards of a set, those of the images being "latents"."""
+    rows, per_shard = ("rows", "shard_rows") if kind == "latents" else ("prompts", "prompt_shard_rows")
+    return range(-(-about[rows] // about[per_shard]))
+
+
 def model_fingerprint(model: DiffusionModel) -> str:
     """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on."""
     folders = sorted(p for p in model.folder.iterdir() if p.name == "vae" or p.name.startswith("text_encoder"))
@@ -54,20 +71,15 @@ class PreparedFeedback:
         self.folder, self._model = Path(folder), model
         if not (self.folder / "prepared.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no prepared feedback (prepared.json is missing): run prepare")
-        shards = (("latents", "rows", "shard_rows"), ("prompts", "prompts", "prompt_shard_rows"))
-        keys = ("model", "flip", *(key for _, *counts in shards for key in counts))
-        self._about = read_json(self.folder / "prepared.json", "record of prepared feedback", keys)
+        self._about = read_about(self.folder)
         if self._about["model"] != (mine := model_fingerprint(model)):
             raise ValueError(
                 f"{self.folder} was prepared with the VAE and text encoder {self._about['model']}, "
                 f"but {model.folder} has {mine}: prepare again with this model"
             )
         there = set(os.listdir(self.folder))
-        needed = [
-            shard_path(self.folder, kind, number).name
-            for kind, rows, per_shard in shards
-            for number in range(-(-self._about[rows] // self._about[per_shard]))
-        ]
+        kinds = ("latents", "prompts")
+        needed = [shard_path(self.folder, kind, n).name for kind in kinds for n in shard_numbers(self._about, kind)]
         missing = next((name for name in (*needed, "index.parquet", "pairs.npy") if name not in there), None)
         if missing:
             raise FileNotFoundError(f"{self.folder} is not complete ({missing} is missing): run prepare again")

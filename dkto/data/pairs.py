@@ -17,7 +17,6 @@ counts the votes again.
 import glob
 import hashlib
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
-from dkto.common.files import claim, write_atomically, write_json
+from dkto.common.files import claim, read_records, write_atomically, write_json, write_records
 from dkto.common.names import check_choice
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
@@ -40,6 +39,7 @@ from dkto.data.tables import need_columns, open_parquet
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
+VOTES = ["image_0", "image_1", "prompt", "label_0"]
 LABEL_FLAG = "has_label"  # false where nobody judged the pair; may be absent
 IMAGE_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 STAMPED = 65_536  # bytes at the end of a shard by which it is known again
@@ -185,11 +185,9 @@ def _unpack(path: Path, name: str, output_dir: Path) -> None:
                 skipped.append({"shard": path.name, "row": row, "reason": str(problem)})
                 continue
             kept.append((*names, pair["caption"], label))
-        votes.append(pd.DataFrame(kept, columns=["image_0", "image_1", "prompt", "label_0"]))
-    lines = "".join(json.dumps(line) + "\n" for line in skipped)
-    (output_dir / "votes" / f"{name}.skipped.jsonl").write_text(lines)
-    empty = pd.DataFrame(columns=["image_0", "image_1", "prompt", "label_0"])
-    table = pd.concat(votes, ignore_index=True) if votes else empty  # a shard may hold no row
+        votes.append(pd.DataFrame(kept, columns=VOTES))
+    write_records(output_dir / "votes" / f"{name}.skipped.jsonl", skipped)
+    table = pd.concat(votes or [pd.DataFrame(columns=VOTES)], ignore_index=True)  # a shard may hold no row
     write_atomically(output_dir / "votes" / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
 
@@ -240,9 +238,9 @@ def _write_likes(output_dir: Path, shards: list[Shard], partition: str, ties: st
     folder = output_dir / "votes"
     parts = [pd.read_parquet(folder / f"{shard.name}.parquet") for shard in shards]
     parts = [part for part in parts if len(part)] or parts[:1]
-    skipped = "".join((folder / f"{shard.name}.skipped.jsonl").read_text() for shard in shards)
-    (output_dir / "skipped.jsonl").write_text(skipped)
-    reasons = [json.loads(line)["reason"] for line in skipped.splitlines()]
+    skipped = [line for shard in shards for line in read_records(folder / f"{shard.name}.skipped.jsonl")]
+    write_records(output_dir / "skipped.jsonl", skipped)
+    reasons = [line["reason"] for line in skipped]
     likes = likes_from_votes(pd.concat(parts, ignore_index=True), partition, ties)
     counts = {
         "shards": len(shards),
