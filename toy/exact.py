@@ -1,9 +1,7 @@
 """Exact references: what the samplers and the optima of the objectives must give, without training (paper 3.4, 7).
 
-Three levels of truth. *Closed forms*: the sampler's output law for an affine denoiser, the tilted Gaussian, the
-optimum of Diffusion-DPO. *Four parameters*: the optimum over Gaussian policies with exact likelihoods.
-*Pointwise*: the population optimum of Diffusion-KTO at each noisy point (`toy.pointwise`).
-All in model units, float64, unless said otherwise.
+*Closed forms*: the sampler's output law for an affine denoiser, the optimum of Diffusion-DPO. *Four parameters*: the
+optimum over Gaussian policies with exact likelihoods. All in model units, float64, unless said otherwise.
 """
 
 import math
@@ -18,7 +16,7 @@ from dkto.common.names import check_name
 from dkto.objective.losses import dpo_loss, kto_loss
 from toy.sampling import SAMPLERS
 from toy.schedule import Schedule
-from toy.world import BASE_KL, DESIRABLE, ORIGIN, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
+from toy.world import DESIRABLE, ORIGIN, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
 
 REWARD_SLOPE = (0.0, 4.0)
 """Gradient of log p_desirable - log p_undesirable in model units: 20 y is 4 z_y."""
@@ -93,24 +91,6 @@ def dpo_optimum(schedule: Schedule, beta: float) -> AffineDenoiser:
     abar = schedule.alphas_cumprod
     shift = torch.tensor(REWARD_SLOPE, dtype=torch.float64) / (beta * ((1 - abar) * abar).sqrt())[:, None]
     return AffineDenoiser(reference.slope, reference.offset - shift)
-
-
-def tilted_gaussian(beta: float) -> Gaussian:
-    """Optimum of "reward minus beta KL" (paper eq. 6-7), in paper units: the pretrained Gaussian moved along y.
-
-        pi ~ p_ref * exp(r / beta) = N((0.5, 0.8 + 0.8 / beta), 0.04 I),   KL to desirable 3.614 + 32 / beta^2
-
-    >>> tilted_gaussian(2.0)
-    Gaussian(mean=(0.5, 1.2), std=0.2)
-    """
-    if not beta > 0:
-        raise ValueError(f"beta must be > 0, got {beta}")
-    return Gaussian((ORIGIN[0], round(ORIGIN[1] + UNIT * REWARD_SLOPE[1] / beta, 12)), UNIT)
-
-
-def tilted_kl(beta: float) -> float:
-    """KL(tilted Gaussian || desirable) in nats: 3.614 + 32 / beta^2, more than no tuning whatever beta."""
-    return BASE_KL + 32 / beta**2
 
 
 @dataclass(frozen=True)

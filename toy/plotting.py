@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -20,7 +19,7 @@ from torch import Tensor
 from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS, display_name
 from toy.experiment import Experiment
 from toy.measures import Estimate
-from toy.world import ROLES, UNIT, Gaussian, undesirable_share
+from toy.world import ROLES, UNIT, undesirable_share
 
 LIMITS = {"x": (-0.25, 1.25), "y": (0.05, 1.75)}
 METHOD_COLOURS = {
@@ -334,13 +333,6 @@ def plot_field(points: Tensor, arrows: Tensor, ax: Axes | None = None, *, longes
     return ax
 
 
-def ellipse_of(gaussian: Gaussian, ax: Axes, label: str) -> None:
-    """Draw an exact reference as a dashed circle of 2 standard deviations."""
-    ax.add_patch(
-        Circle(gaussian.mean, 2 * gaussian.std, fill=False, ls="--", ec="black", lw=1.2, label=label, zorder=4)
-    )
-
-
 def save_animation(draw: object, frames: Sequence, path: str | Path, figure: Figure, per_second: int = 6) -> Path:
     """Write a GIF, whole or not at all: `draw(frame)` clears and redraws the figure's axes.
 
@@ -364,12 +356,6 @@ def denoised_shift(difference: Tensor, alphas_cumprod: float) -> Tensor:
     x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar), so  shift = -sqrt((1 - abar) / abar) * difference
     """
     return -UNIT * ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5 * difference
-
-
-def mean_rewards(names: Sequence[str], records: Sequence, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (R,) and the mean over seeds (R, K) of a field of the records, for curves over training."""
-    steps = np.array([record.global_step for record in records])
-    return steps, torch.stack([getattr(record, which).nanmean(1) for record in records]).numpy()[:, : len(names)]
 
 
 def _bars(estimate: Estimate, scale: float) -> list[list[float]] | None:

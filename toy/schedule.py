@@ -136,21 +136,3 @@ def linear_schedule(num_train_timesteps: int = 50, last_beta: float | None = Non
         raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
     last = 10 / num_train_timesteps if last_beta is None else last_beta
     return Schedule(torch.linspace(last / 100, last, num_train_timesteps, dtype=torch.float64))
-
-
-def cosine_schedule(num_train_timesteps: int = 50) -> Schedule:
-    """The cosine schedule, which ends in pure noise: fine for pretraining, too far for preference objectives.
-
-        abar_t = f(t + 1) / f(0),  f(t) = cos^2( (t/T + 0.008) / 1.008 * pi/2 ),  betas at most 0.999
-
-    Args:
-        num_train_timesteps: T >= 1.
-
-    Warns:
-        UserWarning: always, see `Schedule`.
-    """
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-    at = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-    level = torch.cos((at + 0.008) / 1.008 * math.pi / 2).square()
-    return Schedule((1 - level[1:] / level[:-1]).clamp(max=0.999))

@@ -1,22 +1,55 @@
-"""Put the trained parts together as a plain diffusers pipeline, measure it, and write its card.
-
-python -m dkto.world export --folder runs/world --output dkto/world/weights
-"""
+"""Put the trained parts together as a plain diffusers pipeline, measure it, and write its card."""
 
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from dkto.common.files import read_json, write_json
+from dkto.common.files import write_json
 from dkto.models.system import System, draw, noise_generator
+from dkto.workshop.pretrain import (
+    SCHEDULE,
+    Denoiser,
+    new_text_encoder,
+    new_unet,
+    paint_scenes,
+    psnr,
+    to_pixel_values,
+)
+from dkto.workshop.tokenizer import build_tokenizer
 from dkto.world.scenes import prompts_for
 from dkto.world.truth import judge
 
 GATE = {"colour": 0.95, "background": 0.95, "relation": 0.8, "shape": 0.6}
+
+
+def export(folder: Path, output: Path, state: str = "unet-cooling.pt") -> None:
+    """Put the averaged weights together as a pipeline, measure it and write its card.
+
+    Args:
+        folder: of the training.
+        output: of the pipeline.
+        state: which training state: unet.pt before the rate decays, unet-cooling.pt after.
+    """
+    stored = torch.load(folder / state, weights_only=True)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    model = Denoiser(new_unet(), new_text_encoder(tokenizer))
+    model.load_state_dict(stored["ema"])
+    assemble(model.unet, model.text_encoder, folder / "tokenizer", folder / "vae", output, SCHEDULE)
+    vae = AutoencoderKL.from_pretrained(output, subfolder="vae")
+    images, captions = paint_scenes(folder, 0, 0)
+    held_out = to_pixel_values(images[-128:])
+    with torch.no_grad():
+        quality = psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out)
+    count = sum(p.numel() for part in (model, vae) for p in part.parameters())
+    about = {"samples": stored["seen"], "scenes": len(captions), "vae_psnr": quality, "parameters": count / 1e6}
+    figures = card_figures(output)
+    write_card(output, figures, about)
+    print(figures)
 
 
 def assemble(unet, text_encoder, tokenizer_folder: Path, vae_folder: Path, output: Path, schedule: dict) -> None:
@@ -62,11 +95,6 @@ def measure(
 def card_figures(folder: Path, prompts: int = 200) -> dict[str, float]:
     """The card's prompt fidelity of a pipeline folder: 200 test prompts x 2 images, guidance 3, 15 steps, seed 0."""
     return measure(System(model=str(folder)), prompts_for("test", prompts), 2)
-
-
-def read_card_figures(folder: Path) -> dict[str, float]:
-    """The figures that were stored beside the weights when they were exported."""
-    return read_json(folder / "card.json", "card of weights", ["fidelity"])["fidelity"]
 
 
 def write_card(folder: Path, figures: dict[str, float], about: dict[str, float]) -> None:

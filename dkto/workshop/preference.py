@@ -1,10 +1,5 @@
 """Make the small world's two learned scorers: a small CLIP, and a preference model tuned from it in PickScore's recipe.
 
-    python -m dkto.world preference --folder runs/scorers --output dkto/world/scorers
-
-paints pictures, trains both on one core, and writes them with a card of their accuracy on held-out prompts. It
-goes on where it stopped when it is called again.
-
 The preference model sees two pictures of one prompt and which of them a simulated person chose: the chance of a choice
 is Bradley-Terry in `world_utility`, that is fidelity x aesthetics, so that neither beauty nor fidelity alone wins.
 Its loss is PickScore's (Kirstain et al. 2023): cross-entropy of the choice under softmax of exp(scale) x cosine.
@@ -23,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from dkto.common.files import read_json, write_atomically, write_json
+from dkto.evaluation.scorers.network import ClipWithTokenizer
 from dkto.evaluation.scorers.preprocess import normalise
 from dkto.workshop.tokenizer import MAX_LENGTH
 from dkto.world.painter import BAD_FINISH, GOOD_FINISH, IMAGE_SIZE, paint, random_finish
@@ -46,7 +42,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 @dataclass(frozen=True)
-class Pool:
+class PaintedPairs:
     """Two pictures of each prompt, and who prefers which.
 
     Attributes:
@@ -70,7 +66,7 @@ class Pool:
         return (rng.random(len(self)) < 1 / (1 + np.exp(-CHOICE_SHARPNESS * gap))).astype(np.int64)
 
 
-def paint_pool(path: Path, prompts: list[str], seed: int) -> Pool:
+def paint_pairs(path: Path, prompts: list[str], seed: int) -> PaintedPairs:
     """Paint two pictures for each prompt, once: faithful or not, in good and bad finish.
 
     Of the pictures 55 % are faithful, 35 % differ in one attribute and 10 % show something else. What lies at `path`
@@ -94,7 +90,7 @@ def paint_pool(path: Path, prompts: list[str], seed: int) -> Pool:
         )
     about = read_json(path.with_suffix(".json"), "record of judged pictures")
     images = np.load(path.with_suffix(".npy"), mmap_mode="r")
-    return Pool(images, about["prompts"], about["captions"], np.array(about["utilities"]))
+    return PaintedPairs(images, about["prompts"], about["captions"], np.array(about["utilities"]))
 
 
 def _shown(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -107,43 +103,20 @@ def _shown(scene: Scene, rng: np.random.Generator) -> Scene:
     return random_scene(rng)
 
 
-def to_pixel_values(images: np.ndarray) -> Tensor:
+def clip_pixels(images: np.ndarray) -> Tensor:
     """(..., 64, 64, 3) uint8 to (..., 3, 64, 64), CLIP's normalisation."""
     return normalise(torch.from_numpy(np.array(images)).movedim(-1, -3).float() / 255)
 
 
-class Embedder:
-    """Unit embeddings of pictures and prompts.
-
-    Args:
-        model: a CLIP.
-        tokenizer: its tokenizer.
-    """
-
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def images(self, pixel_values: Tensor) -> Tensor:
-        """(B, D) of (B, 3, 64, 64)."""
-        features = self.model.visual_projection(self.model.vision_model(pixel_values).pooler_output)
-        return F.normalize(features, dim=-1)
-
-    def prompts(self, prompts: list[str]) -> Tensor:
-        """(B, D)."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        pooled = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
-
-
-def clip_loss(embed: Embedder, pixel_values: Tensor, captions: list[str], wrong: list[str]) -> Tensor:
+def clip_loss(embed: ClipWithTokenizer, pixel_values: Tensor, captions: list[str], wrong: list[str]) -> Tensor:
     """CLIP's contrastive loss, with captions of one changed attribute as further wrong answers for the pictures."""
     scale = embed.model.logit_scale.exp().clamp(max=100)
-    pictures, texts = embed.images(pixel_values), embed.prompts([*captions, *wrong])
+    pictures, texts = embed.embed_images(pixel_values), embed.embed_prompts([*captions, *wrong])
     logits, right = scale * pictures @ texts.T, torch.arange(len(captions))
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(captions)].T, right)) / 2
 
 
-def preference_loss(embed: Embedder, pixel_values: Tensor, prompts: list[str], chosen: Tensor) -> Tensor:
+def preference_loss(embed: ClipWithTokenizer, pixel_values: Tensor, prompts: list[str], chosen: Tensor) -> Tensor:
     """PickScore's loss: cross-entropy of the choice between two pictures under softmax of exp(scale) x cosine.
 
     Args:
@@ -151,31 +124,33 @@ def preference_loss(embed: Embedder, pixel_values: Tensor, prompts: list[str], c
         prompts: B prompts.
         chosen: (B,) 0 or 1.
     """
-    pictures = embed.images(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
-    scores = embed.model.logit_scale.exp().clamp(max=100) * (pictures * embed.prompts(prompts)[:, None]).sum(-1)
+    pictures = embed.embed_images(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
+    scores = embed.model.logit_scale.exp().clamp(max=100) * (pictures * embed.embed_prompts(prompts)[:, None]).sum(-1)
     return F.cross_entropy(scores, chosen)
 
 
 def train_clip(
-    folder: Path, pool: Pool, tokenizer: CLIPTokenizer, *, steps: int, batch: int, lr: float, seed: int
+    folder: Path, pairs: PaintedPairs, tokenizer: CLIPTokenizer, *, steps: int, batch: int, lr: float, seed: int
 ) -> CLIPModel:
     """Train the small CLIP on pictures and their own captions; returns it."""
 
-    def loss(embed: Embedder, rng: np.random.Generator) -> Tensor:
-        rows, sides = rng.integers(len(pool), size=batch), rng.integers(2, size=batch)
-        captions = [pool.captions[row][side] for row, side in zip(rows, sides, strict=True)]
+    def loss(embed: ClipWithTokenizer, rng: np.random.Generator) -> Tensor:
+        rows, sides = rng.integers(len(pairs), size=batch), rng.integers(2, size=batch)
+        captions = [pairs.captions[row][side] for row, side in zip(rows, sides, strict=True)]
         wrong = [changed(parse(text), str(rng.choice(ATTRIBUTES)), rng) for text in captions for _ in range(2)]
-        images = np.stack([pool.images[row, side] for row, side in zip(rows, sides, strict=True)])
-        return clip_loss(embed, to_pixel_values(images), captions, [caption(scene) for scene in wrong if scene])
+        images = np.stack([pairs.images[row, side] for row, side in zip(rows, sides, strict=True)])
+        return clip_loss(embed, clip_pixels(images), captions, [caption(scene) for scene in wrong if scene])
 
     torch.manual_seed(seed)
-    return _train(folder / "clip.pt", Embedder(new_clip(tokenizer), tokenizer), loss, steps=steps, lr=lr, seed=seed)
+    return _train(
+        folder / "clip.pt", ClipWithTokenizer(new_clip(tokenizer), tokenizer), loss, steps=steps, lr=lr, seed=seed
+    )
 
 
 def train_preference(
     folder: Path,
     start: CLIPModel,
-    pool: Pool,
+    pairs: PaintedPairs,
     tokenizer: CLIPTokenizer,
     *,
     steps: int,
@@ -186,17 +161,17 @@ def train_preference(
     """Tune a copy of the small CLIP on choices between pairs; returns it."""
     model = new_clip(tokenizer)
     model.load_state_dict(start.state_dict())
-    chosen = pool.choices(np.random.default_rng([seed, 1]))
+    chosen = pairs.choices(np.random.default_rng([seed, 1]))
 
-    def loss(embed: Embedder, rng: np.random.Generator) -> Tensor:
-        rows = np.sort(rng.integers(len(pool), size=batch))
-        prompts = [pool.prompts[row] for row in rows]
-        return preference_loss(embed, to_pixel_values(pool.images[rows]), prompts, torch.from_numpy(chosen[rows]))
+    def loss(embed: ClipWithTokenizer, rng: np.random.Generator) -> Tensor:
+        rows = np.sort(rng.integers(len(pairs), size=batch))
+        prompts = [pairs.prompts[row] for row in rows]
+        return preference_loss(embed, clip_pixels(pairs.images[rows]), prompts, torch.from_numpy(chosen[rows]))
 
-    return _train(folder / "preference.pt", Embedder(model, tokenizer), loss, steps=steps, lr=lr, seed=seed)
+    return _train(folder / "preference.pt", ClipWithTokenizer(model, tokenizer), loss, steps=steps, lr=lr, seed=seed)
 
 
-def _train(path: Path, embed: Embedder, loss, *, steps: int, lr: float, seed: int) -> CLIPModel:
+def _train(path: Path, embed: ClipWithTokenizer, loss, *, steps: int, lr: float, seed: int) -> CLIPModel:
     """AdamW with a warm-up and a cosine; the state is saved every half minute, and each step's draw is its own."""
     optimizer = torch.optim.AdamW(embed.model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     step, saved = 0, time.monotonic()

@@ -1,6 +1,6 @@
 """Make the small Stable Diffusion, from nothing, on a CPU: paint, train the VAE, cache latents, train UNet and text.
 
-`python -m dkto.world --help` lists the stages (`dkto/workshop/__main__.py`).
+`python -m dkto.workshop --help` lists the stages.
 Every stage saves its state every few minutes and goes on where it stopped when called again, so
 the training may be split over any number of sessions.
 """
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dkto.common.files import write_atomically
 from dkto.workshop.autoencoder import new_autoencoder
@@ -48,20 +48,20 @@ def new_unet(channels=(32, 64, 128)) -> UNet2DConditionModel:
     )
 
 
-def new_text_encoder(vocab_size: int, end: int, start: int) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The small CLIP text encoder, 3 layers of width 96."""
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocab_size,
+            vocab_size=len(tokenizer),
             hidden_size=96,
             intermediate_size=288,
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=MAX_LENGTH,
             projection_dim=96,
-            bos_token_id=start,
-            eos_token_id=end,
-            pad_token_id=end,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
         )
     )
 
@@ -104,8 +104,19 @@ def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
     return float(-10 * torch.log10(error))
 
 
-def train_vae(folder: Path, minutes: float, *, scenes: int, seed: int, batch: int = 16, lr: float = 2e-3) -> None:
-    """Train the autoencoder for `minutes` in all: squared error, its edges, a faint KL; rate decays at the end."""
+def train_vae(
+    folder: Path, minutes: float = 30.0, *, scenes: int = 48_000, seed: int = 0, batch: int = 10, lr: float = 2e-3
+) -> None:
+    """Train the autoencoder: squared error, its edges, a faint KL; the rate decays at the end.
+
+    Args:
+        folder: for painted scenes and training state.
+        minutes: in all sessions together.
+        scenes: painted, once.
+        seed: of everything.
+        batch: images per step.
+        lr: highest learning rate.
+    """
     images, _ = paint_scenes(folder, scenes, seed)
     torch.manual_seed(seed)
     vae = new_autoencoder()
@@ -239,20 +250,29 @@ def vary_caption(text: str, rng: np.random.Generator) -> str:
 def train_unet(
     folder: Path,
     *,
-    samples: int,
-    cooldown: float,
-    two_things: float,
-    emphasis: float,
-    start_from: Path | None,
-    scenes: int,
-    seed: int,
-    batch: int,
-    lr: float,
+    samples: int = 1_500_000,
+    cooldown: float = 0.25,
+    two_things: float = 0.5,
+    emphasis: float = 1.0,
+    start_from: Path | None = None,
+    scenes: int = 48_000,
+    seed: int = 0,
+    batch: int = 24,
+    lr: float = 1e-3,
 ) -> None:
-    """Train UNet and text encoder until `samples` pictures have been seen (all sessions together).
+    """Train UNet and text encoder; calling again with more samples goes on from the state before the decay.
 
-    The rate is constant after a short warm-up and falls to 1 % over the last `cooldown` share of
-    `samples`; calling again with a larger number goes on from the state before the decay.
+    Args:
+        folder: for painted scenes, latents and training state.
+        samples: images to be seen in all sessions together.
+        cooldown: share of `samples` over which the rate falls to 1 %; it is constant before, after a short warm-up.
+        two_things: share of samples with two things; raise it once lone things are right, for the sake of relations.
+        emphasis: up to how much more a high-noise step counts; 12 teaches relations.
+        start_from: pipeline folder, such as the shipped one, to start from where `folder` holds no state yet.
+        scenes: painted, once.
+        seed: of everything.
+        batch: images per step and process.
+        lr: highest learning rate.
     """
     if start_from is not None and not (folder / "vae").exists():
         AutoencoderKL.from_pretrained(start_from, subfolder="vae").save_pretrained(folder / "vae")
@@ -262,7 +282,7 @@ def train_unet(
     accelerator = Accelerator(cpu=True)
     tokenizer = build_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    model = Denoiser(new_unet(), new_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id))
+    model = Denoiser(new_unet(), new_text_encoder(tokenizer))
     if start_from is not None:
         model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").state_dict())
         text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder", dtype=torch.float32)

@@ -5,18 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from dkto.common import quiet  # noqa: F401  (no loading bars)
 from dkto.common.files import write_json
 from dkto.evaluation.metrics import wilson_interval
+from dkto.evaluation.scorers.network import ClipWithTokenizer
 from dkto.evaluation.scorers.weights import file_sha256
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
-    Embedder,
-    Pool,
-    paint_pool,
-    to_pixel_values,
+    PaintedPairs,
+    clip_pixels,
+    paint_pairs,
     train_clip,
     train_preference,
 )
@@ -28,31 +28,33 @@ TEST_PROMPTS = 200
 
 
 @torch.no_grad()
-def pair_scores(embed: Embedder, pool: Pool) -> np.ndarray:
+def pair_scores(embed: ClipWithTokenizer, pairs: PaintedPairs) -> np.ndarray:
     """(N, 2) cosine of both pictures of every pair with their prompt."""
     found = []
-    for start in range(0, len(pool), 64):
-        pictures = embed.images(to_pixel_values(pool.images[start : start + 64]).flatten(0, 1)).unflatten(0, (-1, 2))
-        found.append((pictures * embed.prompts(pool.prompts[start : start + 64])[:, None]).sum(-1))
+    for start in range(0, len(pairs), 64):
+        pictures = embed.embed_images(clip_pixels(pairs.images[start : start + 64]).flatten(0, 1)).unflatten(0, (-1, 2))
+        found.append((pictures * embed.embed_prompts(pairs.prompts[start : start + 64])[:, None]).sum(-1))
     return torch.cat(found).numpy()
 
 
-def choice_accuracy(scores: np.ndarray, pool: Pool, seed: int) -> np.ndarray:
+def choice_accuracy(scores: np.ndarray, pairs: PaintedPairs, seed: int) -> np.ndarray:
     """(N,) bool: whether the higher score belongs to the picture that a simulated person chooses."""
-    return (scores[:, 1] > scores[:, 0]) == (pool.choices(np.random.default_rng([seed, 2])) == 1)
+    return (scores[:, 1] > scores[:, 0]) == (pairs.choices(np.random.default_rng([seed, 2])) == 1)
 
 
 @torch.no_grad()
-def caption_accuracy(embed: Embedder, pool: Pool, seed: int) -> dict[str, np.ndarray]:
+def caption_accuracy(embed: ClipWithTokenizer, pairs: PaintedPairs, seed: int) -> dict[str, np.ndarray]:
     """By attribute, (n,) bool: whether a picture is nearer to its own caption than to one with that one changed."""
     rng, found = np.random.default_rng([seed, 3]), {}
-    pictures = torch.cat([embed.images(to_pixel_values(pool.images[i : i + 64, 0])) for i in range(0, len(pool), 64)])
-    own = [texts[0] for texts in pool.captions]
-    right = (pictures * embed.prompts(own)).sum(-1)
+    pictures = torch.cat(
+        [embed.embed_images(clip_pixels(pairs.images[i : i + 64, 0])) for i in range(0, len(pairs), 64)]
+    )
+    own = [texts[0] for texts in pairs.captions]
+    right = (pictures * embed.embed_prompts(own)).sum(-1)
     for attribute in ATTRIBUTES:
         others = [changed(parse(text), attribute, rng) for text in own]
         rows = [row for row, scene in enumerate(others) if scene]
-        wrong = (pictures[rows] * embed.prompts([caption(others[row]) for row in rows])).sum(-1)
+        wrong = (pictures[rows] * embed.embed_prompts([caption(others[row]) for row in rows])).sum(-1)
         found[attribute] = (right[rows] > wrong).numpy()
     return found
 
@@ -63,18 +65,20 @@ def rate(right: np.ndarray) -> dict[str, float]:
     return {"rate": round(float(right.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(right)}
 
 
-def measure_scorers(clip: Embedder, preference: Embedder, pool: Pool, seed: int = 0) -> dict[str, dict[str, float]]:
+def measure_scorers(
+    clip: ClipWithTokenizer, preference: ClipWithTokenizer, pairs: PaintedPairs, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Every figure of the card, from pictures of prompts that no training saw."""
     figures = {
-        "choices/world_preference": rate(choice_accuracy(pair_scores(preference, pool), pool, seed)),
-        "choices/world_clip": rate(choice_accuracy(pair_scores(clip, pool), pool, seed)),
-        "choices/world_utility itself": rate(choice_accuracy(pool.utilities, pool, seed)),
+        "choices/world_preference": rate(choice_accuracy(pair_scores(preference, pairs), pairs, seed)),
+        "choices/world_clip": rate(choice_accuracy(pair_scores(clip, pairs), pairs, seed)),
+        "choices/world_utility itself": rate(choice_accuracy(pairs.utilities, pairs, seed)),
     }
-    return figures | {f"captions/{name}": rate(right) for name, right in caption_accuracy(clip, pool, seed).items()}
+    return figures | {f"captions/{name}": rate(right) for name, right in caption_accuracy(clip, pairs, seed).items()}
 
 
 def write_scorers(
-    output: Path, tokenizer_folder: Path, clip: CLIPModel, preference: CLIPModel, pool: Pool, about: dict
+    output: Path, tokenizer_folder: Path, clip: CLIPModel, preference: CLIPModel, pairs: PaintedPairs, about: dict
 ) -> dict:
     """Write both networks in half precision, their tokenizer and the card, measured on what was written."""
     (output / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def write_scorers(
         model.save_pretrained(output / name)
         path = output / name / "model.safetensors"
         save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
-    figures = measure_scorers(*(load_embedder(output, name) for name in PARTS), pool)
+    figures = measure_scorers(*(load_clip(output, name) for name in PARTS), pairs)
     hashes = {name: file_sha256(output / name / "model.safetensors") for name in PARTS}
     write_json(output / "card.json", {**about, "sha256": hashes, "figures": figures})
     rows = "\n".join(
@@ -128,11 +132,11 @@ def train_scorers(
         The card's figures.
     """
     tokenizer = build_tokenizer(folder / "tokenizer")
-    pool = paint_pool(folder / "train", prompts_for("train", pairs, seed), seed)
-    clip = train_clip(folder, pool, tokenizer, steps=clip_steps, batch=clip_batch, lr=1e-3, seed=seed)
+    train = paint_pairs(folder / "train", prompts_for("train", pairs, seed), seed)
+    clip = train_clip(folder, train, tokenizer, steps=clip_steps, batch=clip_batch, lr=1e-3, seed=seed)
     options = {"steps": preference_steps, "batch": preference_batch, "lr": 5e-4, "seed": seed}
-    preference = train_preference(folder, clip, pool, tokenizer, **options)
-    held_out = paint_pool(folder / "test", held_out_prompts(test_pairs), seed)
+    preference = train_preference(folder, clip, train, tokenizer, **options)
+    held_out = paint_pairs(folder / "test", held_out_prompts(test_pairs), seed)
     about = {
         "pairs": pairs,
         "test_pairs": test_pairs,
@@ -146,10 +150,9 @@ def train_scorers(
     return write_scorers(output, folder / "tokenizer", clip, preference, held_out, about)
 
 
-def load_embedder(folder: Path, name: str) -> Embedder:
+def load_clip(folder: Path, name: str) -> ClipWithTokenizer:
     """One of the two networks from their folder, in float32, frozen."""
-    model = CLIPModel.from_pretrained(folder / name, use_safetensors=True, dtype=torch.float32)
-    return Embedder(model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    return ClipWithTokenizer.from_folder(folder / name, folder / "tokenizer")
 
 
 CARD = """# The small world's learned scorers

@@ -14,7 +14,7 @@ ROOMS = (
     ("world", "schedule", "network"),
     ("objectives", "sampling"),
     ("training", "measures", "exact"),
-    ("experiment", "pointwise"),
+    ("experiment",),
     ("verdicts", "plotting"),
     ("playground",),
     ("__main__",),

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pointwise_optimum import PointwiseOptimum, draw_alike
 
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss
 from toy.exact import dpo_optimum, normal_quadrature, output_law
@@ -13,7 +14,6 @@ from toy.experiment import run_experiment
 from toy.measures import exact_kl, fitted_kl
 from toy.network import Ensemble
 from toy.objectives import METHODS, Method, get_method
-from toy.pointwise import PointwiseOptimum, draw_alike
 from toy.schedule import linear_schedule
 from toy.training import FULL, SMALL
 

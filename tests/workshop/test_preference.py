@@ -8,19 +8,19 @@ import torch
 from PIL import Image
 
 from dkto.evaluation.scorers import SCORERS, get_pixel_scorer, score
+from dkto.evaluation.scorers.network import ClipWithTokenizer
 from dkto.evaluation.scorers.preprocess import to_pixels
 from dkto.evaluation.scorers.world_learned import WORLD_FOLDER, WorldCLIP, WorldPreference
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
-    Embedder,
-    Pool,
+    PaintedPairs,
     clip_loss,
+    clip_pixels,
     new_clip,
-    paint_pool,
+    paint_pairs,
     preference_loss,
-    to_pixel_values,
 )
-from dkto.workshop.scorers_card import PARTS, held_out_prompts, load_embedder, measure_scorers, rate, train_scorers
+from dkto.workshop.scorers_card import PARTS, held_out_prompts, load_clip, measure_scorers, rate, train_scorers
 from dkto.workshop.tokenizer import build_tokenizer
 from dkto.world.painter import BAD_FINISH, GOOD_FINISH, paint
 from dkto.world.scenes import caption, changed, parse, prompts_for, split_of
@@ -44,24 +44,24 @@ def trained(tmp_path_factory):
 
 def test_a_pool_is_painted_once_and_judged_by_the_rules(tmp_path):
     prompts = prompts_for("train", 20)
-    pool = paint_pool(tmp_path / "train", prompts, 0)
-    assert pool.images.shape == (20, 2, 64, 64, 3) and pool.prompts == prompts
+    pairs = paint_pairs(tmp_path / "train", prompts, 0)
+    assert pairs.images.shape == (20, 2, 64, 64, 3) and pairs.prompts == prompts
     for row, side in ((0, 0), (7, 1)):
-        picture = np.array(pool.images[row, side])
-        expected = judge(picture, pool.prompts[row])["fidelity"] * aesthetics(picture)
-        assert pool.utilities[row, side] == pytest.approx(expected)
-    faithful = [text == prompt for texts, prompt in zip(pool.captions, pool.prompts, strict=True) for text in texts]
+        picture = np.array(pairs.images[row, side])
+        expected = judge(picture, pairs.prompts[row])["fidelity"] * aesthetics(picture)
+        assert pairs.utilities[row, side] == pytest.approx(expected)
+    faithful = [text == prompt for texts, prompt in zip(pairs.captions, pairs.prompts, strict=True) for text in texts]
     assert 0.3 < np.mean(faithful) < 0.8
     stamp = (tmp_path / "train.npy").stat().st_mtime_ns
-    again = paint_pool(tmp_path / "train", prompts, 0)
-    assert (tmp_path / "train.npy").stat().st_mtime_ns == stamp and (again.utilities == pool.utilities).all()
+    again = paint_pairs(tmp_path / "train", prompts, 0)
+    assert (tmp_path / "train.npy").stat().st_mtime_ns == stamp and (again.utilities == pairs.utilities).all()
 
 
 def test_choices_are_bradley_terry_in_the_utility():
     gap = 0.2
-    pool = Pool(np.zeros((20_000, 2, 1)), [""] * 20_000, [], np.tile([0.3, 0.3 + gap], (20_000, 1)))
+    pairs = PaintedPairs(np.zeros((20_000, 2, 1)), [""] * 20_000, [], np.tile([0.3, 0.3 + gap], (20_000, 1)))
     expected = 1 / (1 + np.exp(-CHOICE_SHARPNESS * gap))
-    assert pool.choices(np.random.default_rng(0)).mean() == pytest.approx(expected, abs=0.01)
+    assert pairs.choices(np.random.default_rng(0)).mean() == pytest.approx(expected, abs=0.01)
 
 
 # --- losses
@@ -71,16 +71,20 @@ def test_choices_are_bradley_terry_in_the_utility():
 def embed(tmp_path_factory):
     tokenizer = build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     torch.manual_seed(0)
-    return Embedder(new_clip(tokenizer), tokenizer)
+    return ClipWithTokenizer(new_clip(tokenizer), tokenizer)
 
 
 def test_the_losses_are_those_of_clip_and_pickscore(embed):
     rng = np.random.default_rng(0)
     prompts = [PAIR, LONE]
     images = np.stack([[paint(parse(p), finish, rng) for finish in (GOOD_FINISH, BAD_FINISH)] for p in prompts])
-    values = to_pixel_values(images)
+    values = clip_pixels(images)
     with torch.no_grad():
-        pictures, texts, scale = embed.images(values.flatten(0, 1)), embed.prompts(prompts), embed.model.logit_scale
+        pictures, texts, scale = (
+            embed.embed_images(values.flatten(0, 1)),
+            embed.embed_prompts(prompts),
+            embed.model.logit_scale,
+        )
         logits = scale.exp() * pictures.unflatten(0, (2, 2)) @ texts[:, :, None]
         expected = -logits[..., 0].log_softmax(1)[[0, 1], [1, 0]].mean()
         found = preference_loss(embed, values, prompts, torch.tensor([1, 0]))
@@ -142,10 +146,10 @@ def test_scorers_of_a_folder_are_its_networks(trained):
     folder = str(trained[0] / "out")
     rng = np.random.default_rng(0)
     images = [Image.fromarray(paint(parse(p), GOOD_FINISH, rng)) for p in (PAIR, LONE)]
-    embed = load_embedder(trained[0] / "out", "preference")
+    embed = load_clip(trained[0] / "out", "preference")
     with torch.no_grad():
-        values = to_pixel_values(np.stack([np.asarray(image) for image in images]))
-        cosine = (embed.images(values) * embed.prompts([PAIR, LONE])).sum(-1)
+        values = clip_pixels(np.stack([np.asarray(image) for image in images]))
+        cosine = (embed.embed_images(values) * embed.embed_prompts([PAIR, LONE])).sum(-1)
     found = score(WorldPreference(folder, "cpu"), images, [PAIR, LONE])
     np.testing.assert_allclose(found, cosine * embed.model.logit_scale.exp(), rtol=1e-4)
     pixels = torch.stack([to_pixels(image) for image in images]).requires_grad_()
@@ -164,7 +168,7 @@ def test_weights_that_changed_or_are_missing_are_noticed(trained, tmp_path, monk
     (tmp_path / "copy" / "clip" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="is damaged or another file"):
         WorldCLIP(str(tmp_path / "copy")).network()
-    with pytest.raises(FileNotFoundError, match=r"scorer world_clip needs its weights in .*dkto\.embedded pref"):
+    with pytest.raises(FileNotFoundError, match=r"scorer world_clip needs its weights in .*dkto\.workshop pref"):
         score(WorldCLIP(str(tmp_path)), [Image.new("RGB", (64, 64))], [LONE])
 
 
@@ -174,7 +178,7 @@ def test_weights_that_changed_or_are_missing_are_noticed(trained, tmp_path, monk
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     """Pairs of test prompts painted from another seed than the card's."""
-    return paint_pool(tmp_path_factory.mktemp("pool") / "test", held_out_prompts(200), seed=7)
+    return paint_pairs(tmp_path_factory.mktemp("pairs") / "test", held_out_prompts(200), seed=7)
 
 
 def test_the_shipped_scorers_are_small_and_hold_no_pickle():
@@ -185,7 +189,7 @@ def test_the_shipped_scorers_are_small_and_hold_no_pickle():
 
 def test_the_cards_accuracies_hold_on_pictures_it_never_saw(held_out):
     card = json.loads((WORLD_FOLDER / "card.json").read_text())["figures"]
-    found = measure_scorers(*(load_embedder(WORLD_FOLDER, name) for name in PARTS), held_out)
+    found = measure_scorers(*(load_clip(WORLD_FOLDER, name) for name in PARTS), held_out)
     for name, figure in card.items():
         assert found[name]["low"] <= figure["high"] and figure["low"] <= found[name]["high"], name
     assert found["choices/world_preference"]["low"] > found["choices/world_clip"]["rate"] > 0.5

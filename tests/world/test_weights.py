@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dkto.models import SMALL_WORLD_FOLDER
-from dkto.workshop.export import GATE, card_figures, read_card_figures
+from dkto.workshop.export import GATE, card_figures
 from dkto.workshop.tokenizer import world_words
 from dkto.world.scenes import prompts_for
 from dkto.world.truth import judge
@@ -50,7 +50,10 @@ def measured():
 
 def test_a_quarter_of_the_cards_pictures_is_as_good_as_the_card_says():
     """The whole card is measured again by the slow tests; a relation stands in a part of the pictures only."""
-    found, stored = card_figures(SMALL_WORLD_FOLDER, prompts=50), read_card_figures(SMALL_WORLD_FOLDER)
+    found, stored = (
+        card_figures(SMALL_WORLD_FOLDER, prompts=50),
+        json.loads((SMALL_WORLD_FOLDER / "card.json").read_text())["fidelity"],
+    )
     assert found.keys() == stored.keys()
     for part, value in stored.items():
         assert found[part] == pytest.approx(value, abs=0.05), part
@@ -58,7 +61,7 @@ def test_a_quarter_of_the_cards_pictures_is_as_good_as_the_card_says():
 
 @pytest.mark.slow
 def test_the_cards_figures_come_from_these_weights(measured):
-    stored = read_card_figures(SMALL_WORLD_FOLDER)
+    stored = json.loads((SMALL_WORLD_FOLDER / "card.json").read_text())["fidelity"]
     assert measured.keys() == stored.keys()
     for part, value in stored.items():
         # another processor may round a borderline picture to the other side: a few of 400
