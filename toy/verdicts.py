@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from dkto.plotting import display_name
 from toy.experiment import BASE, Experiment
 from toy.measures import Estimate, bounds_of, over_seeds
 
@@ -80,8 +81,8 @@ def _seeker_is_sft(setting: Setting) -> tuple[str, bool]:
 def _kt_balances(setting: Setting) -> tuple[str, bool]:
     gaps = {rival: setting.gap("kl", "kahneman_tversky", rival) for rival in RIVALS}
     worst = max(gaps, key=lambda rival: gaps[rival].high)
-    text = f"KL of KT {_shown(setting.estimate('kl', 'kahneman_tversky'))}, minus {worst}'s {_shown(gaps[worst])}"
-    return text, all(gap.high < 0 for gap in gaps.values())
+    kl, rest = _shown(setting.estimate("kl", "kahneman_tversky")), _shown(gaps[worst])
+    return f"KL of KT {kl}, minus {display_name(worst)}'s {rest}", all(gap.high < 0 for gap in gaps.values())
 
 
 def _accurate(setting: Setting) -> tuple[str, bool]:

@@ -1,5 +1,6 @@
 """Files that are whole or absent, JSON that is what it should be, records line by line."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -89,6 +90,29 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
     """Write records, one line of JSON each, whole or not at all."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(path, lambda part: part.write_text(text))
+
+
+def append_record(path: Path, record: dict) -> None:
+    """Append one JSON line, which is on disk when this returns; a line that a crash cut short spoils no other.
+
+    Several processes may append to one file, which is made with its folder.
+    """
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash cut the last line
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_records(path: Path, last_step: int) -> None:

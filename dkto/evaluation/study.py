@@ -1,19 +1,17 @@
-"""The user study: two blinded pictures of a prompt, "Which image do you prefer given the prompt?" (paper 5.1.2, A.2).
+"""A user study: two blinded images of a prompt, "Which image do you prefer given the prompt?" (paper 5.1.2, A.2).
 
     study/
-      questions.json     prompts, styles, and for every judge the order of questions and which picture stands left
-      images/q007-a.png  the two pictures of question 7; which method is "a" was drawn
+      questions.json     prompts, styles, and for every judge the order of questions and which image is left
+      images/q007-a.png  the two images of question 7; which method is "a" is random
       answers/ann.jsonl  one line per answer, only ever appended
       key.json           which method "a" and "b" are: not for judges
 
-Each method stands left in half of a judge's questions of every style; judges come in twos who see every question
-mirrored. Answers can be stopped and gone on with at any question. Sides and letters hang on a number that is drawn
-for each study and stands in the key alone: who knows the seed does not know them.
-`dkto.evaluation.study_answers` counts.
+Each method is left in half of a judge's questions of every style. Judges come in pairs, of whom the second sees every
+question mirrored. A judge may stop at any question and go on later. Sides and letters depend on a random number that
+is stored only in `key.json`, so knowing the seed does not unblind the study. `dkto.evaluation.study_answers` counts.
 """
 
 import json
-import os
 import re
 import secrets
 import warnings
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dkto.common.files import claim, read_json, write_json, write_png
+from dkto.common.files import append_record, claim, read_json, write_json, write_png
 from dkto.data.images import load_image
 from dkto.data.prompts import even_rows
 from dkto.evaluation.generate import image_path
@@ -41,8 +39,8 @@ class Pair:
 
     Attributes:
         number: of the question.
-        prompt: what both pictures were drawn for.
-        left, right: the picture files.
+        prompt: what both images were drawn for.
+        left, right: the image files.
         position, total: how far the judge has come, counted from 1.
     """
 
@@ -64,11 +62,11 @@ def make_study(
     chosen: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Draw up a study of two methods from their folders of generated images.
+    """Make a study of two methods from their folders of generated images.
 
     Args:
         folders: the two methods by name, ours first, drawn for the same prompts and noise.
-        output_dir: folder for the study; called again with the same arguments its pictures are left as they are.
+        output_dir: folder for the study; a second call with the same arguments leaves its images as they are.
         judges: names of letters, digits, `_` and `-`; those that an existing study does not know yet join it.
         styles: (P,) style of each prompt, as `PromptSet.styles`.
         per_style: prompts of each style (25: with four styles the 100 of the protocol).
@@ -154,7 +152,7 @@ def _file(number: int, letter: str) -> str:
 
 
 def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt: int) -> dict[str, dict]:
-    """Order of questions and the letter that stands left, by judge; two judges in a row see mirrored sides."""
+    """Order of questions and the letter that is left, by judge; two judges in a row see mirrored sides."""
     plans = {}
     for index, judge in enumerate(judges):
         rng = np.random.default_rng([salt, 2, index // 2])
@@ -172,7 +170,7 @@ def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt
 
 
 class StudySession:
-    """One judge's way through a study; made anew, it goes on where the judge stopped.
+    """One judge's way through a study; a new session goes on where the judge stopped.
 
     Args:
         study_dir: folder written by `make_study`.
@@ -209,16 +207,10 @@ class StudySession:
         answered = self.answers
         for number in self.plan["order"]:
             if number not in answered:
-                left = self.plan["left"][number]
-                right = "b" if left == "a" else "a"
-                return Pair(
-                    number,
-                    self.about["prompts"][number],
-                    self.folder / _file(number, left),
-                    self.folder / _file(number, right),
-                    len(answered) + 1,
-                    len(self.plan["order"]),
-                )
+                letters = "ab" if self.plan["left"][number] == "a" else "ba"
+                left, right = (self.folder / _file(number, letter) for letter in letters)
+                place = len(answered) + 1, len(self.plan["order"])
+                return Pair(number, self.about["prompts"][number], left, right, *place)
         return None
 
     def answer(self, number: int, side: str) -> None:
@@ -234,7 +226,7 @@ class StudySession:
         self._append(number, side)
 
     def undo(self) -> int | None:
-        """Take back the last answer that stands; returns its question, or None if there is none."""
+        """Take back the last answer that counts; returns its question, or None if there is none."""
         standing = self.answers
         for line in reversed(self.lines):
             if line["question"] in standing:
@@ -244,15 +236,7 @@ class StudySession:
 
     def _append(self, number: int, choice: str) -> None:
         line = {"question": int(number), "choice": choice, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        with self.path.open("a+b") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            if end:  # a line that a kill cut short is closed, so that it spoils no other
-                stream.seek(end - 1)
-                if stream.read(1) != b"\n":
-                    stream.write(b"\n")
-            stream.write(json.dumps(line).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_record(self.path, line)
         self.lines.append(line)
 
 
@@ -263,9 +247,7 @@ def read_questions(folder: Path) -> dict:
         FileNotFoundError: if the folder holds no study.
         ValueError: if its file cannot be read.
     """
-    if not (folder / "questions.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no study (questions.json is missing)")
-    return _read_json(folder / "questions.json")
+    return _read_part(folder / "questions.json", f"{folder} holds no study (questions.json is missing)")
 
 
 def read_key(folder: Path) -> dict:
@@ -275,12 +257,12 @@ def read_key(folder: Path) -> dict:
         FileNotFoundError: if the key is missing.
         ValueError: if it cannot be read.
     """
-    if not (folder / "key.json").is_file():
-        raise FileNotFoundError(f"{folder} holds a study whose key.json is missing: put it back")
-    return _read_json(folder / "key.json")
+    return _read_part(folder / "key.json", f"{folder} holds a study whose key.json is missing: put it back")
 
 
-def _read_json(path: Path) -> dict:
+def _read_part(path: Path, missing: str) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(missing)
     try:
         return read_json(path, "part of a study")
     except ValueError as error:

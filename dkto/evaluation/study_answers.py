@@ -1,4 +1,4 @@
-"""What the judges of a user study said: answers unblinded, win-rate with interval, agreement (paper 5.1.2, Fig. 3)."""
+"""The judges' answers of a user study: unblinded, win-rate with interval, agreement (paper 5.1.2, Fig. 3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from dkto.evaluation.study import StudySession, read_key, read_questions
 
 
 def read_answers(study_dir: str | Path) -> pd.DataFrame:
-    """Every standing answer, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
+    """Answers that count, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
 
     Raises:
         FileNotFoundError: if the folder holds no study, or its key is missing.

@@ -35,18 +35,34 @@ def pipeline_folder(source: str | Path) -> Path:
         ValueError: if a folder is not a diffusers pipeline.
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
     """
-    folder = SMALL_WORLD_FOLDER if str(source) == SMALL_WORLD else Path(source)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=PIPELINE_FILES))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"model {str(source)!r} is neither {SMALL_WORLD!r}, a folder that exists, nor a hub id that can be "
-                f"reached ({type(error).__name__})"
-            ) from error
+    small = str(source) == SMALL_WORLD
+    folder = SMALL_WORLD_FOLDER if small else fetched_folder(source, "model", PIPELINE_FILES, f"{SMALL_WORLD!r}, ")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: model_index.json is missing")
     return folder
+
+
+def fetched_folder(source: str | Path, what: str, patterns: list[str], other: str = "") -> Path:
+    """A folder as it is, or the files of a hub id, fetched once.
+
+    Args:
+        source: folder or hub id.
+        what: it is, for the sentence.
+        patterns: files to fetch.
+        other: what else it may be, for the sentence.
+
+    Raises:
+        FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{what} {str(source)!r} is neither {other}a folder that exists{',' if other else ''} nor a hub id that "
+            f"can be reached ({type(error).__name__})"
+        ) from error
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:

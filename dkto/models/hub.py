@@ -1,15 +1,19 @@
-"""Published checkpoints: where a UNet or an adapter lies, by folder, file or hub id, and those the paper compares.
+"""From a name to weights: a model, a UNet or an adapter by folder, file or hub id, and those that the paper compares.
 
 Only safetensors are loaded; a checkpoint that is published as a pickle is refused with a sentence.
 """
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from dkto.common.files import read_json
+from dkto.models.base import DiffusionModel, fetched_folder, pipeline_folder
+from dkto.models.flow import StableDiffusion3
 from dkto.models.policy import LORA_FILE
+from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
+MODEL_CLASSES: dict[str, type[DiffusionModel]] = {
+    kind.pipeline_class.__name__: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+}
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PUBLISHED = {
     "base": {"model": STABLE_DIFFUSION},
@@ -26,6 +30,19 @@ TUNED_ON = {"alignprop": "laion_aesthetics"}
 """Scorer that a published checkpoint was tuned on, by the name of the method: it may have been hacked."""
 
 
+def load_model(source: str | Path) -> DiffusionModel:
+    """The model behind `source`, its parts loaded when they are first asked for.
+
+    Raises:
+        ValueError: if the pipeline is of a class that no face is written for.
+    """
+    folder = pipeline_folder(source)
+    kind = read_json(folder / "model_index.json", "index of a pipeline").get("_class_name")
+    if kind not in MODEL_CLASSES:
+        raise ValueError(f"{folder} is a {kind}; supported: {', '.join(MODEL_CLASSES)}")
+    return MODEL_CLASSES[kind](folder)
+
+
 def unet_folder(source: str | Path) -> Path:
     """The folder of a UNet in diffusers' layout: `source` itself, its sub-folder `unet`, or the same on the hub.
 
@@ -33,7 +50,7 @@ def unet_folder(source: str | Path) -> Path:
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
         ValueError: if it holds no UNet, or one without safetensors weights.
     """
-    folder = _fetch(
+    folder = fetched_folder(
         source, "unet", ["config.json", "unet/config.json", *WEIGHTS, *(f"unet/{name}" for name in WEIGHTS)]
     )
     for place in (folder / "unet", folder):
@@ -58,7 +75,7 @@ def lora_file(source: str | Path) -> Path:
         if path.suffix != ".safetensors":
             raise ValueError(f"lora must be a .safetensors file, got {path.name}; pickles are not loaded")
         return path
-    folder = _fetch(source, "lora", ["*.safetensors"])
+    folder = fetched_folder(source, "lora", ["*.safetensors"])
     files = sorted(folder.glob("*.safetensors"))
     if (folder / LORA_FILE) in files:
         return folder / LORA_FILE
@@ -66,16 +83,3 @@ def lora_file(source: str | Path) -> Path:
         found = ", ".join(file.name for file in files) or "none"
         raise ValueError(f"lora {str(source)!r} must hold {LORA_FILE} or one other .safetensors file, found {found}")
     return files[0]
-
-
-def _fetch(source: str | Path, what: str, patterns: list[str]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{what} {str(source)!r} is neither a folder that exists nor a hub id that can be reached "
-            f"({type(error).__name__})"
-        ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dkto.evaluation.scorers import RULES_ON_PIXELS, WORLD_SCORERS
+from dkto.evaluation.scorers import WORLD_SCORERS
 from dkto.models import SMALL_WORLD
 from dkto.models.system import System
 from dkto.paper.pool import TASTES, check_user, compare_pool, likes_of, make_pool
@@ -78,7 +78,7 @@ def online_settings(online_steps: int, reward: str, model: str = SMALL_WORLD) ->
     AlignProp needs a reward with a gradient: the user's measure if it has one. Of the small world's rules those that
     have none (fidelity, utility) give way to the part that has, `world_aesthetics`.
     """
-    without = reward in WORLD_SCORERS and reward not in RULES_ON_PIXELS
+    without = reward in WORLD_SCORERS and not hasattr(WORLD_SCORERS[reward], "score_pixels")
     differentiable = "world_aesthetics" if without else reward
     shared = {"max_train_steps": online_steps, "warmup_steps": 0}
     found = {"alignprop": {**shared, "reward": differentiable}, "d3po": {**shared, "reward": reward}}

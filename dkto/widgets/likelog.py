@@ -4,17 +4,18 @@ Each event holds session, time, event (like, dislike, skip, undo), prompt, seed,
 the log's folder and its SHA-256, so that a like stays with the picture it was given to.
 """
 
-import hashlib
+import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dkto.common.files import append_record, file_sha256
 from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.evaluation.generate import image_path, read_manifest
-from dkto.widgets.eventlog import EventLog
 
 JUDGEMENTS = ("like", "dislike", "skip")
 
@@ -57,10 +58,28 @@ def pictures_in(folder: str | Path) -> list[Picture]:
     return found
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def append_event(path: Path, session: str, **event) -> None:
+    """Write one event with its session and UTC time; it is on disk when this returns."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    append_record(path, {"session": session, "time": now, **event})
+
+
+def read_events(path: Path, session: str) -> list[dict]:
+    """A session's events, oldest first; a line that a crash cut is left out.
+
+    Raises:
+        ValueError: if a line is JSON but no event; the sentence names the line.
+    """
+    events = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut, also in the middle of a letter
+            continue
+        if not isinstance(event, dict) or not isinstance(event.get("session"), str):
+            raise ValueError(f"{path}, line {number}: expected an object with a session, got {event!r}")
+        events.append(event)
+    return [event for event in events if event["session"] == session]
 
 
 class LikeLog:
@@ -72,27 +91,29 @@ class LikeLog:
         session: a name; the same name goes on where it stopped.
 
     Raises:
-        ValueError: if there is no picture, or one lies outside the log's folder.
+        ValueError: if the session has no name, there is no picture, or one lies outside the log's folder.
         FileNotFoundError: if a picture does not exist.
     """
 
     def __init__(self, pictures: Sequence[Picture], path: str | Path, session: str) -> None:
         self.pictures = list(pictures)
-        self.log = EventLog(Path(path), session)
+        self.path, self.session = Path(path), session
+        if not isinstance(session, str) or not session.strip():
+            raise ValueError(f"session must be a name, got {session!r}")
         if not self.pictures:
             raise ValueError("pictures must hold at least one picture, got none")
-        root = self.log.path.parent.resolve()
+        root = self.path.parent.resolve()
         for picture in self.pictures:
             if not picture.image.is_file():
                 raise FileNotFoundError(f"picture {picture.image} does not exist")
             if not picture.image.resolve().is_relative_to(root):
                 raise ValueError(f"picture {picture.image} must lie in the folder of the log, {root}")
         self._names = [str(p.image.resolve().relative_to(root)) for p in self.pictures]
-        self._hashes = [sha256(p.image) for p in self.pictures]
+        self._hashes = [file_sha256(p.image) for p in self.pictures]
         self._history: list[int] = []  # pictures in the order of their judgements
         self.judgements: dict[int, str] = {}
         number = {key: index for index, key in enumerate(zip(self._names, self._hashes, strict=True))}
-        for event in self.log.read():
+        for event in read_events(self.path, session):
             index = number.get((event.get("image"), event.get("sha256")))
             if index is not None:  # a picture of another list
                 self._apply(event["event"], index)
@@ -130,9 +151,8 @@ class LikeLog:
 
     def _write(self, event: str, index: int) -> None:
         picture = self.pictures[index]
-        self.log.append(
-            event=event, prompt=picture.prompt, seed=picture.seed, image=self._names[index], sha256=self._hashes[index]
-        )
+        image = {"image": self._names[index], "sha256": self._hashes[index]}
+        append_event(self.path, self.session, event=event, prompt=picture.prompt, seed=picture.seed, **image)
         self._apply(event, index)
 
     def _apply(self, event: str, index: int) -> None:
@@ -187,7 +207,7 @@ def merge_likes(logs: Iterable[LikeLog]) -> MergedLikes:
             rows.append((picture.image, picture.prompt, liked))
             opinions.setdefault((log._hashes[index], picture.prompt), []).append(liked)
             given += 1
-        sessions[log.log.session] = sessions.get(log.log.session, 0) + given
+        sessions[log.session] = sessions.get(log.session, 0) + given
     if not rows:
         raise ValueError("nothing was liked or disliked yet")
     several = [given for given in opinions.values() if len(given) > 1]

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dkto.common.files import read_records
 from dkto.models.system import System, draw, noise_generator
@@ -195,10 +196,15 @@ class TrainingView(Instrument):
 
     def _show_samples(self, label: str, system: System) -> None:
         if self.prompts:
-            noise = [noise_generator(self._seed, number, 0) for number in range(len(self.prompts))]
-            images = draw(system.load(), list(self.prompts), noise, system)
-            row = {"label": label, "images": [png_bytes(image) for image in images]}
-            self.samples = [*self.samples, row][-MOST_SAMPLES:]
+            self._show(label, self._draw(system, list(self.prompts)))
+
+    def _draw(self, system: System, prompts: list[str]) -> list[Image.Image]:
+        noise = [noise_generator(self._seed, number, 0) for number in range(len(prompts))]
+        return draw(system.load(), prompts, noise, system)
+
+    def _show(self, label: str, images: Sequence[Image.Image]) -> None:
+        row = {"label": label, "images": [png_bytes(image) for image in images]}
+        self.samples = [*self.samples, row][-MOST_SAMPLES:]
 
     def _obey(self, message: dict) -> None:
         if message.get("type") == "stop":

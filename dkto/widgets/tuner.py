@@ -12,10 +12,9 @@ from PIL import Image
 from dkto.data.encode import prepare_feedback
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.evaluation.metrics import WinRate, win_rate
-from dkto.models.system import System, draw, noise_generator
+from dkto.models.system import System
 from dkto.plotting import image_grid
 from dkto.training.config import TrainConfig
-from dkto.widgets.base import png_bytes
 from dkto.widgets.training_view import TrainingView
 from dkto.world.users import SimulatedUser
 
@@ -109,21 +108,15 @@ class Tuner(TrainingView):
         # one after the other: two threads that load models at once get each other's empty tensors
         prepare_feedback(self._table, self.config.prepared_dir, self.config.model)
         if not self.before:
-            self.before = self._draw_all(System(model=self.config.model))
-            self._show("before", self.before)
+            before = System(model=self.config.model, guidance=self._guidance, steps=self._sample_steps)
+            self.before = self._draw(before, self._judged)
+            self._show("before", self.before[:SHOWN])
         super()._work()
 
-    def _draw_all(self, system: System) -> list[Image.Image]:
-        system = replace(system, guidance=self._guidance, steps=self._sample_steps)
-        noise = [noise_generator(self._seed, number, 0) for number in range(len(self._judged))]
-        return draw(system.load(), self._judged, noise, system)
-
-    def _show(self, label: str, images: Sequence[Image.Image]) -> None:
-        self.samples = [*self.samples, {"label": label, "images": [png_bytes(image) for image in images[:SHOWN]]}]
-
     def _finish(self) -> None:
-        self.after = self._draw_all(System.of_run(self.config.output_dir))
-        self._show("after", self.after)
+        system = System.of_run(self.config.output_dir, guidance=self._guidance, steps=self._sample_steps)
+        self.after = self._draw(system, self._judged)
+        self._show("after", self.after[:SHOWN])
         text = f"Tuned on {self._table}."
         if self._user is not None:
             after, before = (

@@ -49,10 +49,10 @@ def _carry(vae: AutoencoderKL, latent_channels: int) -> None:
                 _centre(module.conv_shortcut, slice(0, carried), identity)
         if hasattr(module, "to_out"):
             module.to_out[0].weight *= 0.1
-    for half in (encoder, decoder):
-        for norm in (half.conv_norm_out,):
-            norm.weight[:] = CONSTANT * (2 / norm.num_channels) ** 0.5
-    _centre(encoder.conv_in, slice(0, carried), torch.cat([torch.eye(3), -torch.eye(3), torch.zeros(2, 3)]))
+    for norm in (encoder.conv_norm_out, decoder.conv_norm_out):
+        norm.weight[:] = CONSTANT * (2 / norm.num_channels) ** 0.5
+    pick = torch.cat([torch.eye(3), -torch.eye(3), torch.zeros(2, 3)])  # (8, 3)
+    _centre(encoder.conv_in, slice(0, carried), pick)
     encoder.conv_in.bias[6], encoder.conv_in.bias[7] = CONSTANT, -CONSTANT
     for block in encoder.down_blocks:
         if block.downsamplers is not None:
@@ -64,7 +64,6 @@ def _carry(vae: AutoencoderKL, latent_channels: int) -> None:
     for block in decoder.up_blocks:
         if block.upsamplers is not None:
             _centre(block.upsamplers[0].conv, slice(0, carried), identity)
-    pick = torch.cat([torch.eye(3), -torch.eye(3), torch.zeros(2, 3)])  # (8, 3)
     encoder.conv_out.weight *= 0.3
     _centre(encoder.conv_out, slice(0, 3), pick.T)
     for square, size in ((vae.quant_conv, 2 * latent_channels), (vae.post_quant_conv, latent_channels)):

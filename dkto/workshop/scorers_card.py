@@ -8,10 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from dkto.common import quiet  # noqa: F401  (no loading bars)
-from dkto.common.files import write_json
+from dkto.common.files import file_sha256, write_json
 from dkto.evaluation.metrics import wilson_interval
 from dkto.evaluation.scorers.network import ClipWithTokenizer
-from dkto.evaluation.scorers.weights import file_sha256
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
     PaintedPairs,

@@ -1,21 +1,20 @@
-"""The project as web pages: README, the lessons as they ran, reproduction cards, every public function.
+"""The project as web pages: README, the lessons as they ran, verdict cards, every public function.
 
 Sphinx renders, nothing is executed, and nothing is fetched when a page is read: mathematics becomes MathML here,
 and a page opens from disk. `python -m dkto.workshop.site` builds `papermill_runs/outputs/site`.
 """
 
-import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from html.parser import HTMLParser
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pandas as pd
+from bs4 import BeautifulSoup
 
 from dkto.workshop.keep_lessons import CARDS
 
@@ -24,6 +23,25 @@ OUTPUT = ROOT / "papermill_runs" / "outputs" / "site"
 SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
+NOT_FETCHED = {
+    "index",
+    "search",
+    "next",
+    "prev",
+    "canonical",
+    "author",
+}  # relations of a page that a browser only notes
+FOLDERS = (("lessons", "Lessons, as they ran"), ("cards", "Verdict cards"), ("api", "Functions"))
+CONTENTS = """
+```{{toctree}}
+:hidden:
+:glob:
+:maxdepth: 1
+:caption: {caption}
+
+{folder}/*
+```
+"""
 
 
 def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path = ROOT) -> Path:
@@ -58,46 +76,36 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
 
 def write_source(source: Path, reference: Path, root: Path) -> None:
     """Lay out what Sphinx reads: the README, a page a lesson, the cards, a page a module."""
-    (source / "lessons").mkdir(parents=True)
+    for folder in ("lessons", "cards", "api"):
+        (source / folder).mkdir(parents=True)
     lessons = sorted(path.parent.name for path in reference.glob("*/notebook.ipynb"))
     for name in lessons:
         notebook = json.loads((reference / name / "notebook.ipynb").read_text(encoding="utf-8"))
-        notebook["cells"] = [_with_links(cell, lessons) for cell in notebook["cells"]]
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = _rewrite("".join(cell["source"]), lessons)
         notebook["metadata"].pop("widgets", None)  # a page has no kernel to show them
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
-    cards = _write_cards(source, reference)
-    modules = _write_modules(source, root)
+    for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
+        _write_card(source / "cards", path)
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        _write_module(source / "api", path.relative_to(root), path.read_text(encoding="utf-8"))
     text = (root / "README.md").read_text(encoding="utf-8")
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     for image in images:
         target = source / image
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / image, target)
-    text = _rewrite(text, lessons, keep=set(images), folder="")
-    (source / "index.md").write_text(f"{text}\n{_contents(lessons, cards, modules)}", encoding="utf-8")
+    contents = (
+        CONTENTS.format(caption=caption, folder=folder)
+        for folder, caption in FOLDERS
+        if any((source / folder).iterdir())
+    )
+    text = "\n".join([_rewrite(text, lessons, keep=images, folder="lessons/"), *contents])
+    (source / "index.md").write_text(text, encoding="utf-8")
 
 
-def _contents(lessons: list[str], cards: list[str], modules: list[str]) -> str:
-    parts = {
-        "Lessons, as they ran": [f"lessons/{name}" for name in lessons],
-        "Reproduction cards": [f"cards/{name}" for name in cards],
-        "Functions": [f"api/{name}" for name in modules],
-    }
-    trees = []
-    for caption, pages in parts.items():
-        if pages:
-            names = "\n".join(pages)
-            trees.append(f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {caption}\n\n{names}\n```\n")
-    return "\n".join(trees)
-
-
-def _with_links(cell: dict, lessons: list[str]) -> dict:
-    if cell["cell_type"] != "markdown":
-        return cell
-    return cell | {"source": _rewrite("".join(cell["source"]), lessons, keep=set(), folder="lessons/")}
-
-
-def _rewrite(text: str, lessons: list[str], keep: set[str], folder: str) -> str:
+def _rewrite(text: str, lessons: list[str], keep: Sequence[str] = (), folder: str = "") -> str:
     """Links to a lesson become links to its page; a link into the checkout, which a site has not, becomes its words."""
 
     def replace(match: re.Match) -> str:
@@ -105,67 +113,28 @@ def _rewrite(text: str, lessons: list[str], keep: set[str], folder: str) -> str:
         scheme, name = urlsplit(target).scheme, Path(urlsplit(target).path)
         if scheme in ELSEWHERE or target.startswith("#") or target in keep:
             return match.group()
-        lesson = name.parent.name if name.name == "notebook.ipynb" else name.stem  # the former: of a kept run
-        if name.suffix == ".ipynb" and lesson in lessons and "solutions" not in name.parts:
-            return f"[{words}]({'' if folder else 'lessons/'}{lesson}.ipynb)"
+        if name.suffix == ".ipynb" and name.stem in lessons and "solutions" not in name.parts:
+            return f"[{words}]({folder}{name.stem}.ipynb)"
         return words
 
-    return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?: \"[^\"]*\")?\)", replace, text)
+    return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", replace, text)
 
 
-def _write_cards(source: Path, reference: Path) -> list[str]:
-    """A page for every table of a reference run that says paper value, ours and verdict."""
-    names = []
-    for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
-        name = f"{path.parent.name}-{path.stem}"
-        title = path.stem.replace("_", " ")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False).to_html(index=False, border=0)
-        (source / "cards").mkdir(exist_ok=True)
-        text = f"# {title.capitalize()}\n\nFrom the lesson {path.parent.name}.\n\n```{{raw}} html\n{table}\n```\n"
-        (source / "cards" / f"{name}.md").write_text(text, encoding="utf-8")
-        names.append(name)
-    return names
+def _write_card(folder: Path, path: Path) -> None:
+    """A page for a table of a kept run that says paper value, ours and verdict."""
+    lesson, title = path.parent.name, path.stem.replace("_", " ").capitalize()
+    table = pd.read_csv(path, dtype=str, keep_default_na=False).to_html(index=False, border=0)
+    text = f"# {title}\n\nFrom the lesson {lesson}.\n\n```{{raw}} html\n{table}\n```\n"
+    (folder / f"{lesson}-{path.stem}.md").write_text(text, encoding="utf-8")
 
 
-def _write_modules(source: Path, root: Path) -> list[str]:
-    """A page for every module with something public in it."""
-    (source / "api").mkdir()
-    names = []
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            parts = parts[:-1] if parts[-1] == "__init__" else parts
-            if any(part.startswith("__") for part in parts) or not _has_public(path):
-                continue
-            name = ".".join(parts)
-            text = f"# {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
-            (source / "api" / f"{name}.md").write_text(text, encoding="utf-8")
-            names.append(name)
-    return names
-
-
-def _has_public(path: Path) -> bool:
-    nodes = ast.parse(path.read_text(encoding="utf-8")).body
-    defined = (ast.FunctionDef, ast.ClassDef)
-    return any(isinstance(node, defined) and not node.name.startswith("_") for node in nodes)
-
-
-class _Page(HTMLParser):
-    """Anchors, links, and whatever a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchors, self.links, self.fetched = set(), [], []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attributes}
-        self.anchors |= {values[name] for name in ("id", "name") if name in values}
-        if tag == "a" and "href" in values:
-            self.links.append(values["href"])
-        elif tag == "link" and values.get("rel") not in ("index", "search", "next", "prev", "canonical", "author"):
-            self.fetched.append(values.get("href", ""))
-        elif tag in ("script", "img", "iframe", "source", "video", "audio") and "src" in values:
-            self.fetched.append(values["src"])
+def _write_module(folder: Path, path: Path, text: str) -> None:
+    """A page for a module with something public in it."""
+    parts = path.with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    if "__main__" not in parts and re.search(r"^(def|class) [^_]", text, re.MULTILINE):
+        page = f"# {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+        (folder / f"{name}.md").write_text(page, encoding="utf-8")
 
 
 def check_pages(folder: Path) -> list[str]:
@@ -173,30 +142,30 @@ def check_pages(folder: Path) -> list[str]:
 
     Links to other sites are not followed: that would need a network.
     """
-    pages = {path: _read_page(path) for path in sorted(folder.rglob("*.html"))}
+    pages = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in folder.rglob("*.html")}
+    anchors = {
+        path: {tag.get(key) for tag in page.find_all() for key in ("id", "name")} for path, page in pages.items()
+    }
     wrong = []
-    for path, page in pages.items():
+    for path in sorted(pages):
         where = path.relative_to(folder)
-        wrong += [f"{where} fetches {url}" for url in page.fetched if urlsplit(url).netloc]
-        for url in [*page.links, *(url for url in page.fetched if not urlsplit(url).netloc)]:
+        links = [tag["href"] for tag in pages[path].find_all("a", href=True)]
+        fetched = [tag["href"] for tag in pages[path].find_all("link", href=True) if not NOT_FETCHED & {*tag["rel"]}]
+        fetched += [tag["src"] for tag in pages[path].find_all(src=True)]
+        wrong += [f"{where} fetches {url}" for url in fetched if urlsplit(url).netloc]
+        for url in [*links, *fetched]:
             parts = urlsplit(url)
             if parts.scheme in (*ELSEWHERE, "data") or parts.netloc:
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.is_file():
                 wrong.append(f"{where} links to {url}, which does not exist")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+            elif parts.fragment and unquote(parts.fragment) not in anchors.get(target, {unquote(parts.fragment)}):
                 wrong.append(f"{where} links to {url}, which has no such place")
     for path in sorted(folder.rglob("*.css")):
-        urls = re.findall(r"""(?:url\(|@import\s+)['"]?(https?:)?//[^'")]+""", path.read_text(encoding="utf-8"))
-        wrong += [f"{path.relative_to(folder)} fetches from another site"] if urls else []
+        if re.search(r"""(?:url\(|@import\s+)['"]?(https?:)?//[^'")]+""", path.read_text(encoding="utf-8")):
+            wrong.append(f"{path.relative_to(folder)} fetches from another site")
     return wrong
-
-
-def _read_page(path: Path) -> _Page:
-    page = _Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
 
 
 def mathml(formula: str, display: bool) -> str:

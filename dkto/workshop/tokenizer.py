@@ -3,20 +3,14 @@
 import json
 from pathlib import Path
 
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from dkto.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES
 
 MAX_LENGTH = 24  # tokens, with start and end
-EXTRA_WORDS = (
+# the last two: the shipped text encoder's vocabulary holds them, though no relation uses them
+EXTRA_WORDS = [
     "good",
     "bad",
     "weird",
@@ -30,9 +24,9 @@ EXTRA_WORDS = (
     "background",
     "and",
     "the",
-    "right",  # these two: the shipped text encoder's vocabulary holds them, though no relation uses them
+    "right",
     "below",
-)
+]
 _END = "</w>"
 
 

@@ -1,9 +1,9 @@
-"""Sphinx's settings for `make site`; dkto.site lays out what it reads."""
+"""Sphinx's settings for `make site`; dkto.workshop.site lays out what it reads."""
 
-from dkto.site import literal_formulas, mathml
 from docutils import nodes
 
 from dkto import __version__
+from dkto.workshop.site import literal_formulas, mathml
 
 project = "dkto"
 author = "the dkto authors"

@@ -16,16 +16,13 @@ from safetensors.torch import load_file, save_file
 from skimage import data
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
+from dkto.common.files import file_sha256
 from dkto.evaluation.scorers import PUBLISHED_SCORERS, SCORERS, check_scorers, get_pixel_scorer, score
-from dkto.evaluation.scorers.clip import CLIPScore
-from dkto.evaluation.scorers.hps import HPS
+from dkto.evaluation.scorers.clip import HPS, CLIPScore, LaionAesthetics, PickScore
 from dkto.evaluation.scorers.image_reward import ImageReward, ImageRewardModel, image_reward_to_blip
-from dkto.evaluation.scorers.laion import LaionAesthetics
 from dkto.evaluation.scorers.network import _load, aesthetics_head
 from dkto.evaluation.scorers.open_clip import VIT_H_14, open_clip_to_clip
-from dkto.evaluation.scorers.pickscore import PickScore
 from dkto.evaluation.scorers.preprocess import cropped_image, normalise, padded_pixels, to_pixels
-from dkto.evaluation.scorers.weights import file_sha256
 from dkto.workshop.tokenizer import build_tokenizer
 
 PROMPTS = ["a red star", "a green ring on a white background", "a toy"]

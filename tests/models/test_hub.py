@@ -59,7 +59,7 @@ def test_of_a_hub_repository_the_unet_alone_is_fetched(monkeypatch, changed):
         asked.extend(allow_patterns)
         return str(changed / "pipeline")
 
-    monkeypatch.setattr("dkto.models.hub.snapshot_download", download)
+    monkeypatch.setattr("dkto.models.base.snapshot_download", download)
     assert unet_folder("owner/name") == changed / "pipeline" / "unet"
     files = ("unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors")
     others = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dkto.cli import main
 from dkto.common.files import read_records
 from dkto.evaluation.scorers import SCORERS, get_pixel_scorer, register_scorer
+from dkto.evaluation.scorers.world import aesthetics_pixels
 from dkto.models import load_model, make_policy
 from dkto.models.system import System
 from dkto.training.chain import Chain, chain_steps, log_ratio
@@ -20,7 +21,6 @@ from dkto.training.loop import run_training, train
 from dkto.training.online import OwnImages, d3po_loss, draw_noise, draw_rows, to_images
 from dkto.training.run_folder import RunFolder
 from dkto.world.painter import BAD_FINISH, GOOD_FINISH, paint
-from dkto.world.pixel_rules import aesthetics_pixels
 from dkto.world.scenes import parse, prompts_for
 from dkto.world.truth import aesthetics, redness
 

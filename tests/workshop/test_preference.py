@@ -10,7 +10,7 @@ from PIL import Image
 from dkto.evaluation.scorers import SCORERS, get_pixel_scorer, score
 from dkto.evaluation.scorers.network import ClipWithTokenizer
 from dkto.evaluation.scorers.preprocess import to_pixels
-from dkto.evaluation.scorers.world_learned import WORLD_FOLDER, WorldCLIP, WorldPreference
+from dkto.evaluation.scorers.world import WORLD_FOLDER, WorldCLIP, WorldPreference
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
     PaintedPairs,

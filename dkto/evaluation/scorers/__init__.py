@@ -14,11 +14,11 @@ LAION aesthetics score.
 import ast
 import hashlib
 import inspect
+import marshal
 import pickle
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from types import CodeType
 
 import numpy as np
 from PIL import Image
@@ -26,15 +26,10 @@ from torch import Tensor
 
 from dkto.common import quiet  # noqa: F401  (before transformers, which speaks while it is imported)
 from dkto.common.names import check_name
-from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, CLIPScore
-from dkto.evaluation.scorers.hps import HPS
+from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, HPS, CLIPScore, LaionAesthetics, PickScore
 from dkto.evaluation.scorers.image_reward import ImageReward
-from dkto.evaluation.scorers.laion import LaionAesthetics
 from dkto.evaluation.scorers.network import NetworkScorer
-from dkto.evaluation.scorers.pickscore import PickScore
-from dkto.evaluation.scorers.world import WORLD_SCORERS, redness_pixels
-from dkto.evaluation.scorers.world_learned import WorldCLIP, WorldPreference
-from dkto.world.pixel_rules import aesthetics_pixels
+from dkto.evaluation.scorers.world import WORLD_SCORERS, WorldCLIP, WorldPreference
 from dkto.world.scenes import parse
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
@@ -59,7 +54,6 @@ SCORERS: dict[str, Scorer] = {
     **PUBLISHED_SCORERS,
 }
 READS_PROMPTS = ("world_fidelity", "world_utility")
-RULES_ON_PIXELS: dict[str, PixelScorer] = {"world_redness": redness_pixels, "world_aesthetics": aesthetics_pixels}
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:
@@ -142,10 +136,8 @@ def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
         ValueError: if it has none; the sentence lists those that have.
     """
     found = get_scorer(scorer)
-    if isinstance(scorer, str) and scorer in RULES_ON_PIXELS:
-        return RULES_ON_PIXELS[scorer]
     if not hasattr(found, "score_pixels"):
-        known = [name for name, other in SCORERS.items() if name in RULES_ON_PIXELS or hasattr(other, "score_pixels")]
+        known = [name for name, other in SCORERS.items() if hasattr(other, "score_pixels")]
         raise ValueError(f"scorer {scorer_name(scorer)} has no gradient; those that have: {', '.join(known)}")
     return found.score_pixels
 
@@ -179,9 +171,12 @@ def describe(scorer: Scorer) -> dict:
             "stored scores are known again"
         )
     try:
-        code: object = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(scorer))))  # one text for all Pythons
-    except (OSError, SyntaxError):  # typed in without a file, or a part of a longer line
-        code = _bytecode(scorer.__code__)
+        code: object = textwrap.dedent(inspect.getsource(scorer))
+        code = ast.unparse(ast.parse(code))  # one text for all Pythons
+    except SyntaxError:  # a part of a longer line: as it is written
+        pass
+    except OSError:  # typed in without a file
+        code = marshal.dumps(scorer.__code__, 2)
     closed = [cell.cell_contents for cell in scorer.__closure__ or ()]
     try:
         told = pickle.dumps((code, closed, scorer.__defaults__, scorer.__kwdefaults__), protocol=4)
@@ -191,17 +186,6 @@ def describe(scorer: Scorer) -> dict:
             "`about`, a dict of what its values depend on"
         ) from error
     return {"code": hashlib.sha256(told).hexdigest()[:16]}
-
-
-def _bytecode(code: CodeType) -> tuple:
-    """What a function does, without where it stands: instructions, names and constants, inner functions' as well."""
-    constants = []
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            constants.append(_bytecode(value))
-        else:  # a set of texts has another order in every process
-            constants.append(sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
-    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

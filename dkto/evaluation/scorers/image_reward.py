@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
@@ -90,14 +91,10 @@ class ImageReward(NetworkScorer):
     tokenizer: str = BERT
     device: str = ""
     name: str = "image_reward"
+    scale: ClassVar[str] = "(x - 0.167) / 1.033"
 
-    @property
-    def about(self) -> dict[str, str | None]:
-        return {
-            **converted_about("image_reward", self.weights),
-            "tokenizer": self.tokenizer,
-            "scale": "(x - 0.167) / 1.033",
-        }
+    def weights_about(self) -> dict[str, str | None]:
+        return converted_about("image_reward", self.weights)
 
     def load(self) -> ImageRewardModel:
         from transformers import BertTokenizer

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,16 +21,23 @@ BATCH_SIZE = 16  # pictures per pass
 class NetworkScorer:
     """A scorer whose values come from a network; sub-classes are frozen dataclasses, so that they travel to workers.
 
-    A sub-class gives `name`, `about`, `load`, and `score_prepared`; `device` is "" for the GPU where there is
-    one, else for the CPU.
+    A sub-class gives `name`, `weights_about`, `load`, `score_prepared`, and in `scale` what the values are; `device` is
+    "" for the GPU where there is one, else for the CPU.
     """
 
     name: str
     device: str
+    scale: str
 
     @property
     def about(self) -> dict[str, str | bool | None]:
-        """What the values depend on; None for a hash of weights that lie in no folder here."""
+        """What the values depend on: settings, hashes of weights (None where they are not at hand), scale."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        told = {**settings, **self.weights_about(), "scale": self.scale}
+        return {key: value for key, value in told.items() if key not in ("name", "device")}
+
+    def weights_about(self) -> dict[str, str | None]:
+        """Which weights they are, and their hashes."""
         raise NotImplementedError
 
     def load(self) -> nn.Module:
@@ -142,6 +151,21 @@ class ClipWithTokenizer(nn.Module):
     def cosine(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) cosine of each picture and its prompt."""
         return (self.embed_images(pixel_values) * self.embed_prompts(prompts)).sum(-1)
+
+
+class ClipScorer(NetworkScorer):
+    """A scorer whose values are the cosine of picture and prompt, or exp(logit_scale) times it where `scaled`."""
+
+    scaled: ClassVar[bool] = False
+
+    @property
+    def scale(self) -> str:
+        """What the values are."""
+        return "exp(logit_scale) * cosine" if self.scaled else "cosine"
+
+    def score_prepared(self, network: ClipWithTokenizer, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        cosine = network.cosine(pixel_values, prompts)
+        return network.model.logit_scale.exp() * cosine if self.scaled else cosine
 
 
 def _unit(output) -> Tensor:

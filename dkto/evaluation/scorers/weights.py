@@ -22,8 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dkto.common.files import read_json, write_atomically, write_json
-from dkto.common.names import not_known
+from dkto.common.files import file_sha256, read_json, write_atomically, write_json
 from dkto.models.base import weights_fingerprint
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
@@ -38,24 +37,20 @@ class PublishedFile:
         url: the page to download it from.
         size: as text, for the message.
         sha256: of that file, or "" where no source for it was found.
-        entry: under which key of the pickle the weights lie, "" for the pickle itself.
     """
 
     file: str
     url: str
     size: str
     sha256: str = ""
-    entry: str = ""
 
 
-HPS_URL = "https://huggingface.co/xswu/HPSv2"
+HUB = "https://huggingface.co"
 PUBLISHED_FILES = {
-    "hps_v2": PublishedFile("HPS_v2_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
-    "hps_v2_1": PublishedFile("HPS_v2.1_compressed.pt", HPS_URL, "2 GB", entry="state_dict"),
-    "clip_h14": PublishedFile(
-        "open_clip_pytorch_model.bin", "https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"
-    ),
-    "image_reward": PublishedFile("ImageReward.pt", "https://huggingface.co/zai-org/ImageReward", "1.8 GB"),
+    "hps_v2": PublishedFile("HPS_v2_compressed.pt", f"{HUB}/xswu/HPSv2", "2 GB"),
+    "hps_v2_1": PublishedFile("HPS_v2.1_compressed.pt", f"{HUB}/xswu/HPSv2", "2 GB"),
+    "clip_h14": PublishedFile("open_clip_pytorch_model.bin", f"{HUB}/laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"),
+    "image_reward": PublishedFile("ImageReward.pt", f"{HUB}/zai-org/ImageReward", "1.8 GB"),
     "laion_aesthetics": PublishedFile(
         "sac+logos+ava1-l14-linearMSE.pth",
         "https://github.com/christophschuhmann/improved-aesthetic-predictor",
@@ -68,12 +63,6 @@ PUBLISHED_FILES = {
 def weights_folder() -> Path:
     """Where converted and hand-copied weights are kept."""
     return Path(os.environ.get(WEIGHTS_VARIABLE) or Path.home() / ".cache" / "dkto" / "weights")
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -135,11 +124,7 @@ def model_folder(
 
 
 def model_about(source: str) -> dict[str, str | None]:
-    """What a scorer tells of its model: which it is and, of a folder, a hash of its weights, which may be trained anew.
-
-    Args:
-        source: as `model_folder`; of a hub id that is no folder here `weights` is None.
-    """
+    """Identity of a scorer's model: its name and, for a local folder, a hash of its weights; None for a hub id."""
     folder = _local_folder(source)
     found = sorted(folder.rglob("*.safetensors")) if folder else []
     return {"model": source, "weights": weights_fingerprint(found) if found else None}
@@ -169,14 +154,18 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
         ValueError: if it is a pickle, or differs from what `convert` wrote.
     """
     published, path = PUBLISHED_FILES[name], _converted(name, weights)
+    file = published.file if not path.is_file() else path.name
+    command = f"`python -m dkto.evaluation.scorers convert {name} {file}`"
+    if not published.sha256:
+        command = f"{command[:-1]} --sha256 HASH` (HASH stands at {published.url})"
     if not path.is_file():
         raise FileNotFoundError(
-            f"scorer {name} needs its weights: download {published.file} ({published.size}) from {published.url} and "
-            f"convert it once with {_command(name, published.file)}; expected in {path}"
+            f"scorer {name} needs its weights: download {file} ({published.size}) from {published.url} and "
+            f"convert it once with {command}; expected in {path}"
         )
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is a pickle, which is not loaded: run {_command(name, path.name)}")
-    expected = converted_about(name, weights).get("sha256")
+        raise ValueError(f"{file} is a pickle, which is not loaded: run {command}")
+    expected = converted_about(name, weights)["sha256"]
     if not expected:
         raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
     check_sha256(path, expected)
@@ -184,11 +173,7 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
 
 
 def converted_about(name: str, weights: str = "") -> dict[str, str | None]:
-    """What a scorer tells of its converted weights: which they are and their hash, None where they are not at hand.
-
-    Args:
-        name, weights: as in `read_converted`.
-    """
+    """Identity of a scorer's converted weights: their name or path, and their hash, None where they are not at hand."""
     card = _converted(name, weights).with_suffix(".json")
     found = read_json(card, "card of weights", ["sha256"])["sha256"] if card.is_file() else None
     return {"weights": weights or name, "sha256": found}
@@ -198,21 +183,13 @@ def _converted(name: str, weights: str) -> Path:
     return Path(weights) if weights else weights_folder() / f"{name}.safetensors"
 
 
-def _command(name: str, file: str) -> str:
-    """How the pickle of a scorer is converted, as a part of a sentence."""
-    published = PUBLISHED_FILES[name]
-    if published.sha256:
-        return f"`python -m dkto.evaluation.scorers convert {name} {file}`"
-    return f"`python -m dkto.evaluation.scorers convert {name} {file} --sha256 HASH` (HASH stands at {published.url})"
-
-
 def convert(name: str, source: Path, sha256: str = "") -> Path:
     """Turn a published pickle into safetensors in the weights folder, after comparing its hash.
 
     The pickle is read with torch's `weights_only=True`, which builds tensors and plain containers and runs no code.
 
     Args:
-        name: hps_v2, hps_v2_1, image_reward, laion_aesthetics or another key of `PUBLISHED_FILES`.
+        name: hps_v2, hps_v2_1, clip_h14, image_reward or laion_aesthetics.
         source: the downloaded file.
         sha256: its hash as its page shows; needed where the project does not know it.
 
@@ -226,32 +203,31 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
             weights.
     """
     if name not in PUBLISHED_FILES:
-        raise KeyError(not_known(f"no published file {name!r}", name, PUBLISHED_FILES))
+        raise KeyError(f"no published file {name!r}; known: {', '.join(PUBLISHED_FILES)}")
     published = PUBLISHED_FILES[name]
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: download {published.file} from {published.url}")
     if sha256 and published.sha256 and sha256.lower() != published.sha256:
         raise ValueError(f"the sha256 of {published.file} is known to be {published.sha256}, got --sha256 {sha256}")
-    found, expected = file_sha256(source), published.sha256 or sha256.lower()
+    expected = published.sha256 or sha256.lower()
     if not expected:
         raise ValueError(
             f"the sha256 of {published.file} is not known here: pass the one that {published.url} shows for it "
-            f"with --sha256 (this file has {found})"
+            f"with --sha256 (this file has {file_sha256(source)})"
         )
-    if found != expected:
-        raise ValueError(f"{source} is damaged or another file: its sha256 is {found}, expected {expected}")
+    check_sha256(source, expected)
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{source} holds something else than weights, or is damaged") from error
-    state = state[published.entry] if published.entry and published.entry in state else state
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{source} holds something else than weights by name")
     path = weights_folder() / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     copied = {key: value.contiguous().clone() for key, value in state.items()}
     write_atomically(path, lambda part: save_file(copied, part, metadata={"format": "pt"}))
-    about = {"published": published.file, "published_sha256": found, "sha256": file_sha256(path)}
+    about = {"published": published.file, "published_sha256": expected, "sha256": file_sha256(path)}
     write_json(path.with_suffix(".json"), about)
     return path
 

@@ -1,12 +1,25 @@
-"""The small world's own scorers: fidelity, aesthetics, redness, and a utility that cannot be hacked."""
+"""The small world's own scorers: exact rules on pixels, and two small networks trained on its pictures.
+
+The networks' weights ship with the package (`dkto/world/scorers/README.md` is their card); `python -m dkto.workshop
+preference` makes them. They are for 64 x 64 pictures of the small world and are neither CLIP nor PickScore.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from dkto.common.files import read_json
+from dkto.evaluation.scorers.network import ClipScorer, ClipWithTokenizer
+from dkto.evaluation.scorers.weights import check_sha256
 from dkto.world.truth import RULES_VERSION, aesthetics, judge, redness
+
+WORLD_FOLDER = Path(__file__).parents[2] / "world" / "scorers"
 
 
 def world_fidelity(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
@@ -19,13 +32,25 @@ def world_aesthetics(images: Sequence[Image.Image], prompts: Sequence[str]) -> n
     return np.array([aesthetics(np.asarray(image)) for image in images])
 
 
+def aesthetics_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`world_aesthetics` of (B, 3, H, W) in [0, 1], with gradient; returns (B,)."""
+    red, green, blue = (pixels * 255).unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    across, along = red - 0.5 * (green + blue), 3**0.5 / 2 * (green - blue)
+    chroma = (across.square() + along.square()).clamp(min=1e-6).sqrt()
+    low, high = torch.quantile(luma.flatten(1), luma.new_tensor([0.02, 0.98]), dim=1)
+    steps = torch.maximum(luma.diff(dim=1).abs()[:, :, :-1], luma.diff(dim=2).abs()[:, :-1])
+    vivid, sharp = torch.quantile(chroma.flatten(1), 0.95, dim=1), torch.quantile(steps.flatten(1), 0.98, dim=1)
+    return torch.stack([vivid / 150, (high - low) / 130, sharp / 60]).clamp(max=1).mean(0)
+
+
 def world_redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Mean of red minus the mean of green and blue, in [-1, 1]; the prompts play no part."""
     return np.array([redness(np.asarray(image)) for image in images])
 
 
 def redness_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`world_redness` of (B, 3, H, W) in [0, 1], with gradient."""
+    """`world_redness` of (B, 3, H, W) in [0, 1], with gradient; returns (B,)."""
     red, green, blue = pixels.mean((2, 3)).unbind(1)
     return red - (green + blue) / 2
 
@@ -35,11 +60,48 @@ def world_utility(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.n
     return world_fidelity(images, prompts) * world_aesthetics(images, prompts)
 
 
-WORLD_SCORERS = {
-    "world_fidelity": world_fidelity,
-    "world_aesthetics": world_aesthetics,
-    "world_redness": world_redness,
-    "world_utility": world_utility,
-}
-for _name, _scorer in WORLD_SCORERS.items():
-    _scorer.about = {"rule": _name, "version": RULES_VERSION}  # by it stored scores are known again
+WORLD_SCORERS = {rule.__name__: rule for rule in (world_fidelity, world_aesthetics, world_redness, world_utility)}
+for _name, _rule in WORLD_SCORERS.items():
+    _rule.about = {"rule": _name, "version": RULES_VERSION}  # by it stored scores are known again
+world_aesthetics.score_pixels, world_redness.score_pixels = aesthetics_pixels, redness_pixels
+
+
+@dataclass(frozen=True)
+class WorldCLIP(ClipScorer):
+    """Cosine of picture and prompt by the small CLIP, in [-1, 1].
+
+    Attributes:
+        folder: holds the networks, their tokenizer and card.json.
+        device: "" for the GPU where there is one.
+        name: how tables call it; `world_<part>` of the folder.
+    """
+
+    folder: str = str(WORLD_FOLDER)
+    device: str = ""
+    name: str = "world_clip"
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"sha256": self._sha256(), "scale": self.scale}
+
+    def load(self) -> ClipWithTokenizer:
+        folder = Path(self.folder) / self.name.removeprefix("world_")
+        check_sha256(folder / "model.safetensors", self._sha256())
+        return ClipWithTokenizer.from_folder(folder, Path(self.folder) / "tokenizer")
+
+    def _sha256(self) -> str:
+        card = Path(self.folder) / "card.json"
+        if not card.is_file():
+            raise FileNotFoundError(
+                f"scorer {self.name} needs its weights in {self.folder}: make them with `python -m dkto.workshop "
+                f"preference --folder runs/scorers --output {self.folder}`"
+            )
+        return read_json(card, "card of weights", ["sha256"])["sha256"][self.name.removeprefix("world_")]
+
+
+@dataclass(frozen=True)
+class WorldPreference(WorldCLIP):
+    """exp(logit_scale) * cosine by the small preference model: what simulated people choose by, noise taken away."""
+
+    name: str = "world_preference"
+    scaled: ClassVar[bool] = True
