@@ -33,11 +33,6 @@ class AffineDenoiser:
         """Predicted noise (..., 2)."""
         return self.slope[timestep].to(noisy) * noisy + self.offset[timestep].to(noisy)
 
-    def with_jacobian(self, noisy: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """Predicted noise (..., 2) and its derivatives (..., 2, 2)."""
-        jacobian = self.slope[timestep].to(noisy) * torch.eye(2, dtype=noisy.dtype)
-        return self(noisy, timestep), jacobian.expand(*noisy.shape[:-1], 2, 2)
-
 
 def exact_denoiser(gaussian: Gaussian, schedule: Schedule) -> AffineDenoiser:
     """The best denoiser of a Gaussian in model units (`toy.world.exact_noise_pred`), which is affine."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from dkto.objective.accuracy import implicit_accuracy
 from dkto.objective.losses import denoising_error, reference_point
 from toy.network import Ensemble, one_thread, stream
-from toy.sampling import ddim_with_density
 from toy.schedule import Schedule
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian, gaussian_kl, preference_reward
 
@@ -32,7 +31,7 @@ LAGS = 64
 def fitted_kl(points: Tensor) -> Tensor:
     """KL in nats from the Gaussian fitted to the points to the desirable distribution.
 
-    Blind to any shape that is not Gaussian; `exact_kl` is not. Below 0.05 it is an order of magnitude.
+    Blind to any shape that is not Gaussian. Below 0.05 it is an order of magnitude.
 
     Args:
         points: (..., N, 2), N >= 3.
@@ -47,33 +46,6 @@ def fitted_kl(points: Tensor) -> Tensor:
     broken = ~covariance.isfinite().all(-1).all(-1)
     safe = torch.where(broken[..., None, None], torch.eye(2, dtype=torch.float64), covariance)
     return gaussian_kl(mean, safe, DESIRABLE).masked_fill(broken, math.nan)
-
-
-def exact_kl(
-    policy: Ensemble, schedule: Schedule, labels: Tensor | None = None, target: Gaussian = DESIRABLE, draws: int = 2048
-) -> Tensor:
-    """KL in nats from what DDIM draws to a target, exact but for the integral over the starting noise.
-
-        KL = E_{x_T ~ N(0, I)} [ log p(x_0) - log p_target(x_0) ]
-
-    Densities by change of variables (`toy.sampling.ddim_with_density`), in float64; the expectation by Sobol points.
-    It is the KL of the *DDIM* model: ancestral sampling gives another distribution wherever the noise prediction
-    is not the score of one density, and most of all for Diffusion-DPO.
-
-    Args:
-        policy: M members.
-        schedule: noise levels.
-        labels: (M,) what the networks are told, or None for 0.
-        target: in paper units.
-        draws: Sobol points, a power of 2.
-
-    Returns:
-        (M,) float64; NaN where a member's DDIM map folds the plane or is not finite.
-    """
-    double = Ensemble(policy.architecture, policy.parameters.double())
-    start = normal_points(draws, 2).expand(double.members, draws, 2)
-    points, log_density = ddim_with_density(lambda x, t: double.with_jacobian(x, t, labels), schedule, start)
-    return (log_density - target.model_units().log_density(points)).mean(-1)
 
 
 def sliced_wasserstein(points: Tensor, target: Gaussian = DESIRABLE) -> Tensor:

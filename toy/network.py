@@ -162,24 +162,6 @@ class Ensemble:
             hidden = torch.baddbmm(bias, silu(hidden, inplace=True), weight)
         return hidden
 
-    def with_jacobian(self, noisy: Tensor, timestep: int, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predicted noise and its derivatives by the point.
-
-        Args:
-            noisy, timestep, label: as when called.
-
-        Returns:
-            (M, B, 2) and (M, B, 2, 2), d noise_pred[i] / d noisy[j].
-        """
-        (weight, bias), *rest = self._layers
-        hidden = torch.baddbmm(self._bias_at(timestep, label), noisy, weight[:, :2])
-        tangents = [weight[:, None, j].expand_as(hidden) for j in (0, 1)]
-        for weight, bias in rest:
-            slope = _silu_slope(hidden)
-            tangents = [torch.bmm(slope * tangent, weight) for tangent in tangents]
-            hidden = torch.baddbmm(bias, silu(hidden), weight)
-        return hidden, torch.stack(tangents, dim=-1)
-
     def forward(self, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Predicted noise, and what `backward` needs.
 
@@ -235,8 +217,3 @@ class Ensemble:
             layers.append((weight, flat[:, middle:end].unsqueeze(1)))
             start = end
         return layers
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate * (1 + x * (1 - gate))

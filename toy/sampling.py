@@ -1,6 +1,5 @@
-"""Drawing points from trained ensembles: ancestral, DDIM, and DDIM with its exact density (paper 3.1, 7)."""
+"""Drawing points from trained ensembles: ancestral and DDIM (paper 3.1, 7)."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -53,37 +52,6 @@ def ddim(noise_pred: NoisePred, schedule: Schedule, start: Tensor) -> Tensor:
     for timestep in reversed(range(schedule.num_train_timesteps)):
         sample = schedule.ddim_step(noise_pred(sample, timestep), timestep, sample)
     return sample
-
-
-def ddim_with_density(
-    noise_pred_with_jacobian: Callable[[Tensor, int], tuple[Tensor, Tensor]], schedule: Schedule, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    """DDIM samples and the exact logarithm of the density that DDIM draws them with.
-
-    Each step is a smooth map x -> scale * (x - gain * eps(x)) of the plane, so densities follow by change of variables;
-    there is no solver and no tolerance:
-
-        log p(x_0) = log N(x_T; 0, I) - sum over t of log |det( scale_t * (I - gain_t * d eps / d x_t) )|
-
-    Args:
-        noise_pred_with_jacobian: takes points (..., 2) and a timestep, gives predicted noise (..., 2) and its
-            derivatives (..., 2, 2).
-        schedule: noise levels.
-        start: (..., 2), float64.
-
-    Returns:
-        Points (..., 2) in model units, and log-densities (...) per square model unit; NaN where a step folds the
-        plane (its determinant is not positive), since several starts could then give the same point.
-    """
-    sample = start
-    log_density = -start.square().sum(-1) / 2 - math.log(2 * math.pi)
-    eye = torch.eye(2, dtype=start.dtype)
-    for timestep in reversed(range(schedule.num_train_timesteps)):
-        scale, gain = schedule.ddim_coefficients(timestep)
-        prediction, jacobian = noise_pred_with_jacobian(sample, timestep)
-        log_density = log_density - torch.log(torch.linalg.det(scale * (eye - gain * jacobian)))
-        sample = schedule.ddim_step(prediction, timestep, sample)
-    return sample, log_density
 
 
 def sample_ensemble(

@@ -12,7 +12,6 @@ from PIL import Image
 from dkto.plotting import COLOURS
 
 FOLDER = Path(__file__).parent
-SMALLEST_SIDE = 192  # pixels: smaller pictures are enlarged without smoothing
 
 ROLE_COLOURS = {role: COLOURS[role] for role in ("desirable", "undesirable", "model", "reference_point", "pretraining")}
 

@@ -14,11 +14,11 @@ from dkto.models.system import System, draw, noise_generator
 from dkto.workshop.pretrain import (
     SCHEDULE,
     Denoiser,
+    batch_pixel_values,
     new_text_encoder,
     new_unet,
     paint_scenes,
     psnr,
-    to_pixel_values,
 )
 from dkto.workshop.tokenizer import build_tokenizer
 from dkto.world.scenes import prompts_for
@@ -42,7 +42,7 @@ def export(folder: Path, output: Path, state: str = "unet-cooling.pt") -> None:
     assemble(model.unet, model.text_encoder, folder / "tokenizer", folder / "vae", output, SCHEDULE)
     vae = AutoencoderKL.from_pretrained(output, subfolder="vae")
     images, captions = paint_scenes(folder, 0, 0)
-    held_out = to_pixel_values(images[-128:])
+    held_out = batch_pixel_values(images[-128:])
     with torch.no_grad():
         quality = psnr(vae.decode(vae.encode(held_out).latent_dist.mean).sample, held_out)
     count = sum(p.numel() for part in (model, vae) for p in part.parameters())

@@ -84,7 +84,7 @@ def paint_scenes(folder: Path, count: int, seed: int) -> tuple[np.ndarray, list[
     return np.load(images, mmap_mode="r"), json.loads(captions.read_text())
 
 
-def to_pixel_values(images: np.ndarray) -> torch.Tensor:
+def batch_pixel_values(images: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) in [-1, 1]."""
     return torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -129,7 +129,7 @@ def train_vae(
         optimizer.load_state_dict(state["optimizer"])
         spent, step = state["spent"], state["step"]
     wrapped, optimizer = accelerator.prepare(_Reconstruct(vae), optimizer)
-    held_out = to_pixel_values(images[-128:])
+    held_out = batch_pixel_values(images[-128:])
     rng = np.random.default_rng([seed, step, accelerator.process_index])
     began_shared = _shared_clock(accelerator)
     saved = began = time.monotonic()
@@ -138,7 +138,7 @@ def train_vae(
         decay = 1.0 if done < 0.5 else 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * decay)
-        pixel_values = to_pixel_values(images[np.sort(rng.integers(0, len(images) - 128, batch))])
+        pixel_values = batch_pixel_values(images[np.sort(rng.integers(0, len(images) - 128, batch))])
         loss = wrapped(pixel_values)
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -159,7 +159,7 @@ def train_vae(
     if accelerator.is_main_process:
         with torch.no_grad():
             codes = torch.cat(
-                [vae.encode(to_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)]
+                [vae.encode(batch_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)]
             )
         vae.register_to_config(scaling_factor=float(1 / codes.std()))
         vae.save_pretrained(folder / "vae")
@@ -194,7 +194,7 @@ def cache_latents(folder: Path, scenes: int, seed: int) -> tuple[np.ndarray, lis
         parts = []
         with torch.no_grad():
             for start in tqdm(range(0, len(images), 256), desc="encoding latents", mininterval=5):
-                code = vae.encode(to_pixel_values(images[start : start + 256])).latent_dist.mean
+                code = vae.encode(batch_pixel_values(images[start : start + 256])).latent_dist.mean
                 parts.append((code * vae.config.scaling_factor).half().numpy())
         np.save(folder / "latents.part.npy", np.concatenate(parts))
         (folder / "latents.part.npy").replace(path)

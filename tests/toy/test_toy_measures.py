@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from exact_density import exact_kl
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -13,7 +14,6 @@ from toy.measures import (
     NONE,
     Rewards,
     energy_distance,
-    exact_kl,
     fitted_kl,
     has_diverged,
     held_out_rewards,

@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from exact_density import exact_kl
 from pointwise_optimum import PointwiseOptimum, draw_alike
 
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss
 from toy.exact import dpo_optimum, normal_quadrature, output_law
 from toy.experiment import run_experiment
-from toy.measures import exact_kl, fitted_kl
+from toy.measures import fitted_kl
 from toy.network import Ensemble
 from toy.objectives import METHODS, Method, get_method
 from toy.schedule import linear_schedule

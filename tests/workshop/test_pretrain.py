@@ -8,10 +8,10 @@ from diffusers import DDPMScheduler
 from dkto.workshop.autoencoder import new_autoencoder
 from dkto.workshop.pretrain import (
     SCHEDULE,
+    batch_pixel_values,
     paint_scenes,
     psnr,
     timestep_tables,
-    to_pixel_values,
     train_unet,
     vary_caption,
 )
@@ -21,7 +21,7 @@ from dkto.world.scenes import split_of
 def test_the_autoencoder_starts_as_a_blurred_copy(tmp_path):
     images, captions = paint_scenes(tmp_path, 24, 0)
     assert {split_of(text) for text in captions} == {"train"}
-    pixel_values = to_pixel_values(images[:])
+    pixel_values = batch_pixel_values(images[:])
     torch.manual_seed(0)
     vae = new_autoencoder()
     with torch.no_grad():
