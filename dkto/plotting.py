@@ -92,6 +92,20 @@ def plot_slopes(
     return ax
 
 
+def weight_at(
+    x: Tensor,
+    liked: bool,
+    utility: str | Utility,
+    reference_point: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """`dkto.objective.losses.effective_weight` of liked, or of disliked, samples with implicit rewards x; as `x`."""
+    labels, point = torch.full_like(x, liked, dtype=torch.bool), torch.tensor(reference_point, dtype=x.dtype)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    return effective_weight(x, labels, point, utility, **weights)
+
+
 def plot_sample_weights(
     utility: str | Utility,
     x: Tensor | None = None,
@@ -114,14 +128,7 @@ def plot_sample_weights(
     utility = get_utility(utility)
     x = _default_range() if x is None else x
     for role, liked, label in (("desirable", True, "a liked sample"), ("undesirable", False, "a disliked sample")):
-        weight = effective_weight(
-            x,
-            torch.full_like(x, liked, dtype=torch.bool),
-            torch.tensor(reference_point, dtype=x.dtype),
-            utility,
-            desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight,
-        )
+        weight = weight_at(x, liked, utility, reference_point, desirable_weight, undesirable_weight)
         ax.plot(x, weight, color=COLOURS[role], lw=2, label=label)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":", label="reference point")
@@ -165,9 +172,7 @@ def plot_reward_weights(
     middles = torch.from_numpy((edges[:-1] + edges[1:]) / 2)
 
     def weight(at: Tensor, liked: bool) -> np.ndarray:
-        point, labels = torch.tensor(reference_point, dtype=at.dtype), torch.full_like(at, liked, dtype=torch.bool)
-        options = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-        return effective_weight(at, labels, point, utility, **options).numpy()
+        return weight_at(at, liked, utility, reference_point, desirable_weight, undesirable_weight).numpy()
 
     largest, top = max(np.abs(weight(x, liked)).max() for liked in (True, False)), 0.05
     for role, liked, label in (("desirable", True, "liked"), ("undesirable", False, "disliked")):

@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike
 from dkto.common.files import read_json, read_records
 from dkto.data.sources import parse_label
 from dkto.data.tables import need_columns, refuse_rows, table_of_text
-from dkto.objective.losses import effective_weight
 from dkto.objective.utilities import UTILITIES, define_utility, get_utility
 from dkto.plotting import (
     DASHED,
@@ -29,6 +28,7 @@ from dkto.plotting import (
     plot_sample_weights,
     plot_slopes,
     plot_utilities,
+    weight_at,
 )
 from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 
@@ -182,12 +182,8 @@ class Explorer(Instrument):
         for name, utility in UTILITIES.items():
             columns |= {f"U:{name}": utility.value(x), f"slope:{name}": utility.slope(x)}
         chances = {"liked": self.desirable_fraction, "disliked": 1 - self.desirable_fraction}
-        weights = {
-            name: effective_weight(
-                x, torch.full_like(x, name == "liked", dtype=torch.bool), *self._point_and_utility(x), **self._weights()
-            )
-            for name in chances
-        }
+        setting = {"utility": self.utility, "reference_point": self.reference_point, **self._weights()}
+        weights = {name: weight_at(x, name == "liked", **setting) for name in chances}
         columns |= {f"weight:{name}": weight for name, weight in weights.items()}
         columns |= {f"drawn:{name}": weight * chances[name] for name, weight in weights.items()}
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
@@ -213,9 +209,6 @@ class Explorer(Instrument):
 
     def _weights(self) -> dict[str, float]:
         return {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-
-    def _point_and_utility(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
-        return torch.tensor(self.reference_point, dtype=x.dtype), self.utility
 
     def _obey(self, message: dict) -> None:
         """The page sends a formula, or the text of a file with rewards."""

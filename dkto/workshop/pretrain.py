@@ -136,14 +136,9 @@ def train_vae(
     while (now := spent + _shared_clock(accelerator) - began_shared) < 60 * minutes:
         done = now / (60 * minutes)
         decay = 1.0 if done < 0.5 else 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * decay)
         pixel_values = batch_pixel_values(images[np.sort(rng.integers(0, len(images) - 128, batch))])
         loss = wrapped(pixel_values)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimizer.step()
+        _descend(accelerator, wrapped, optimizer, loss, lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * decay))
         step += 1
         if accelerator.is_main_process and time.monotonic() - saved > 60:
             saved = time.monotonic()
@@ -166,6 +161,15 @@ def train_vae(
         print(
             f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}"
         )
+
+
+def _descend(accelerator: Accelerator, model: nn.Module, optimizer, loss: torch.Tensor, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 def _shared_clock(accelerator: Accelerator) -> float:
@@ -326,12 +330,8 @@ def train_unet(
         error = (noise_pred - noise).square().mean((1, 2, 3))
         loss = (loss_weight[timesteps] * error).mean()
         left = (samples - seen) / max(cooldown * samples, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (seen + width) / (500 * width)) * (0.01 + 0.99 * min(1, left))
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimizer.step()
+        rate = lr * min(1, (seen + width) / (500 * width)) * (0.01 + 0.99 * min(1, left))
+        _descend(accelerator, wrapped, optimizer, loss, rate)
         seen += width
         with torch.no_grad():
             decay = min(0.9995, (1 + seen / width) / (10 + seen / width))
@@ -343,6 +343,6 @@ def train_unet(
             state |= {"seen": seen, "spent": spent + saved - began, "samples": samples}
             _save(state, latest if samples - seen < cooldown * samples else trunk)
             print(
-                f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {group['lr']:.1e} loss {average:.5f}",
+                f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {rate:.1e} loss {average:.5f}",
                 flush=True,
             )
