@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from dkto.plotting import COLOURS
+from dkto.plotting import COLOURS, PAPER_UTILITIES
 from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
 from toy.network import Architecture, Ensemble, one_thread
 from toy.objectives import Method
@@ -28,7 +28,6 @@ FOLDER = Path(__file__).parent
 BETAS = (1.0, 10.0, 100.0)
 GAMMAS = (0.5, 0.8)
 FLIPS = (0.0, 0.3)
-UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
 RECIPE = SMALL.replace(pretrain_steps=1500, max_train_steps=600, num_samples=700)
 FRAMES = 6  # how often a training is shown on its way
 NEAREST, FARTHEST = (-0.5, 0.0), (1.5, 2.0)  # corners that bound where the Gaussians can be dragged
@@ -38,7 +37,7 @@ def grid_methods() -> dict[str, Method]:
     """The settings whose clouds are computed beforehand, by key (see `key_of`); what a method ignores is not varied."""
     methods = [Method("sft", desirable_fraction=1.0, flip_rate=flip) for flip in FLIPS]
     methods += [Method("dpo", beta=beta, flip_rate=flip) for beta, flip in product(BETAS, FLIPS)]
-    for utility, beta, gamma, clamp, flip in product(UTILITIES, BETAS, GAMMAS, (True, False), FLIPS):
+    for utility, beta, gamma, clamp, flip in product(PAPER_UTILITIES, BETAS, GAMMAS, (True, False), FLIPS):
         methods.append(Method("kto", utility, clamp=clamp, beta=beta, desirable_fraction=gamma, flip_rate=flip))
     return {key_of(method): method for method in methods}
 
@@ -102,8 +101,8 @@ class Playground(Instrument):
                 "high": list(FARTHEST),
             },
             choices={
-                "method": ["sft", "dpo", *UTILITIES],
-                "titles": {name: method_label(name, None) for name in ("sft", "dpo", *UTILITIES)},
+                "method": ["sft", "dpo", *PAPER_UTILITIES],
+                "titles": {name: method_label(name, None) for name in ("sft", "dpo", *PAPER_UTILITIES)},
                 "beta": list(BETAS),
                 "gamma": list(GAMMAS),
                 "flip": list(FLIPS),

@@ -49,7 +49,7 @@ class Explorer(Instrument):
         is_desirable: (N,) bool, True where the image was liked; needed with rewards.
         source: what the rewards are, for the histogram's title.
         settings: beta, reference_point, desirable_weight, undesirable_weight, desirable_fraction, utility,
-            largest_reward (half width of the pictures); each is also an attribute that follows its slider.
+            largest_reward (half width of the plots); each is also an attribute that follows its slider.
 
     Raises:
         ValueError: if rewards and labels differ in length, are not finite, are more than 50,000, or a setting
