@@ -195,10 +195,12 @@ def test_scores_of_former_prompts_do_not_pass_for_missing_pictures(folder):
 def test_two_scorers_of_one_name_are_refused_and_one_given_twice_is_scored_once(folder):
     counting = Counting()
     assert score_all({"grey": folder}, [counting, counting]).keys() == {("grey", "counting")} and counting.seen == 12
-    with pytest.raises(ValueError, match=r"two scorers are named 'counting': dkto\.scorers\.register_scorer gives one"):
+    with pytest.raises(
+        ValueError, match=r"two scorers are named 'counting': dkto\.evaluation\.scorers\.register_scorer gives one"
+    ):
         score_all({"grey": folder}, [counting, Counting("two")])
     with pytest.raises(
-        ValueError, match=r"name of a scorer must be letters.*got '<lambda>'; dkto\.scorers\.register_sc"
+        ValueError, match=r"name of a scorer must be letters.*got '<lambda>'; dkto\.evaluation\.scorers\.register_sc"
     ):
         score_images(folder, lambda images, prompts: [0.0] * len(images))
 
