@@ -159,7 +159,7 @@ class Playground(Instrument):
             ax.add_patch(Circle(PRETRAINING.mean, 2 * PRETRAINING.std, fill=False, ec=COLOURS["pretraining"], ls=":"))
             ax.set(xlim=(NEAREST[0], FARTHEST[0]), ylim=(NEAREST[1], FARTHEST[1]), aspect="equal")
             name, _, settings = key.partition(" ")
-            ax.set_title(f"{method_label(name, None)}\n{settings}", fontsize="x-small", parse_math=False)
+            ax.set_title(f"{method_label(name, None)}\n{settings}".strip(), fontsize="x-small", parse_math=False)
             ax.tick_params(labelsize="x-small")
         plt.close(figure)
         return figure
