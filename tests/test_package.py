@@ -35,7 +35,7 @@ import dkto
 print("dkto", found("torch", *heavy))
 import dkto.objective.losses, dkto.objective.methods, dkto.evaluation.metrics
 print("objective", found(*heavy))
-import toy.experiment, toy.pointwise
+import toy.experiment
 print("toy", found(*heavy))
 """
 
