@@ -181,14 +181,15 @@ def run(
 
 
 def sweep(
-    read: Calls("dkto.runs.sweeps:read_sweep"),
+    read: Calls("dkto.runs.sweeps:read_sweep", without="changes"),
     start: Calls("dkto.runs.runner:run_sweep", without="plan"),
+    only: Annotated[tuple[str, ...], "names of runs: these and those that they read; all if left out"] = (),
     dry_run: Annotated[bool, "check everything and show the plan; nothing starts"] = False,
 ) -> None:
     """Run every notebook of a sweep; called again, it does only what is missing or failed."""
     from dkto.runs.runner import show_plan
 
-    plan = read()
+    plan = read().only(only)
     if dry_run:
         print(show_plan(plan))
     else:
@@ -204,12 +205,9 @@ def demo(
     run_demo(output_dir)
 
 
-def paper(
-    replay: Calls("dkto.paper.replay:run_paper", without="only"),
-    steps: Annotated[tuple[str, ...], "names of steps, to run a part of the profile; all if left out"] = (),
-) -> None:
+def paper(replay: Calls("dkto.paper.replay:run_paper")) -> None:
     """Replay the paper on the small world: notebooks through papermill, metrics.json and one HTML page."""
-    replay(only=steps)
+    replay()
 
 
 def paper_search(

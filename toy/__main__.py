@@ -1,64 +1,58 @@
-"""`python -m toy`: the headline of the laboratory through papermill, its numbers and where they landed."""
+"""`python -m toy`: the headline of the laboratory, the sweep `toy.yaml`, its numbers and where they landed."""
 
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 import tyro
 
-from dkto.runs.notebooks import run_notebook
+from dkto.runs.runner import results_of, run_sweep
+from dkto.runs.sweeps import SHIPPED, read_sweep
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "23_which_objective.ipynb"
 
+def run_headline(
+    profile: Literal["small", "full"] = "small",
+    seeds: int = 20,
+    processes: int = 2,
+    output_dir: Path = Path("papermill_runs/outputs/toy"),
+) -> dict[str, float]:
+    """Run the headline notebook: every objective of the paper on the 2-D world, with intervals over seeds.
 
-@dataclass(frozen=True)
-class Headline:
-    """Run the headline notebook: every objective of the paper on the 2-D world, with intervals over seeds."""
+    Args:
+        profile: recipe: "small" takes about a minute on 2 cores, "full" is wider and longer, several minutes.
+        seeds: repetitions.
+        processes: single-thread processes.
+        output_dir: a folder for each profile and number of seeds, and the metrics.json of the last one.
 
-    profile: Literal["small", "full"] = "small"
-    """Recipe: "small" takes about a minute on 2 cores, "full" is wider and longer, several minutes."""
-    seeds: int = 20
-    """Repetitions."""
-    processes: int = 2
-    """Single-thread processes."""
-    output_dir: Path = Path("papermill_runs/outputs/toy")
-    """Executed notebook, figures, verdict card and metrics.json."""
-
-    def run(self) -> dict[str, float]:
-        """Run it and print the table.
-
-        Raises:
-            FileNotFoundError: outside a checkout, where there are no notebooks.
-        """
-        if not NOTEBOOK.is_file():
-            raise FileNotFoundError(f"the headline is a notebook of a checkout, but {NOTEBOOK} does not exist")
-        given = {"profile": self.profile, "seeds": self.seeds, "processes": self.processes}
-        executed = self.output_dir / NOTEBOOK.name
-        metrics = run_notebook(NOTEBOOK, executed, {**given, "output_dir": str(self.output_dir)})
-        print("\n" + format_headline(metrics))
-        ensemble, alone = metrics["seconds/ensemble"], metrics["seconds/one_by_one"]
-        print(
-            f"\nmeans over {self.seeds} seeds with 95 % intervals; KL to desirable in nats, shares in %"
-            f"\n{ensemble:.1f} s as ensembles; {alone:.0f} s one by one ({alone / ensemble:.1f} times as long)"
-            f"\nexecuted notebook: {executed}"
-            f"\nfigures:           {self.output_dir}/clouds.png, estimates.png, tradeoff.png"
-            f"\nverdict card:      {self.output_dir}/verdicts.csv"
-            f"\nmetrics:           {self.output_dir}/metrics.json"
-        )
-        return metrics
+    Raises:
+        FileNotFoundError: outside a checkout, where there are no sweeps.
+    """
+    changes = {"profile": profile, "seeds": seeds, "processes": processes}
+    plan = read_sweep(SHIPPED / "toy.yaml", output_dir, changes)
+    run_sweep(plan, in_turn=True, renew=True)
+    name = plan.runs[0].name
+    metrics, folder = results_of(output_dir, [name])[0][name], output_dir / name
+    shutil.copyfile(folder / "metrics.json", output_dir / "metrics.json")
+    print("\n" + format_headline(metrics))
+    ensemble, alone = metrics["seconds/ensemble"], metrics["seconds/one_by_one"]
+    print(
+        f"\nmeans over {seeds} seeds with 95 % intervals; KL to desirable in nats, shares in %"
+        f"\n{ensemble:.1f} s as ensembles; {alone:.0f} s one by one ({alone / ensemble:.1f} times as long)"
+        f"\nexecuted notebook: {folder}/notebook.ipynb"
+        f"\nfigures:           {folder}/clouds.png, estimates.png, tradeoff.png"
+        f"\nverdict card:      {folder}/verdicts.csv"
+        f"\nmetrics:           {output_dir}/metrics.json"
+    )
+    return metrics
 
 
 def format_headline(metrics: dict[str, float]) -> str:
     """KL, undesirable share and pair accuracy by method as a text table with intervals and diverged seeds."""
     names = [key.removeprefix("diverged/") for key in metrics if key.startswith("diverged/")]
+    columns = [("KL", "kl", 1, 3), ("undesirable", "undesirable_share", 100, 1), ("accuracy", "pair_accuracy", 100, 1)]
     rows = []
     for name in names:
-        columns = [
-            ("KL", "kl", 1, 3),
-            ("undesirable", "undesirable_share", 100, 1),
-            ("accuracy", "pair_accuracy", 100, 1),
-        ]
         row = {"method": name}
         for title, measure, scale, digits in columns:
             values = [metrics.get(f"{measure}/{name}{end}") for end in ("", "/low", "/high")]
@@ -69,4 +63,4 @@ def format_headline(metrics: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(Headline).run()
+    tyro.cli(run_headline)

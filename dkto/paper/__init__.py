@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "page": ["aims", "extremes", "fidelity_sentences", "figures", "lead", "rates", "read_table", "show"],
         "pool": [
             "TASTES",
             "ask",
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "take_likes",
             "tint_pool",
         ],
+        "seeds": ["pool_replay"],
         "search": ["online_settings"],
         "tables": ["USER_STUDY", "ordering_cards", "orderings", "published_table"],
         "train_all": [

@@ -1,67 +1,53 @@
-"""The main job in one call: likes of generated pictures go in, a tuned model and its win-rates come out."""
+"""The main job in one call: likes of generated images go in, a tuned model and its win-rates come out."""
 
 import os
-import time
 from pathlib import Path
 
 import pandas as pd
 
-from dkto.runs.notebooks import run_notebook, write_metrics
+from dkto.runs.notebooks import write_metrics
+from dkto.runs.runner import results_of, run_sweep
+from dkto.runs.sweeps import SHIPPED, read_sweep
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PROCESSES = min(os.cpu_count() or 1, 8)
 SHOWN = {"kto_vs_base": "kto vs base", "kto_vs_shuffled": "kto vs kto on shuffled likes", "kto_vs_sft": "kto vs sft"}
 
 
-def run_demo(output_dir: str | Path, *, train: dict | None = None, judge: dict | None = None) -> dict[str, float]:
-    """Run the lessons *utility functions*, *train with likes* and *win-rates* and print the table.
+def run_demo(
+    output_dir: str | Path = "papermill_runs/outputs/demo", *, train: dict | None = None, judge: dict | None = None
+) -> dict[str, float]:
+    """Run the sweep `demo.yaml`, the lessons *utility functions*, *train with likes* and *win-rates*; print the table.
 
-    Called again after a kill it goes on: pictures, encodings, checkpoints and scores on disk are kept.
+    Called again it goes on: what is done is kept, and images, encodings, checkpoints and scores on disk are used.
 
     Args:
-        output_dir: executed notebooks, figures, weights and `metrics.json` land here.
+        output_dir: the runs' folders and `metrics.json` land here.
         train: parameters of *train with likes* that differ from its defaults.
         judge: parameters of *win-rates* that differ from its defaults.
 
     Returns:
-        The metrics, with flat keys `win_rate/kto_vs_base/<scorer>` and so on.
+        The metrics, with flat keys `win_rate/kto_vs_base/<scorer>` and so on; `seconds/total` is what the runs took.
 
     Raises:
-        FileNotFoundError: outside a checkout, where there are no notebooks.
+        FileNotFoundError: outside a checkout, where there are no sweeps.
+        ValueError, RuntimeError: see `dkto.runs.runner.run_sweep`.
     """
-    if not NOTEBOOKS.is_dir():
-        raise FileNotFoundError(f"the demo runs the notebooks of a checkout, but {NOTEBOOKS} does not exist")
-    folder, began = Path(output_dir), time.monotonic()
-    processes = min(os.cpu_count() or 1, 8)
-    lessons = (
-        ("10_utility_functions", {"output_dir": str(folder / "utility_functions")}),
-        (
-            "30_train_with_likes",
-            {"output_dir": str(folder / "train_with_likes"), "processes": processes, **(train or {})},
-        ),
-        (
-            "40_win_rates",
-            {
-                "runs_dir": str(folder / "train_with_likes"),
-                "output_dir": str(folder / "win_rates"),
-                "processes": processes,
-                **(judge or {}),
-            },
-        ),
-    )
-    results = {}
-    for number, (name, parameters) in enumerate(lessons, 1):
-        print(f"[{number}/{len(lessons)}] notebook {name}", flush=True)
-        results[name] = run_notebook(NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", parameters)
-    judged, trained = results["40_win_rates"], results["30_train_with_likes"]
-    metrics = {key.replace("kto_vs_kto_shuffled", "kto_vs_shuffled"): value for key, value in judged.items()}
-    metrics["seconds/train"] = trained["seconds/train"]
-    metrics["seconds/total"] = round(time.monotonic() - began, 1)
-    write_metrics(folder, metrics, {"train": train or {}, "judge": judge or {}}, seed=0)
+    folder, train, judge = Path(output_dir), train or {}, judge or {}
+    changes = {f"train_with_likes.{name}": value for name, value in train.items()}
+    changes |= {f"win_rates.{name}": value for name, value in judge.items()}
+    plan = read_sweep(SHIPPED / "demo.yaml", folder, {"processes": PROCESSES, **changes})
+    run_sweep(plan, in_turn=True, renew=True)
+    results, seconds = results_of(folder, [run.name for run in plan.runs])
+    metrics = results["win_rates"]
+    metrics |= {name.replace("kto_vs_kto_shuffled", "kto_vs_shuffled"): value for name, value in metrics.items()}
+    metrics |= {"seconds/train": results["train_with_likes"]["seconds/train"]}
+    metrics |= {"seconds/total": round(sum(seconds.values()), 1)}
+    write_metrics(folder, metrics, {"train": train, "judge": judge}, seed=0)
     print("\n" + format_table(metrics))
     print(
         f"\nprompt fidelity: base {metrics['fidelity/base']:.2f}, kto {metrics['fidelity/kto']:.2f}"
         f"\n{metrics['seconds/total']:.0f} s in all, of which {metrics['seconds/train']:.0f} s training"
-        f"\nexecuted notebooks: {folder}/*.ipynb"
+        f"\nexecuted notebooks: {folder}/*/notebook.ipynb"
         f"\nfigures:            {folder}/train_with_likes/before_after.png, {folder}/win_rates/*.png"
         f"\ntuned weights:      {folder}/train_with_likes/kto/model (a plain diffusers pipeline)"
         f"\nmetrics:            {folder}/metrics.json"

@@ -1,21 +1,19 @@
-"""The page of a finished replay: what it should show and whether it does, pictures before tables, no raw data."""
+"""What the page of a replay says of its numbers, and how the notebook *What did the replay show?* shows it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from IPython.display import HTML, display
 
-from dkto.common.machine import hardware, versions
-from dkto.paper.pool import TASTES
-from dkto.paper.report import Section, report_html
-from dkto.paper.train_all import CONTROLS, UNTRAINED
+from dkto.paper.seeds import PREFERENCE
+from dkto.paper.train_all import CONTROLS, UNTRAINED, read_settings, settings_origin
+from dkto.runs.page import figure_html
 
-MAIN = "win_rate_tables"
-PREFERENCE = "world_utility"
 RATE_COLUMNS = ["win_rate", "low", "high", "n", "ties", "sign_p"]
 FIDELITY = "world_fidelity"
 SHOWN_GAPS = 5
-"""Prompts of the largest losses, and of the largest gains, that the page names; all stand in `gaps.csv`."""
+"""Prompts of the largest losses, and of the largest gains, that the page names; all are in `gaps.csv`."""
 FIDELITY_LOSS = 0.1
 """Loss of mean prompt fidelity against the base from which on the page names a system."""
 
@@ -66,160 +64,6 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     return " ".join(filter(None, parts))
 
 
-def make_report(folder: Path, profile: str, metrics: Mapping[str, float], lead: str) -> str:
-    """The page of a finished replay.
-
-    Args:
-        folder: what the replay left.
-        profile: its name.
-        metrics: its numbers.
-        lead: the first paragraph.
-    """
-    found = sorted(path for path in folder.glob(f"{MAIN}*") if path.is_dir())
-    main = found[0] if found else folder
-    many = len(found) > 1  # several seeds left their tables beside the page
-    sections = [
-        Section(
-            "Aims",
-            [
-                "An aim is reached when the whole 95 % interval lies on its side of the line: one half, or no change. "
-                "AlignProp and D3PO are held against the base at the guidance scale at which they drew while they were "
-                "tuned; in the tables of win-rates every system draws at the scale that serves it best on validation "
-                "prompts, but `base`, which draws at the plain one. For ablations and single users all draw at the "
-                "plain scale, but `base_best_guidance`."
-            ],
-            [("", aims(metrics))],
-        ),
-        _win_rates(main, folder if many else None),
-        Section(
-            "Beside the paper",
-            [
-                "The paper's rates are of Stable Diffusion v1.5 under PickScore; ours are of the small world under "
-                "its own measure. Only the side of one half can be compared."
-            ],
-            [
-                (caption, _read((folder if many else main) / name))
-                for caption, name in (("Orderings", "orderings.csv"), ("Reproduction cards", "cards.csv"))
-            ],
-        ),
-        Section(
-            "What a win-rate does not show",
-            [
-                "Drift from the base on the judged prompts, each system at its own guidance scale, and on neutral "
-                "ones, all at the plain scale, in shares of the pixel range; spread within a prompt, in the same unit; "
-                "mean scores. For systems tuned on a scorer: whether that scorer rose, and which others fell meanwhile."
-                f"{' Of the first seed.' if many else ''}"
-            ],
-            [
-                ("", _read(main / "monitors.csv", _named)),
-                (
-                    "Systems tuned on a scorer, at the scale at which they drew meanwhile",
-                    _read(main / "own_rewards.csv", _named),
-                ),
-                ("How far the scorers agree on who won, Diffusion-KTO or the base", _read(main / "agreement.csv")),
-            ],
-        ),
-    ]
-    if (folder / "ablations").is_dir():
-        sections.append(_ablations(folder / "ablations"))
-    if (folder / "qualitative_grid").is_dir():
-        sections.append(_pictures_and_failures(folder / "qualitative_grid"))
-    sections += [_user(path) for path in sorted(folder.glob("user_*")) if path.is_dir()]
-    about = {
-        "profile": profile,
-        "seconds of the last executions": metrics["seconds/total"],
-        "seeds": round(metrics["seeds"]),
-    }
-    return report_html("Diffusion-KTO on the small world", lead, sections, about | hardware() | versions())
-
-
-def _win_rates(main: Path, pooled: Path | None) -> Section:
-    of = ", first seed" if pooled else ""
-    pictures = {"win_rates.png": f"The base and the controls first{of}", "grid.png": f"Same prompts, same noise{of}"}
-    figures = _pictures(main, pictures)
-    if pooled is None:
-        ours = (
-            "Diffusion-KTO over every other system",
-            _read(main / "win_rates.csv", lambda rows: _rates(rows, method="kto")),
-        )
-    else:
-        caption = "Diffusion-KTO over every other system, each seed and their mean with the widest interval"
-        ours = (caption, _read(pooled / "seeds.csv"))
-        figures = _pictures(pooled, {"win_rates.png": "All seeds"}) + figures
-    return Section(
-        "Win-rates",
-        [
-            f"Held-out prompts, judged by {PREFERENCE}, the measure of the simulated user himself: median of n "
-            "pictures, ties count half, Wilson intervals, which are too wide by about a half where most prompts tie. "
-            "The two-sided sign test, `sign_p`, leaves ties out and may decide where the interval stays open. Every "
-            "rate is shown as it is."
-        ],
-        [
-            ours,
-            (
-                f"Every system over the base{of}",
-                _read(main / "win_rates.csv", lambda rows: _rates(rows, opponent="base")),
-            ),
-        ],
-        figures,
-    )
-
-
-def _ablations(folder: Path) -> Section:
-    return Section(
-        "Ablations",
-        [
-            "One setting of Diffusion-KTO moves at a time; the gap to the centre is paired by prompt. All draw at the "
-            "plain guidance scale."
-        ],
-        [("", _read(folder / "ablations.csv"))],
-        _pictures(folder, {"ablations.png": f"Mean {PREFERENCE} with its 95 % interval"}),
-    )
-
-
-def _pictures_and_failures(folder: Path) -> Section:
-    captions = {
-        "failures.png": "Where Diffusion-KTO loses most against the base, with the loss",
-        "gains.png": "Where it gains most",
-        "random_prompts.png": "Prompts drawn at random",
-    }
-    table = _read(folder / "gaps.csv", lambda frame: frame.sort_values("gap", ignore_index=True))
-    text = []
-    if "gap" in table:
-        lost, tied = int((table["gap"] < 0).sum()), int((table["gap"] == 0).sum())
-        gained = len(table) - lost - tied
-        text = [f"Of {len(table)} prompts, the median picture is worse on {lost}, equal on {tied}, better on {gained}."]
-        losses, gains = table[table["gap"] < 0].head(SHOWN_GAPS), table[table["gap"] > 0].tail(SHOWN_GAPS)
-        table = pd.concat([losses, gains], ignore_index=True)
-    caption = "Largest losses and largest gains of Diffusion-KTO over the base"
-    return Section("Pictures, failures among them", text, [(caption, table)], _pictures(folder, captions))
-
-
-def _user(folder: Path) -> Section:
-    user = folder.name.removeprefix("user_")
-    scorer = TASTES.get(user, PREFERENCE)
-    captions = {
-        "before_after.png": "Same prompts, same noise",
-        "dose_response.png": "How many likes it takes",
-        "win_rates.png": f"Judged by {scorer}",
-    }
-    rates = _read(folder / "win_rates.csv", lambda rows: _rates(rows, scorer))
-    monitors = _read(folder / "monitors.csv", _named)
-    moved = "Drift from the base, on neutral prompts too; spread within a prompt; mean scores"
-    tables = [(f"Win-rates under {scorer}", rates), (moved, monitors)]
-    if (folder / "noise.csv").exists():
-        noise = _read(folder / "noise.csv", lambda frame: _named(frame, "method/flipped"))
-        tables.insert(
-            0, ("Win-rate over the base on clean answers and where a share of likes and comparisons is turned", noise)
-        )
-    text = [
-        f"A simulated user, whose measure is {scorer}, gives the likes; the same measure judges held-out prompts. All "
-        "systems draw at the plain guidance scale, but `base_best_guidance` at the one that this user likes best."
-    ]
-    text += fidelity_sentences(monitors, rates)
-    return Section(f"A specific user: {user}", text, tables, _pictures(folder, captions))
-
-
 def fidelity_sentences(monitors: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
     """Which systems lost the prompt while they were tuned, those that win over the base all the same apart.
 
@@ -253,22 +97,51 @@ def fidelity_sentences(monitors: pd.DataFrame, rates: pd.DataFrame) -> list[str]
     return sentences
 
 
-def _pictures(folder: Path, captions: Mapping[str, str]) -> Sequence[tuple[str, Path]]:
-    return [(caption, folder / name) for name, caption in captions.items() if (folder / name).exists()]
+def lead(metrics: Mapping[str, float], settings_file: str | Path) -> str:
+    """The first paragraph of the page: what was not reached, then where the settings come from."""
+    return f"{aims_sentence(metrics)} {settings_origin(read_settings(settings_file))}"
 
 
-def _read(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> pd.DataFrame:
-    return change(pd.read_csv(path)) if path.exists() else pd.DataFrame({"": [f"{path.name} was not written"]})
+def show(*parts: str) -> None:
+    """Show pieces of HTML, which `dkto.runs.page` makes of texts, tables and figures, below a notebook's cell."""
+    display(HTML("\n".join(parts)))
 
 
-def _named(frame: pd.DataFrame, first: str = "system") -> pd.DataFrame:
-    return frame.rename(columns={"Unnamed: 0": first})
+def figures(folder: Path, captions: Mapping[str, str]) -> list[str]:
+    """Those PNGs of a folder that are there, each with its caption, as HTML."""
+    return [figure_html(folder / name, caption) for name, caption in captions.items() if (folder / name).exists()]
 
 
-def _rates(frame: pd.DataFrame, scorer: str = PREFERENCE, **only: str) -> pd.DataFrame:
-    """The rates under a scorer, of one `method` or over one `opponent`; the column that is one name is left out."""
-    rows = frame[frame["scorer"] == scorer]
+def read_table(path: Path, first: str = "system") -> pd.DataFrame:
+    """A table that a run left, or one row that says that it did not; a column without a name is called `first`."""
+    if not path.exists():
+        return pd.DataFrame({"": [f"{path.name} was not written"]})
+    return pd.read_csv(path).rename(columns={"Unnamed: 0": first})
+
+
+def rates(path: Path, scorer: str = PREFERENCE, **only: str) -> pd.DataFrame:
+    """Win-rates under a scorer, of one `method` or over one `opponent`; the column that is one name is left out."""
+    rows = read_table(path)
+    if "scorer" not in rows:
+        return rows
+    rows = rows[rows["scorer"] == scorer]
     for column, value in only.items():
         rows = rows[rows[column] == value]
     named = [column for column in ("method", "opponent") if column not in only]
     return rows[[*named, *RATE_COLUMNS]].reset_index(drop=True)
+
+
+def extremes(gaps: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """How many prompts lost, tied and gained, and the rows of the largest losses and the largest gains.
+
+    Args:
+        gaps: a row per prompt, with its `gap`, ours minus the opponent's.
+
+    >>> extremes(pd.DataFrame({"prompt": ["a", "b", "c"], "gap": [0.0, -1.0, 2.0]}))[0]
+    'Of 3 prompts, the median image is worse on 1, equal on 1, better on 1.'
+    """
+    gaps = gaps.sort_values("gap", ignore_index=True)
+    lost, gained = gaps[gaps["gap"] < 0], gaps[gaps["gap"] > 0]
+    counts = f"worse on {len(lost)}, equal on {len(gaps) - len(lost) - len(gained)}, better on {len(gained)}"
+    rows = pd.concat([lost.head(SHOWN_GAPS), gained.tail(SHOWN_GAPS)], ignore_index=True)
+    return f"Of {len(gaps)} prompts, the median image is {counts}.", rows

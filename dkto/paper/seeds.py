@@ -1,4 +1,4 @@
-"""The paper's tables with several training seeds as one: every seed beside their mean, the widest interval, one figure.
+"""The numbers of a replay as one table, several training seeds of its main tables as one.
 
 A rate over seeds is their mean; its interval reaches from the lowest to the highest bound of the seeds' own, so that
 it is never narrower than that of one seed.
@@ -15,6 +15,52 @@ from dkto.evaluation.metrics import WinRate
 from dkto.paper.tables import ordering_cards, orderings
 from dkto.paper.train_all import controls_first
 from dkto.plotting import plot_win_rates
+from dkto.runs.runner import results_of
+
+MAIN = "win_rate_tables"  # run of the main tables; `-<seed>` follows where there are several
+PREFERENCE = "world_utility"
+
+
+def pool_replay(folder: str | Path, runs: Sequence[str] = ()) -> dict[str, float]:
+    """The numbers of a finished replay as one flat table; of several seeds, tables and figure too (`write_pooled`).
+
+    Args:
+        folder: of the sweep, a folder for each run.
+        runs: names of its runs; none takes all that finished.
+    """
+    folder, (results, seconds) = Path(folder), results_of(folder, runs)
+    metrics = combine(results, seconds)
+    seeds = [name for name in results if name.startswith(f"{MAIN}-")]
+    if len(seeds) > 1:
+        read = {name.partition("-")[2]: read_seed(folder / name, PREFERENCE) for name in seeds}
+        holds = write_pooled(folder, read, PREFERENCE, pd.read_csv(folder / seeds[0] / "cards.csv")["cost"][0])["holds"]
+        metrics |= {f"orderings/{name}": int((holds == name).sum()) for name in ("yes", "no")}
+    return metrics
+
+
+def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:
+    """One flat table: the main tables' numbers as they are, those of other runs under their name.
+
+    `seconds/` are those of each run's last execution, which reads what an earlier one left on disk.
+
+    Where the main tables ran with several seeds, a rate is the mean over seeds, its interval reaches from the
+    lowest to the highest bound, its n is the sum, and each seed's numbers are under `seed-<n>/`; what is chosen and
+    not measured, the best guidance scale, is there alone.
+    """
+    tables = {name: values for name, values in results.items() if name.partition("-")[0] == MAIN}
+    metrics: dict[str, float] = {}
+    for name, values in results.items():
+        if name not in tables:
+            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        elif len(tables) > 1:
+            metrics |= {f"seed-{name.partition('-')[2]}/{key}": value for key, value in values.items()}
+    for key in next(iter(tables.values()), {}):
+        found = [values[key] for values in tables.values() if key in values]
+        if len(found) == 1 or key != "best_guidance":
+            metrics[key] = pool_values(key.rpartition("/")[2], found)
+    metrics["seeds"] = len(tables)
+    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+    return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
 
 
 def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:

@@ -1,52 +1,99 @@
-"""The page of a sweep: what was done, what failed and why, on one screen that opens from disk."""
+"""Pages that open from disk, without a script and without anything fetched: of a sweep, and of an executed notebook."""
 
+import base64
+import html
 import json
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment
 
 from dkto.common.files import write_atomically
 from dkto.runs.table import read_runs, varying_parameters
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{{ name }}</title>
-<style>
-  :root { color-scheme: light dark; }
-  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }
-  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-  th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-  th:first-child, td:first-child, td.text { text-align: left; }
-  .scroll { overflow-x: auto; }
-  .error { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px; }
-  .bad { color: light-dark(#b34700, #ff9d5c); font-weight: 600; }
-</style>
-<h1>{{ name }}</h1>
-<p>{{ done }} of {{ states | length }} runs are done. The table below is in <a href="table.csv">table.csv</a>, the
-engine's words are in <a href="engine.log">engine.log</a>.</p>
-{% if errors %}
-<h2>Not done</h2>
-{% for run, state, notebook in errors %}
-<p><span class="bad">{{ run }}</span>{% if notebook %}, <a href="{{ notebook }}">executed notebook</a>{% endif %}</p>
-<p class="error">{{ state }}</p>
-{% endfor %}
-{% endif %}
-{% if rows %}
-<h2>Runs</h2>
-<div class="scroll"><table>
-<tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>
-{% for link, row in rows %}
-<tr><td>{% if link %}<a href="{{ link }}">{{ row[0] }}</a>{% else %}{{ row[0] }}{% endif %}</td>
-{% for value in row[1:] %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% endif %}
-</html>
+STYLE = """
+:root { color-scheme: light dark; --soft: light-dark(#667078, #9aa4ad); --line: #8884; }
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 2rem 1.5rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; }
+h2 { border-top: 1px solid var(--line); font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1.4rem; }
+p { max-width: 46rem; }
+.lead { font-size: 1.1rem; }
+.note, figcaption { color: var(--soft); font-size: .88rem; }
+.error { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .8rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
+figure { margin: 1rem 0; }
+figure img { background: white; border-radius: 4px; max-width: 100%; }
 """
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page; `body` is HTML, the title is text."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>'
+    head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def text_html(text: str, tag: str = "p", kind: str = "") -> str:
+    """Text as a paragraph, or another element, of a class of `STYLE`.
+
+    >>> text_html("a < b", "h2")
+    '<h2>a &lt; b</h2>'
+    """
+    kind = f' class="{kind}"' if kind else ""
+    return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
+
+
+def table_html(frame: pd.DataFrame, caption: str = "") -> str:
+    """A data frame as an HTML table; every text in it is escaped.
+
+    >>> "<script>" in table_html(pd.DataFrame({"prompt": ["<script>"]}))
+    False
+    """
+    plain = isinstance(frame.index, pd.RangeIndex)
+    body = frame.map(_shown).to_html(index=not plain, escape=True, border=0)
+    return f'{text_html(caption, kind="note") if caption else ""}<div class="wide">{body}</div>'
+
+
+def figure_html(path: Path, caption: str) -> str:
+    """A PNG, its bytes in the page.
+
+    Raises:
+        ValueError: if the file is no PNG.
+    """
+    data = path.read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        raise ValueError(f"{path} is no PNG")
+    words, source = html.escape(caption), base64.b64encode(data).decode()
+    return f'<figure><img alt="{words}" src="data:image/png;base64,{source}"><figcaption>{words}</figcaption></figure>'
+
+
+def write_notebook_page(executed: str | Path, path: str | Path, title: str) -> Path:
+    """Write an executed notebook as a page: its prose and its outputs, no code; whole or not at all.
+
+    Args:
+        executed: the notebook; cells with the tag `notebook-only` are left out.
+        path: of the page.
+        title: of the page's window.
+    """
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    tags = {"enabled": True, "remove_cell_tags": ["notebook-only"]}
+    exporter = HTMLExporter(
+        template_name="basic",  # no frame: that of the others fetches scripts
+        exclude_input=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+        config=Config({"TagRemovePreprocessor": tags, "HTMLExporter": {"preprocessors": [_TAGS]}}),
+    )
+    page = html_page(title, exporter.from_filename(str(executed))[0])
+    write_atomically(Path(path), lambda part: part.write_text(page, encoding="utf-8"))
+    return Path(path)
+
+
+_TAGS = "nbconvert.preprocessors.TagRemovePreprocessor"
 
 
 def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
@@ -62,18 +109,21 @@ def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
     """
     table = _complete(folder, states)
     write_atomically(folder / "table.csv", lambda part: part.write_text(table.to_csv(index=False)))
-    varying = varying_parameters(table)
+    undone = {run: state for run, state in states.items() if not state.startswith("done")}
+    log = ', the engine\'s words are in <a href="engine.log">engine.log</a>' if (folder / "engine.log").exists() else ""
+    parts = [text_html(name, "h1"), f"<p>{len(states) - len(undone)} of {len(states)} runs are done."]
+    parts.append(f'The table below is in <a href="table.csv">table.csv</a>{log}.</p>')
+    parts += ["<h2>Not done</h2>"] if undone else []
+    parts += [f"<p>{_link(folder, run)}</p>{text_html(state, kind='error')}" for run, state in undone.items()]
     metrics = [title for title in table.columns if title.startswith("metric.")]
-    table["word"] = table["state"].str.partition(":")[0]
-    shown = ["run", "word", *(f"parameter.{title}" for title in varying), "seconds", "peak_memory_mb", *metrics]
-    rows = [(_link(folder, row["run"]), [_shown(value) for value in row[shown]]) for _, row in table.iterrows()]
-    errors = [(run, state, _link(folder, run)) for run, state in states.items() if not state.startswith("done")]
-    titles = [title.removeprefix("parameter.").removeprefix("metric.") for title in shown]
-    titles[1] = "state"
-    done = len(states) - len(errors)
-    template = Environment(autoescape=True).from_string(PAGE)
-    page = template.render(name=name, states=states, done=done, errors=errors, titles=titles, rows=rows)
-    write_atomically(folder / "index.html", lambda part: part.write_text(page))
+    varying = [f"parameter.{title}" for title in varying_parameters(table)]
+    shown = table[["run", "state", *varying, "seconds", "peak_memory_mb", *metrics]]
+    shown = shown.assign(state=table["state"].str.partition(":")[0]).map(lambda value: html.escape(_shown(value)))
+    shown["run"] = [_link(folder, run) for run in table["run"]]
+    titles = [title.removeprefix("parameter.").removeprefix("metric.") for title in shown.columns]
+    rows = shown.set_axis(map(html.escape, titles), axis=1).to_html(index=False, escape=False, border=0)
+    page = html_page(name, "\n".join([*parts, f'<h2>Runs</h2><div class="wide">{rows}</div>']))
+    write_atomically(folder / "index.html", lambda part: part.write_text(page, encoding="utf-8"))
     return folder / "index.html"
 
 
@@ -88,8 +138,9 @@ def _complete(folder: Path, states: dict[str, str]) -> pd.DataFrame:
 
 
 def _link(folder: Path, run: str) -> str:
+    """The name of a run, which leads to its executed notebook if there is one."""
     path = f"{run}/notebook.ipynb"
-    return quote(path) if (folder / path).is_file() else ""
+    return f'<a href="{quote(path)}">{html.escape(run)}</a>' if (folder / path).is_file() else html.escape(run)
 
 
 def _shown(value: object) -> str:

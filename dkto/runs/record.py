@@ -1,6 +1,7 @@
 """What every run of a notebook leaves beside its metrics: `run.json`, from which it can be judged and made again."""
 
 import ast
+import functools
 import hashlib
 import json
 import resource
@@ -17,6 +18,7 @@ from dkto.common.files import read_json, write_json
 from dkto.common.machine import git_commit, hardware, largest_resident_mb, versions
 
 RECORD_NAME = "run.json"
+ROOT = Path(__file__).parents[2]
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
 MEGABYTE = 1024 * 1024
 
@@ -67,9 +69,17 @@ def source_hash(notebook: str | Path) -> str:
 
     Prose, outputs, metadata and the place that a name is imported from change no result.
     """
+    sources = [_without_imports(source) for source in _code_cells(notebook)]
+    return _digest(json.dumps([source for source in sources if source]))
+
+
+def _code_cells(notebook: str | Path) -> list[str]:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    sources = [_without_imports("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-    return hashlib.sha256(json.dumps([source for source in sources if source]).encode()).hexdigest()[:16]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _without_imports(source: str) -> str:
@@ -87,6 +97,88 @@ def _without_imports(source: str) -> str:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             lines[statement.lineno - 1 : statement.end_lineno] = [None] * (statement.end_lineno - statement.lineno + 1)
     return "\n".join(line.rstrip() for line in lines if line is not None).strip()
+
+
+def rooms_of(notebook: str | Path) -> dict[str, str]:
+    """The rooms that a notebook imports, each with a hash of the code that it reaches there.
+
+    Imports are followed from module to module and through the lazy doors of the rooms. Comments, docstrings and modules
+    that nothing imports do not count. `ast` writes the code, so that another Python may give another hash.
+
+    Returns:
+        Hash by room: a sub-package of dkto, a module beside them, or toy.
+    """
+    todo, modules = set(), {}
+    for source in _code_cells(notebook):
+        try:
+            todo |= _imports(ast.parse(source))
+        except SyntaxError:  # a line for the shell, or with a magic
+            continue
+    while todo:
+        path = todo.pop()
+        modules[path], imports = _module(path)
+        todo |= imports - modules.keys()
+    rooms: dict[str, list[str]] = {}
+    for path in sorted(modules):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        rooms.setdefault("toy" if parts[0] == "toy" else ".".join(parts[:2]), []).append(modules[path])
+    return {room: _digest("".join(hashes)) for room, hashes in rooms.items()}
+
+
+@functools.cache
+def _module(path: Path) -> tuple[str, frozenset[Path]]:
+    """Hash of a module's code, and the modules of dkto and toy that it imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]
+    return _digest(ast.dump(tree)), frozenset(_imports(tree))
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return constant and isinstance(statement.value.value, str)
+
+
+def _imports(tree: ast.AST) -> set[Path]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {path for name in names if name.split(".")[0] in ("dkto", "toy") and (path := _file_of(name))}
+
+
+def _file_of(name: str) -> Path | None:
+    """The module of this name, or the one that defines it: a package's lazy door is followed."""
+    place = ROOT.joinpath(*name.split("."))
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file():
+            return path
+    package, _, member = name.rpartition(".")
+    if not package:
+        return None
+    behind = _door(ROOT.joinpath(*package.split("."), "__init__.py")).get(member)
+    return _file_of(f"{package}.{behind}.{member}" if behind else package)
+
+
+@functools.cache
+def _door(path: Path) -> dict[str, str]:
+    """Which sub-module a package offers each name from, see `lazy_loader.attach`."""
+    tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
+    words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
+    found = {}
+    for word in words:
+        if word.arg == "submod_attrs":
+            found |= {name: module for module, names in ast.literal_eval(word.value).items() for name in names}
+    return found
+
+
+def files_of(parameters: Mapping[str, object]) -> dict[str, str]:
+    """Hash of the content of each file that a parameter `..._file` names."""
+    named = {name: Path(value) for name, value in parameters.items() if name.endswith("_file") and value}
+    return {name: _digest(path.read_text(encoding="utf-8")) for name, path in named.items() if path.is_file()}
 
 
 @contextmanager
@@ -113,6 +205,8 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
         "status": "running",
         "notebook": str(notebook),
         "source_hash": source_hash(notebook),
+        "rooms": rooms_of(notebook),
+        "files": files_of(parameters),
         "executed": str(executed),
         "parameters": dict(parameters),
         "seed": parameters.get("seed"),

@@ -1,4 +1,9 @@
-"""Run the plan of a sweep with Snakemake: what is done stays, failures are gathered, one page tells of all runs."""
+"""Run the plan of a sweep: what is done stays, failures are gathered, one page shows all runs.
+
+A run is done when it finished with the same parameters. It is outdated when its notebook has other code cells now, when
+a room that it imports has other code, when a settings file has other content, or when a run that it reads is newer.
+Sweeps, the demo, the toy, the paper's replay and the kept lessons all go through `run_sweep`.
+"""
 
 import importlib.util
 import os
@@ -8,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +24,23 @@ from dkto.common.files import read_json, write_json
 from dkto.common.machine import accelerators
 from dkto.common.processes import following, has_writer, sole_writer
 from dkto.common.progress import QUIET_VARIABLE
-from dkto.runs.record import RECORD_NAME, source_hash
-from dkto.runs.sweeps import Plan, PlannedRun, plan_to_dict
+from dkto.runs.notebooks import run_notebook
+from dkto.runs.record import RECORD_NAME, files_of, rooms_of, source_hash
+from dkto.runs.sweeps import CHECKOUT, Plan, PlannedRun, plan_to_dict
 from dkto.runs.yaml12 import read_yaml
 
-BATCH = Path(__file__).parents[2] / "papermill_runs"
+BATCH = CHECKOUT / "papermill_runs"
 ENGINE_LOG = "engine.log"
+CHANGES_NO_RESULT = "processes"  # the parameter that another machine may have another value of
 GRACE = 30.0  # seconds that the engine has to end its jobs after an interruption
 
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands: done, changed (begun with other parameters), running, or missing, failed, killed, again."""
+    """How a run stands: done, changed (begun with other parameters), running, or missing, failed, killed, again.
+
+    One that is done and has a detail is outdated: the detail says by what.
+    """
 
     word: str
     detail: str = ""
@@ -41,36 +51,54 @@ class State:
 
 def run_states(plan: Plan) -> dict[str, State]:
     """How each run of a plan stands, read from the files that it left."""
-    states = {}
+    states, began = {}, {}
     for run in plan.runs:
-        state = _state(plan, run)
-        waits = [name for name in run.inputs.values() if states[name].word != "done"]
-        if state.word == "done" and waits:
-            state = State("again", f"{waits[0]}, which it reads, is not done")
+        state, began[run.name] = _state(plan, run)
+        if state.word == "done":
+            waits = [name for name in run.inputs.values() if states[name].word != "done"]
+            newer = [name for name in run.inputs.values() if began[name] > began[run.name]]
+            if waits:
+                state = State("again", f"{waits[0]}, which it reads, is not done")
+            elif newer and not state.detail:
+                state = State("done", f"before {newer[0]}, which it reads, was run again")
         states[run.name] = state
     return states
 
 
-def _state(plan: Plan, run: PlannedRun) -> State:
+def _state(plan: Plan, run: PlannedRun) -> tuple[State, str]:
+    """How a run stands by itself, and when it began."""
     folder = plan.folder / run.name
     path = folder / RECORD_NAME
     if not path.is_file():
-        return State("missing")
+        return State("missing"), ""
     record = read_json(path, "record of a run", ["status"])
-    stored = record.get("parameters", run.parameters)
-    changed = next((key for key, value in run.parameters.items() if key not in stored or stored[key] != value), None)
+    stored, asked = record.get("parameters", run.parameters), run.parameters
     held = record["status"] == "running" and has_writer(folder)
-    if changed is not None and not held:
-        return State("changed", f"{changed} was {stored.get(changed)!r} and is {run.parameters[changed]!r} now")
-    if record["status"] == "running":
-        return State("running") if held else State("killed", "it ended without a word; out of memory?")
-    if record["status"] == "failed":
-        return State("failed", record["error"])
-    if not (folder / "metrics.json").is_file():
-        return State("missing", "its metrics.json is gone")
+    differ = [key for key in asked if key not in stored or stored[key] != asked[key]]
+    changed = [key for key in differ if key != CHANGES_NO_RESULT and not key.endswith("_file")]  # its content counts
+    if changed and not held:
+        key = changed[0]
+        state = State("changed", f"{key} was {stored.get(key)!r} and is {asked[key]!r} now")
+    elif record["status"] == "running":
+        state = State("running") if held else State("killed", "it ended without a word; out of memory?")
+    elif record["status"] == "failed":
+        state = State("failed", record["error"])
+    elif not (folder / "metrics.json").is_file():
+        state = State("missing", "its metrics.json is gone")
+    else:
+        state = State("done", _outdated_by(record, run))
+    return state, record.get("began", "")
+
+
+def _outdated_by(record: dict, run: PlannedRun) -> str:
+    """What a finished run has been outdated by, or nothing."""
     if record["source_hash"] != source_hash(run.notebook):
-        return State("done", "by an older version of its notebook")
-    return State("done")
+        return "by an older version of its notebook"
+    for key, word in (("files", "content"), ("rooms", "code")):
+        stored, now = record.get(key, {}), files_of(run.parameters) if key == "files" else rooms_of(run.notebook)
+        if differ := [name for name in stored | now if stored.get(name) != now.get(name)]:
+            return f"by other {word} of {', '.join(differ)}"
+    return ""
 
 
 def show_plan(plan: Plan) -> str:
@@ -91,7 +119,14 @@ def show_plan(plan: Plan) -> str:
 
 
 def run_sweep(
-    plan: Plan, *, profile: str = "local", cores: int = 0, retries: int = 0, redo: bool = False
+    plan: Plan,
+    *,
+    profile: str = "local",
+    cores: int = 0,
+    retries: int = 0,
+    redo: bool = False,
+    renew: bool = False,
+    in_turn: bool = False,
 ) -> dict[str, State]:
     """Do what is missing or failed of a plan; whatever fails, the others are done and the page is written.
 
@@ -103,36 +138,73 @@ def run_sweep(
         profile: local, slurm, kubernetes, or a folder with Snakemake's `config.yaml`.
         cores: CPU cores to use on this machine, 0 for all.
         retries: how often a failed run is tried again at once.
-        redo: remove and make again what was made with other parameters or by an older version of its notebook.
+        redo: remove what was made with other parameters or is outdated, and run it again.
+        renew: run what is outdated again in its folder, on the trainings, images and scores that lie there.
+        in_turn: one run after the other in this process, without Snakemake and what is for it alone.
 
     Returns:
         How each run stands; all are done.
 
     Raises:
-        ModuleNotFoundError: without the extra `batch`.
+        ModuleNotFoundError: without the extra `batch`, unless `in_turn`.
         BlockingIOError: if another call works on the same folder.
         ValueError: before anything starts, if a run was done with other parameters and `redo` is not asked for, if
             this machine has less than a run asks for, or the profile is unknown.
         RuntimeError: at the end, if runs are not done; the sentence names each with its error.
     """
-    if importlib.util.find_spec("snakemake") is None:
+    if not in_turn and importlib.util.find_spec("snakemake") is None:
         raise ModuleNotFoundError("dkto sweep runs on Snakemake: pip install 'dkto[batch]'; --dry-run works without")
     settings = _profile_folder(profile)
     local = read_yaml((settings / "config.yaml").read_text()).get("executor", "local") == "local"
     with sole_writer(plan.folder) as hold:
         states = run_states(plan)
-        removed = _outdated(plan, states) if redo else set()
-        todo = [run for run in plan.runs if states[run.name].word != "done" or run.name in removed]
-        _clear(plan, todo, states, removed)
+        again = _to_do_again(plan, states, redo, renew)
+        todo = [run for run in plan.runs if states[run.name].word != "done" or run.name in again]
+        _clear(plan, todo, states, again if redo else set())
         if todo:
-            limits = _limits(todo, cores) if local else []
-            _write_plan(plan, local)
+            limits = _limits(todo, cores) if local and not in_turn else []
             print(f"sweep {plan.name}: {len(todo)} of {len(plan.runs)} runs to do, in {plan.folder}", flush=True)
+        if todo and in_turn:
+            _run_in_turn(plan, todo)
+        elif todo:
+            _write_plan(plan, local)
             with _engine(plan, [*limits, "--profile", str(settings), "--retries", str(retries)], hold) as engine:
                 import dkto.runs.page  # noqa: F401 - pandas loads while the engine starts
 
                 _tell(plan, todo, engine)
         return _conclude(plan)
+
+
+def _run_in_turn(plan: Plan, todo: list[PlannedRun]) -> None:
+    """Each run in this process; one whose notebook fails, or that reads such a one, does not stop the others."""
+    failed = set()
+    for number, run in enumerate(todo, 1):
+        if failed & set(run.inputs.values()):
+            failed.add(run.name)
+            continue
+        print(f"[{number}/{len(todo)}] {run.name}: notebook {Path(run.notebook).stem}", flush=True)
+        try:
+            progress = QUIET_VARIABLE not in os.environ
+            run_notebook(run.notebook, plan.executed(run), plan.told(run), progress=progress)
+        except RuntimeError as error:
+            failed.add(run.name)
+            print(f"{run.name} failed: {error}", flush=True)
+
+
+def results_of(folder: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Metrics and seconds by run.
+
+    Args:
+        folder: of a sweep.
+        names: of runs that are done; none takes all in folders directly below that finished.
+    """
+    metrics, seconds = {}, {}
+    for path in [Path(folder, name, RECORD_NAME) for name in names] or sorted(Path(folder).glob(f"*/{RECORD_NAME}")):
+        record, name = read_json(path, "record of a run", ["status"]), str(path.parent.relative_to(folder))
+        if record["status"] == "finished":
+            metrics[name] = read_json(path.with_name("metrics.json"), "table of metrics", ["metrics"])["metrics"]
+            seconds[name] = record["seconds"]
+    return metrics, seconds
 
 
 def _profile_folder(profile: str) -> Path:
@@ -143,12 +215,13 @@ def _profile_folder(profile: str) -> Path:
     raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {profile!r}")
 
 
-def _outdated(plan: Plan, states: dict[str, State]) -> set[str]:
-    """Runs of other parameters or an older notebook, and with them all that read from one of these."""
+def _to_do_again(plan: Plan, states: dict[str, State], redo: bool, renew: bool) -> set[str]:
+    """Runs to make again: outdated ones, with `redo` changed ones too, and all that read one of these."""
     found: set[str] = set()
     for run in plan.runs:  # what is read comes before what reads it
         state = states[run.name]
-        if state.word == "changed" or (state.word == "done" and state.detail) or found & set(run.inputs.values()):
+        outdated = state.word == "done" and state.detail
+        if (redo or renew) and (outdated or (redo and state.word == "changed") or found & set(run.inputs.values())):
             found.add(run.name)
     return found
 
@@ -160,7 +233,7 @@ def _clear(plan: Plan, todo: list[PlannedRun], states: dict[str, State], removed
         first = changed[0].name
         raise ValueError(
             f"{len(changed)} runs in {plan.folder} were made with other parameters ({first}: {states[first].detail}): "
-            "choose another --output-dir, or --redo to remove them and make them again"
+            "choose another --output-dir, or remove them (`dkto sweep --redo` does, and runs them again)"
         )
     for run in todo:
         if states[run.name].word == "running":

@@ -13,22 +13,26 @@ A stage is a notebook that other stages can read; runs that agree in everything 
       - {name: judge, notebook: notebooks/40_win_rates.ipynb, parameters: {runs_dir: {stage: train}}}
     grid: {train.beta: [50, 100], judge.seed: [1, 2]}   # 2 trainings, 4 judgements
 
-A name without a stage, `seed`, goes to every stage that declares it.
+A name without a stage, `seed`, goes to every stage that declares it. A run lies in STAGE/WHAT VARIES, or in STAGE alone
+where nothing does.
 """
 
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from dkto.common.names import not_known
 from dkto.runs.notebooks import Parameter, coerce, declared_parameters
 from dkto.runs.yaml12 import read_yaml
 
+CHECKOUT = Path(__file__).parents[2]
+SHIPPED = CHECKOUT / "papermill_runs" / "sweeps"
 OUTPUTS = Path("papermill_runs/outputs")
 SWEEP_KEYS = ("notebook", "stages", "parameters", "grid", "list", "resources")
 STAGE_KEYS = ("name", "notebook", "parameters", "resources")
@@ -73,12 +77,11 @@ class Stage:
 class PlannedRun:
     """One run of one notebook."""
 
-    name: str  # stage/varying parameters, also its folder below the sweep's
+    name: str  # stage/varying parameters, or the stage alone; also its folder below the sweep's
     notebook: str
     given: dict[str, object]  # the values that the sweep names
     parameters: dict[str, object]  # every parameter with its value, but output_dir and inputs
     inputs: dict[str, str]  # parameter -> name of the run whose folder it is told
-    varying: dict[str, object]  # by the names of the sweep's file
     resources: Resources
 
     @property
@@ -95,6 +98,25 @@ class Plan:
     folder: Path
     runs: tuple[PlannedRun, ...]
 
+    def only(self, names: Sequence[str]) -> "Plan":
+        """The plan of these runs and of those that they read; all if none is named.
+
+        Raises:
+            ValueError: for a name that no run has; the sentence lists the runs.
+        """
+        known = {run.name: run for run in self.runs}
+        for name in names:
+            if name not in known:
+                raise ValueError(not_known(f"sweep {self.name} has no run {name!r}", name, known, "its runs"))
+        wanted = list(names or known)
+        for name in wanted:  # grows while it is read
+            wanted += [other for other in known[name].inputs.values() if other not in wanted]
+        return replace(self, runs=tuple(run for run in self.runs if run.name in wanted))
+
+    def executed(self, run: PlannedRun) -> Path:
+        """Where the executed notebook of a run goes."""
+        return self.folder / run.name / "notebook.ipynb"
+
     def told(self, run: PlannedRun) -> dict[str, object]:
         """Everything that the notebook is told, folders included."""
         paths = {key: str(self.folder / name) for key, name in run.inputs.items()}
@@ -103,20 +125,22 @@ class Plan:
     def command(self, run: PlannedRun) -> list[str]:
         """The `dkto run` that makes this run by hand, as arguments."""
         pairs = [f"{key}={_as_text(value)}" for key, value in self.told(run).items()]
-        executed = self.folder / run.name / "notebook.ipynb"
-        return ["dkto", "run", run.notebook, str(executed), "--parameters", *pairs]
+        return ["dkto", "run", run.notebook, str(self.executed(run)), "--parameters", *pairs]
 
     def shell_command(self, run: PlannedRun) -> str:
         """The same for a shell."""
         return shlex.join(self.command(run))
 
 
-def read_sweep(path: str | Path, output_dir: str | Path | None = None) -> Plan:
+def read_sweep(
+    path: str | Path, output_dir: str | Path | None = None, changes: Mapping[str, object] | None = None
+) -> Plan:
     """Read a sweep and check all of it: notebooks, names and types of parameters, resources, names of runs.
 
     Args:
-        path: the YAML file; its notebooks are taken relative to the working directory.
+        path: the YAML file; its notebooks are taken relative to the working directory, or else to the checkout.
         output_dir: where the runs land, `papermill_runs/outputs/NAME OF THE FILE` if left out.
+        changes: values that take the place of the file's, by name (`seed`, `train.seed`).
 
     Raises:
         FileNotFoundError: if the file or a notebook does not exist.
@@ -130,8 +154,12 @@ def read_sweep(path: str | Path, output_dir: str | Path | None = None) -> Plan:
         content = read_yaml(path.read_text())
         _check_keys(content, SWEEP_KEYS, "the sweep")
         stages = _read_stages(content)
+        changed = _addresses(changes or {}, stages, "changes")
+        for stage, key in changed:
+            stages[stage].parameters.pop(key, None)
+        varying = [{key: changed.get(key, value) for key, value in c.items()} for c in _combinations(content, stages)]
         shared = _addresses(_mapping(content, "parameters"), stages, "parameters")
-        varying = _combinations(content, stages)
+        shared |= {key: value for key, value in changed.items() if key not in varying[0]}
         _refuse_twice(stages, shared, varying)
         folder = Path(output_dir) if output_dir is not None else OUTPUTS / path.stem
         return Plan(path.stem, folder, tuple(_plan_runs(stages, shared, varying)))
@@ -169,8 +197,8 @@ def _read_stages(content: dict) -> dict[str, Stage]:
     for number, entry in enumerate(content["stages"], 1):
         _check_keys(entry, STAGE_KEYS, f"stage {number}")
         name = entry.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ValueError(f"name of stage {number} must be small letters, digits and _, got {name!r}")
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ValueError(f"name of stage {number} must be small letters, digits, _ and -, got {name!r}")
         if name in stages:
             raise ValueError(f"two stages are called {name!r}")
         stages[name] = _read_stage(entry, stages)
@@ -181,6 +209,8 @@ def _read_stage(entry: dict, earlier: dict[str, Stage]) -> Stage:
     name, notebook = entry["name"], entry.get("notebook")
     if not isinstance(notebook, str):
         raise ValueError(f"notebook of stage {name} must be a path, got {notebook!r}")
+    if not Path(notebook).is_file() and (CHECKOUT / notebook).is_file():
+        notebook = os.path.relpath(CHECKOUT / notebook)
     declared = declared_parameters(notebook)
     if "output_dir" not in declared:
         raise ValueError(f"notebook {notebook} must declare the parameter output_dir: its run's folder goes there")
@@ -297,16 +327,16 @@ def _plan_runs(stages: dict[str, Stage], shared: Values, combinations: list[Valu
             reaching = {address: value for address, value in combination.items() if address[0] in above[stage.name]}
             identity = stage.name, json.dumps([[*key, value] for key, (_, value) in reaching.items()])
             if identity not in runs:
-                name = f"{stage.name}/{_name_of(reaching)}"
+                name = f"{stage.name}/{_name_of(reaching)}" if reaching else stage.name
                 name = f"{name}-{_short_hash(identity[1])}" if name in names else name
                 names.add(name)
                 inputs = {key: called[upstream] for key, upstream in stage.inputs.items()}
-                runs[identity] = _plan_run(stage, name, shared | combination, reaching, inputs)
+                runs[identity] = _plan_run(stage, name, shared | combination, inputs)
             called[stage.name] = runs[identity].name
     return sorted(runs.values(), key=lambda run: list(stages).index(run.stage))
 
 
-def _plan_run(stage: Stage, name: str, values: Values, reaching: Values, inputs: dict[str, str]) -> PlannedRun:
+def _plan_run(stage: Stage, name: str, values: Values, inputs: dict[str, str]) -> PlannedRun:
     given = stage.parameters | {key: value for (owner, key), (_, value) in values.items() if owner == stage.name}
     defaults = {key: parameter.default for key, parameter in stage.declared.items()}
     return PlannedRun(
@@ -315,7 +345,6 @@ def _plan_run(stage: Stage, name: str, values: Values, reaching: Values, inputs:
         given=given,
         parameters={key: v for key, v in (defaults | given).items() if key != "output_dir" and key not in inputs},
         inputs=inputs,
-        varying=dict(reaching.values()),
         resources=stage.resources,
     )
 

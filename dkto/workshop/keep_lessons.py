@@ -12,11 +12,11 @@ The tables of `make paper PROFILE=full` are kept by the same command with their 
 import base64
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from PIL import Image
@@ -24,8 +24,8 @@ from PIL import Image
 from dkto.common.files import read_json, write_atomically
 from dkto.runs.notebooks import Parameter, declared_parameters
 from dkto.runs.record import RECORD_NAME, source_hash
-from dkto.runs.runner import State, run_states, run_sweep
-from dkto.runs.sweeps import Plan, PlannedRun, Resources, read_sweep
+from dkto.runs.runner import State, results_of, run_states, run_sweep
+from dkto.runs.sweeps import OUTPUTS, Plan, PlannedRun, Resources, read_sweep
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" reads
@@ -39,9 +39,9 @@ HANDS: dict[str, dict[str, object]] = {
 """Lessons that wait for a person: in their reference runs a simulated one takes the place."""
 CARDS = ("*card*.csv", "verdicts.csv")
 PAPER = "paper_full"
-TABLES = ("metrics.json", "step.json", "*.csv")  # of a replay and of each of its steps
+TABLES = ("metrics.json", RECORD_NAME, "*.csv")  # of a replay and of each of its runs
 FIGURE = "win_rates.png"  # of the replay
-LIKES = "likes.csv"  # what a step's user was shown: of the pictures, which are not kept
+LIKES = "likes.csv"  # what a run's user was shown: of the images, which are not kept
 LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
 
 
@@ -105,29 +105,18 @@ def refreshed(executed: dict, lesson: dict) -> dict:
 
 
 def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
-    """A plan of these lessons and of those whose folders they read, with their defaults, one at a time."""
+    """A plan of these lessons and of those whose folders they read, with their defaults."""
     declared = {name: declared_parameters(path) for name, path in _lessons(root).items()}
     home = {parameters["output_dir"].default: name for name, parameters in declared.items()}
-    needed = list(names)
-    for name in needed:  # grows while it is read
-        needed += [other for other in _inputs(declared[name], home).values() if other not in needed]
+    inputs = {name: _inputs(parameters, home) for name, parameters in declared.items()}
     runs = []
-    for name in _in_order(needed, declared, home):
-        inputs = {key: _run_name(other) for key, other in _inputs(declared[name], home).items()}
+    for name in TopologicalSorter({name: sorted(read.values()) for name, read in inputs.items()}).static_order():
         given = HANDS.get(name, {})
         values = {key: parameter.default for key, parameter in declared[name].items()} | given
-        runs.append(
-            PlannedRun(
-                name=_run_name(name),
-                notebook=str(_lessons(root)[name].relative_to(root)),
-                given=given,
-                parameters={key: value for key, value in values.items() if key not in {"output_dir", *inputs}},
-                inputs=inputs,
-                varying={},
-                resources=Resources(cpus=os.cpu_count() or 1),  # one at a time, so that its seconds mean something
-            )
-        )
-    return Plan("reference", Path("papermill_runs") / "outputs" / "reference", tuple(runs))
+        own = {key: value for key, value in values.items() if key not in {"output_dir", *inputs[name]}}
+        notebook = str(_lessons(root)[name].relative_to(root))
+        runs.append(PlannedRun(name, notebook, given, own, inputs[name], Resources()))
+    return Plan("reference", OUTPUTS / "reference", tuple(runs)).only(names)
 
 
 def _lessons(root: Path) -> dict[str, Path]:
@@ -139,25 +128,6 @@ def _lessons(root: Path) -> dict[str, Path]:
 def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str, str]:
     found = {key: p.default for key, p in parameters.items() if key != "output_dir" and p.type_name == "str"}
     return {key: home[default] for key, default in found.items() if default in home}
-
-
-def _in_order(names: list[str], declared: dict, home: dict[str, str]) -> list[str]:
-    """Each after those that it reads, otherwise by number."""
-    found = []
-
-    def add(name: str) -> None:
-        for other in sorted(_inputs(declared[name], home).values()):
-            add(other)
-        if name not in found:
-            found.append(name)
-
-    for name in sorted(names):
-        add(name)
-    return found
-
-
-def _run_name(lesson: str) -> str:
-    return f"lesson_{lesson}/run"
 
 
 def make_reference(root: Path = ROOT) -> list[str]:
@@ -183,12 +153,12 @@ def make_reference(root: Path = ROOT) -> list[str]:
     plan = lesson_plan(names, root)
     made = []
     try:
-        run_sweep(plan, redo=True)
+        run_sweep(plan, redo=True, in_turn=True)  # one at a time, so that its seconds mean something
     finally:
         states = run_states(plan)
         for name in names:
-            if states[_run_name(name)] == State("done"):
-                keep(plan.folder / _run_name(name), reference / name)
+            if states[name] == State("done"):
+                keep(plan.folder / name, reference / name)
                 made.append(name)
     return made
 
@@ -235,28 +205,28 @@ def _replacing(kept: Path) -> Iterator[Path]:
 
 
 def keep_paper(folder: Path, kept: Path) -> list[str]:
-    """Copy numbers and tables of a replay's finished steps, and those of the whole if all ran; all or nothing.
+    """Copy numbers and tables of a replay's finished runs, and those of the whole if all ran; all or nothing.
 
     Args:
         folder: of the profile, see `dkto.paper.replay.run_paper`.
         kept: where they are kept; what was there of another replay goes.
 
     Returns:
-        The names of the steps.
+        The names of the runs.
 
     Raises:
-        FileNotFoundError: if no step has finished there.
+        FileNotFoundError: if no run has finished there.
     """
-    steps = sorted(path.parent for path in folder.glob("*/step.json"))
-    if not steps:
-        raise FileNotFoundError(f"{folder} holds no finished step of a replay (STEP/step.json)")
+    runs = list(results_of(folder)[0])
+    if not runs:
+        raise FileNotFoundError(f"{folder} holds no finished run of a replay (RUN/{RECORD_NAME})")
     with _replacing(kept) as part:
-        for source, patterns in ((folder, (*TABLES, FIGURE)), *((step, TABLES) for step in steps)):
+        for source, patterns in ((folder, (*TABLES, FIGURE)), *((folder / run, TABLES) for run in runs)):
             target = part / source.relative_to(folder)
             target.mkdir(exist_ok=True)
             for path in (path for pattern in patterns for path in source.glob(pattern) if path.name != LIKES):
                 shutil.copyfile(path, target / path.name)
-    return [path.name for path in steps]
+    return runs
 
 
 def shrink(notebook: dict) -> dict:

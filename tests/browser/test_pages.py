@@ -1,12 +1,12 @@
 """Pages that open from disk: words from strangers stay words, in reports, pages of sweeps and what notebooks show."""
 
+import nbformat
 import pandas as pd
 import pytest
 from finished_runs import leave
 from PIL import Image
 
-from dkto.paper.report import Section, report_html, write_report
-from dkto.runs.page import write_page
+from dkto.runs.page import figure_html, table_html, text_html, write_notebook_page, write_page
 
 ATTACK = "<img src=x onerror=alert(1)>"
 
@@ -32,9 +32,12 @@ def shown(lab):
 def test_a_report_of_the_paper_shows_markup_as_text(shown, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     table = pd.DataFrame({ATTACK: [ATTACK], "n": [1.0]}, index=[ATTACK])
-    section = Section(ATTACK, [ATTACK], [(ATTACK, table)], [(ATTACK, tmp_path / "one.png")])
-    text = shown(write_report(tmp_path / "report.html", report_html(ATTACK, ATTACK, [section], {ATTACK: ATTACK})))
-    assert text.count(ATTACK) == 12  # every place that takes words
+    parts = [text_html(ATTACK), table_html(table, ATTACK), figure_html(tmp_path / "one.png", ATTACK)]
+    outputs = [nbformat.v4.new_output("display_data", {"text/html": part}) for part in parts]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)])
+    nbformat.write(notebook, tmp_path / "report.ipynb")
+    text = shown(write_notebook_page(tmp_path / "report.ipynb", tmp_path / "report.html", ATTACK))
+    assert text.count(ATTACK) == 6  # every place that takes words
 
 
 @pytest.mark.browser

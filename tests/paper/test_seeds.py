@@ -3,8 +3,7 @@ import pytest
 from PIL import Image
 
 from dkto.evaluation.metrics import win_rate
-from dkto.paper.page import MAIN, PREFERENCE, make_report
-from dkto.paper.seeds import pool_seeds, read_seed, write_pooled
+from dkto.paper.seeds import MAIN, PREFERENCE, combine, pool_seeds, read_seed, write_pooled
 
 
 def scores(wins, ties, losses):
@@ -44,7 +43,7 @@ def test_the_pooled_interval_is_never_narrower_than_a_seed_s():
         pool_seeds({})
 
 
-def test_all_seeds_leave_tables_a_figure_and_a_page(tmp_path):
+def test_all_seeds_leave_tables_and_a_figure(tmp_path):
     for name, found in SEEDS.items():
         write_tables(tmp_path / f"{MAIN}-{name}", found)
     order = write_pooled(tmp_path, SEEDS, PREFERENCE, "7 steps")
@@ -55,5 +54,21 @@ def test_all_seeds_leave_tables_a_figure_and_a_page(tmp_path):
     assert pd.read_csv(tmp_path / "cards.csv")["cost"].tolist() == ["7 steps, each seed"] * 2
     with Image.open(tmp_path / "win_rates.png") as picture:
         assert picture.width > 500 and len(picture.convert("L").getcolors(1 << 16)) > 2
-    page = make_report(tmp_path, "full", {"seconds/total": 1.0, "seeds": 2}, "lead")
-    assert "seed 1" in page and "2 (0, 1)" in page and page.count("data:image/png;base64,") == 1
+
+
+def rate(key, value, half=0.1):
+    return {key: value, f"{key}/low": value - half, f"{key}/high": value + half, f"{key}/n": 40}
+
+
+def test_seeds_are_pooled_without_hiding_one():
+    key = "win_rate/kto_vs_base/world_utility"
+    results = {f"{MAIN}-0": rate(key, 0.6), f"{MAIN}-1": rate(key, 0.8), "ablations": {"gamma/0.8": 0.5}}
+    for seed, scale in enumerate((10.0, 15.0)):
+        results[f"{MAIN}-{seed}"]["best_guidance"] = scale
+    found = combine(results, {"ablations": 2.0})
+    assert found[key] == pytest.approx(0.7) and found["seeds"] == 2
+    assert (found[f"{key}/low"], found[f"{key}/high"]) == pytest.approx((0.5, 0.9))
+    assert found[f"{key}/n"] == 80 and found[f"seed-0/{key}/n"] == 40
+    assert found[f"seed-0/{key}"] == 0.6 and found["ablations/gamma/0.8"] == 0.5
+    assert found["seconds/total"] == 2.0
+    assert "best_guidance" not in found and found["seed-1/best_guidance"] == 15.0, "no mean of scales that were chosen"

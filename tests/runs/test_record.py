@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import dkto.runs.record as record_module
 from dkto.common.files import write_json
 from dkto.common.machine import git_commit
-from dkto.runs.record import PeakMemory, recorded, source_hash
+from dkto.runs.record import PeakMemory, files_of, recorded, rooms_of, source_hash
 
 DATA = Path(__file__).parents[1] / "files"
 
@@ -92,3 +93,51 @@ def test_the_source_of_a_notebook_is_its_code_without_imports_prose_and_outputs(
     code[1]["source"] = "1"
     (tmp_path / "other.ipynb").write_text(json.dumps(notebook))
     assert source_hash(tmp_path / "other.ipynb") != before
+
+
+DOOR = """import lazy_loader
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"one": ["f"], "two": ["g"]})
+"""
+
+
+def test_rooms_are_those_that_a_notebook_reaches_through_their_doors(tmp_path, monkeypatch):
+    """Code that is not imported, comments and docstrings do not count; code behind two doors does."""
+    modules = {
+        "dkto/__init__.py": "",
+        "dkto/a/__init__.py": DOOR,
+        "dkto/a/one.py": '"""Words."""\nimport os\n\ndef f():\n    from dkto.b.deep import h\n    return h  # so\n',
+        "dkto/a/two.py": "g = 1\n",
+        "dkto/b/__init__.py": "",
+        "dkto/b/deep.py": "from dkto.plot import x\nh = 1\n",
+        "dkto/plot.py": "x = 1\n",
+        "toy/__init__.py": "",
+    }
+    for name, text in modules.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    cells = ["%magic", "from dkto.a import f\nimport numpy"]
+    cells = [{"cell_type": "code", "source": source} for source in cells]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(record_module, "ROOT", tmp_path)
+
+    def rooms(name="toy/__init__.py", old="", new=""):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace(old, new))
+        record_module._module.cache_clear()
+        return rooms_of(tmp_path / "n.ipynb")
+
+    before = rooms()
+    assert list(before) == ["dkto.a", "dkto.b", "dkto.plot"]
+    assert rooms("dkto/a/two.py", "1", "2") == before
+    assert rooms("dkto/a/one.py", "Words.", "Other\nwords.") == before == rooms("dkto/a/one.py", "# so", "# but")
+    after = rooms("dkto/b/deep.py", "h = 1", "h = 2")
+    assert after["dkto.b"] != before["dkto.b"] and after | {"dkto.b": before["dkto.b"]} == before
+
+
+def test_what_a_settings_file_holds_is_part_of_a_record(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text("{}")
+    parameters = {"settings_file": str(path), "data_file": "", "seed": 0}
+    before = files_of(parameters)
+    assert list(before) == ["settings_file"]
+    path.write_text("[]")
+    assert files_of(parameters) != before

@@ -18,8 +18,9 @@ import pytest
 from dkto.common.files import write_json
 from dkto.common.processes import sole_writer
 from dkto.runs import runner as engine
+from dkto.runs.notebooks import declared_parameters
 from dkto.runs.record import recorded
-from dkto.runs.runner import run_states, run_sweep, show_plan
+from dkto.runs.runner import results_of, run_states, run_sweep, show_plan
 from dkto.runs.sweeps import plan_to_dict, read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,34 @@ def fail_in(plan, run):
         raise RuntimeError("no likes")
 
 
+def test_other_code_of_a_room_other_settings_and_a_newer_input_are_said(sweep, monkeypatch):
+    plan = sweep(TWO_STAGES)
+    for run in plan.runs:
+        leave(plan, run)
+    assert {str(state) for state in run_states(plan).values()} == {"done"}
+    record = json.loads((plan.folder / "train/train.seed=0/run.json").read_text())
+    write_json(plan.folder / "train/train.seed=0/run.json", record | {"began": "2999-01-01T00:00:00+00:00"})
+    before = "done: before train/train.seed=0, which it reads, was run again"
+    assert str(run_states(plan)["judge/train.seed=0"]) == before
+    monkeypatch.setattr(engine, "rooms_of", lambda path: record["rooms"] | {"toy": "new"})
+    assert str(run_states(plan)["train/train.seed=1"]) == "done: by other code of toy"
+    monkeypatch.setattr(engine, "files_of", lambda parameters: {"settings_file": "new"})
+    assert str(run_states(plan)["train/train.seed=1"]) == "done: by other content of settings_file"
+
+
+def test_neither_the_number_of_processes_nor_the_place_of_a_file_changes_a_result(sweep, tmp_path):
+    plan = sweep(ONE_STAGE + "grid: {{seed: [0]}}")
+    run = plan.runs[0]
+    for name in ("here", "there"):
+        (tmp_path / name).write_text("{}")
+    leave(plan, run, processes=2, settings_file=str(tmp_path / "here"))
+    given = run.parameters | {"processes": 8, "settings_file": str(tmp_path / "there")}
+    moved = replace(plan, runs=(replace(run, parameters=given),))
+    assert str(run_states(moved)[run.name]) == "done"
+    (tmp_path / "there").write_text("[]")
+    assert str(run_states(moved)[run.name]) == "done: by other content of settings_file"
+
+
 def test_an_edited_notebook_is_said_and_a_run_below_an_undone_one_is_made_again(sweep, monkeypatch):
     plan = sweep(TWO_STAGES)
     for run in plan.runs:
@@ -107,6 +136,66 @@ def test_an_edited_notebook_is_said_and_a_run_below_an_undone_one_is_made_again(
     states = run_states(plan)
     assert str(states["judge/train.seed=1"]) == "done: by an older version of its notebook"
     assert str(states["judge/train.seed=0"]) == "again: train/train.seed=0, which it reads, is not done"
+
+
+# In turn, in this process
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Names of the runs whose notebook is executed, in order, without a kernel; trainings of seed 1 fail."""
+    names = []
+
+    def execute(notebook, output, told, **options):
+        folder = Path(told["output_dir"])
+        names.append(f"{folder.parent.name}/{folder.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        defaults = {name: parameter.default for name, parameter in declared_parameters(notebook).items()}
+        with recorded(folder, Path(notebook), output, defaults | told):
+            if told.get("seed") == 1 and not Path(told["mended"]).exists():
+                raise RuntimeError("no <likes>")
+            write_json(folder / "metrics.json", {"metrics": {"kl": 1.0}})
+
+    monkeypatch.setattr(engine, "run_notebook", execute)
+    return names
+
+
+def test_in_turn_one_failure_hides_no_other_run_and_the_next_call_does_just_the_rest(sweep, executed, tmp_path, capsys):
+    plan = sweep(TWO_STAGES)
+    with pytest.raises(
+        RuntimeError, match=r"2 of 4 runs are not done; .*: train/train.seed=1 failed: no <likes>; judge/"
+    ):
+        run_sweep(plan, in_turn=True)
+    assert executed == ["train/train.seed=0", "train/train.seed=1", "judge/train.seed=0"]
+    assert "train/train.seed=1 failed: no <likes>" in capsys.readouterr().out
+    assert "engine.log" not in (plan.folder / "index.html").read_text(), "there is no engine"
+    executed.clear()
+    (tmp_path / "mended").touch()
+    assert {state.word for state in run_sweep(plan, in_turn=True).values()} == {"done"}
+    assert executed == ["train/train.seed=1", "judge/train.seed=1"]
+    executed.clear()
+    run_sweep(plan, in_turn=True, renew=True)
+    assert executed == [] and results_of(plan.folder, ["judge/train.seed=1"])[0]["judge/train.seed=1"] == {"kl": 1.0}
+
+
+def test_outdated_runs_are_renewed_in_their_folder_and_changed_ones_refused(sweep, executed, tmp_path, monkeypatch):
+    (tmp_path / "mended").touch()
+    plan = sweep(TWO_STAGES)
+    run_sweep(plan, in_turn=True)
+    (plan.folder / "train/train.seed=0" / "pictures").mkdir()
+    executed.clear()
+    rooms = engine.rooms_of
+    monkeypatch.setattr(engine, "rooms_of", lambda path: rooms(path) | ({"toy": "new"} if "train" in path else {}))
+    run_sweep(plan, in_turn=True)
+    assert executed == [], "outdated is said, and run again only when asked"
+    run_sweep(plan.only(["judge/train.seed=0"]), in_turn=True, renew=True)
+    assert executed == ["train/train.seed=0", "judge/train.seed=0"]
+    assert (plan.folder / "train/train.seed=0" / "pictures").is_dir(), "what lies in the folder is kept"
+    changed = sweep(TWO_STAGES.replace("failing", "likes: many, failing"))
+    with pytest.raises(
+        ValueError, match=r"with other parameters \(train/train.seed=0: likes was 'few' and is 'many' now"
+    ):
+        run_sweep(changed, in_turn=True, renew=True)
 
 
 # What is refused before anything starts

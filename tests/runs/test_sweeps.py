@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dkto.runs.notebooks import check_parameters
-from dkto.runs.sweeps import LONGEST_NAME, read_sweep
+from dkto.runs.sweeps import LONGEST_NAME, SHIPPED, read_sweep
 
 DATA = Path(__file__).parents[1] / "files"
 TRAIN, JUDGE = DATA / "tiny_train.ipynb", DATA / "tiny_judge.ipynb"
@@ -46,7 +46,7 @@ def test_a_grid_is_every_combination_and_names_its_runs(sweep):
         "runs/beta=50,seed=1",
     ]
     first = plan.runs[0]
-    assert first.varying == {"beta": 1e-7, "seed": 0}
+    assert (first.given["beta"], first.given["seed"]) == (1e-7, 0)
     assert first.parameters["beta"] == 1e-7 and type(plan.runs[2].parameters["beta"]) is float
     assert first.parameters["likes"] == "many" and first.parameters["slow_seed"] == -1
     assert plan.folder == Path("papermill_runs/outputs/tiny")
@@ -64,7 +64,7 @@ def test_a_list_stands_times_the_grid(sweep):
 
 
 def test_without_grid_and_list_there_is_one_run(sweep):
-    assert [run.name for run in sweep(f"notebook: {TRAIN}").runs] == ["runs/run"]
+    assert [run.name for run in sweep(f"notebook: {TRAIN}").runs] == ["runs"]
 
 
 def test_stages_share_the_runs_that_agree(sweep):
@@ -83,7 +83,7 @@ def test_a_bare_name_goes_to_every_stage_and_a_full_one_to_its_own(sweep):
     assert both.runs[1].name == "judge/seed=3"
     own = sweep(TWO_STAGES + "grid: {judge.seed: [3]}\nparameters: {train.seed: 4}")
     assert [run.parameters["seed"] for run in own.runs] == [4, 3]
-    assert [run.name for run in own.runs] == ["train/run", "judge/judge.seed=3"]
+    assert [run.name for run in own.runs] == ["train", "judge/judge.seed=3"]
 
 
 def test_the_commands_by_hand_are_what_dkto_run_reads(sweep):
@@ -95,6 +95,36 @@ def test_the_commands_by_hand_are_what_dkto_run_reads(sweep):
         pairs = [text.partition("=") for text in plan.command(run)[5:]]
         told = check_parameters(run.notebook, {name: value for name, _, value in pairs})
         assert told == plan.told(run)
+
+
+def test_changes_take_the_place_of_the_file_s_values(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TWO_STAGES + "grid: {likes: [few]}\nparameters: {prompts: 3}")
+    plan = read_sweep(path, changes={"train.mended": "there", "likes": "many", "prompts": 5, "judge.seed": 7})
+    train, judge = plan.runs
+    assert (train.name, judge.name) == ("train/likes=many", "judge/likes=many")
+    assert train.parameters["mended"] == "there" and (judge.parameters["prompts"], judge.parameters["seed"]) == (5, 7)
+    with pytest.raises(ValueError, match=r"tiny.yaml: no parameter 'prompt' in .*; did you mean 'prompts'"):
+        read_sweep(path, changes={"prompt": 5})
+    with pytest.raises(ValueError, match="runs_dir is given twice"):
+        read_sweep(path, changes={"runs_dir": "x"})
+
+
+def test_a_part_of_a_plan_holds_what_it_reads(sweep):
+    plan = sweep(TWO_STAGES + "grid: {beta: [50, 100], prompts: [5, 10]}")
+    part = plan.only(["judge/beta=100,prompts=5"])
+    assert [run.name for run in part.runs] == ["train/beta=100", "judge/beta=100,prompts=5"]
+    assert plan.only([]) == plan
+    with pytest.raises(
+        ValueError, match=r"sweep tiny has no run 'train/beta=10'; did you mean 'train/beta=100'\? its runs"
+    ):
+        plan.only(["train/beta=10"])
+
+
+def test_notebooks_of_the_checkout_are_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (run,) = read_sweep(SHIPPED / "toy.yaml").runs
+    assert Path(run.notebook).is_file() and run.notebook.endswith("notebooks/23_which_objective.ipynb")
 
 
 def test_names_stay_inside_their_folder_and_apart(sweep):
@@ -126,7 +156,7 @@ def test_any_text_makes_names_that_are_apart(tmp_path_factory, texts):
         (ONE + "stages: []", r"the sweep must have either notebook or stages"),
         ("stages: []", r"stages must be a list of at least one stage, got \[\]"),
         ("stages: [train]", r"stage 1 must be a mapping with some of name, notebook, parameters, resources, got"),
-        ("stages: [{name: Tr/ain}]", r"name of stage 1 must be small letters, digits and _, got 'Tr/ain'"),
+        ("stages: [{name: Tr/ain}]", r"name of stage 1 must be small letters, digits, _ and -, got 'Tr/ain'"),
         ("notebook: 3", r"notebook of stage runs must be a path, got 3"),
         ("notebook: none.ipynb", r"notebook none.ipynb does not exist"),
         (ONE + "grid: {bta: [1]}", r"no parameter 'bta' in tiny_train.ipynb;"),

@@ -1,11 +1,15 @@
 """The lessons of the laboratory run small, and what they hand over is what they show."""
 
+import inspect
+from pathlib import Path
+
 import nbformat
 import pytest
 from test_notebooks import FOLDER
 from test_notebooks_run import run_small
 
-from toy.__main__ import NOTEBOOK, Headline, format_headline
+from dkto.runs.sweeps import SHIPPED, read_sweep
+from toy.__main__ import format_headline, run_headline
 
 METHODS = ["base", "sft", "csft", "dpo", "loss_averse", "risk_seeking", "kahneman_tversky"]
 METHODS += ["loss_averse@0.5", "risk_seeking@0.5", "kahneman_tversky@0.5"]
@@ -64,8 +68,10 @@ def test_the_animation_is_saved_and_shown(tmp_path):
 
 
 def test_make_toy_runs_the_headline_with_20_seeds():
-    assert NOTEBOOK.is_file() and NOTEBOOK.parent == FOLDER
-    default = Headline()
-    assert (default.profile, default.seeds, str(default.output_dir)) == ("small", 20, "papermill_runs/outputs/toy")
+    (run,) = read_sweep(SHIPPED / "toy.yaml").runs
+    assert (run.parameters["profile"], run.parameters["seeds"]) == ("small", 20)
+    default = {name: p.default for name, p in inspect.signature(run_headline).parameters.items()}
+    assert (default["profile"], default["seeds"]) == ("small", 20)
+    assert default["output_dir"] == Path("papermill_runs/outputs/toy")
     makefile = (FOLDER.parent / "Makefile").read_text()
     assert "python -m toy --profile $(or $(PROFILE),small)" in makefile

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dkto.common.files import write_json
 from dkto.runs.record import source_hash
 from dkto.runs.sweeps import read_sweep
 from dkto.workshop.keep_lessons import (
@@ -137,8 +138,8 @@ def checkout(tmp_path, monkeypatch):
 def test_a_lesson_runs_after_those_that_it_reads(checkout):
     assert list(outdated_lessons(checkout)) == ["05_second", "10_first"]
     plan = lesson_plan(["05_second"], checkout)
-    assert [run.name for run in plan.runs] == ["lesson_10_first/run", "lesson_05_second/run"]
-    assert plan.runs[1].inputs == {"runs_dir": "lesson_10_first/run"} and plan.runs[1].given == {}
+    assert [run.name for run in plan.runs] == ["10_first", "05_second"]
+    assert plan.runs[1].inputs == {"runs_dir": "10_first"} and plan.runs[1].given == {}
 
 
 def test_outside_the_checkout_nothing_is_made(checkout, monkeypatch):
@@ -153,12 +154,12 @@ def test_one_command_makes_what_is_missing_or_outdated_and_nothing_else(checkout
     kept = checkout / "papermill_runs" / "reference"
     assert sorted(path.name for path in (kept / "10_first").iterdir()) == ["metrics.json", "notebook.ipynb", "run.json"]
     assert make_reference(checkout) == [] and outdated_lessons(checkout) == {}
-    stamp = (checkout / "papermill_runs/outputs/reference/lesson_10_first/run/run.json").stat().st_mtime_ns
+    stamp = (checkout / "papermill_runs/outputs/reference/10_first/run.json").stat().st_mtime_ns
     lesson = checkout / "notebooks" / "05_second.ipynb"
     lesson.write_text(lesson.read_text().replace("kl * prompts", "kl * prompts * 2"))
     assert outdated_lessons(checkout) == {"05_second": "its cells have changed since its reference ran"}
     assert make_reference(checkout) == ["05_second"]
-    assert (checkout / "papermill_runs/outputs/reference/lesson_10_first/run/run.json").stat().st_mtime_ns == stamp
+    assert (checkout / "papermill_runs/outputs/reference/10_first/run.json").stat().st_mtime_ns == stamp
     broken = checkout / "notebooks" / "10_first.ipynb"
     broken.write_text(broken.read_text().replace("kl = 1 / beta", "kl = 1 / 0"))
     before = (kept / "10_first" / "run.json").read_text()
@@ -189,27 +190,34 @@ def test_large_figures_become_small_and_small_ones_stay():
     assert second == {"image/png": small} and notebook["metadata"] == {}
 
 
+TABLES_OF_A_RUN = ("run.json", "metrics.json", "win_rates.csv")
+
+
 def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
     folder, kept = tmp_path / "full", tmp_path / "kept"
-    with pytest.raises(FileNotFoundError, match=r"full holds no finished step of a replay \(STEP/step.json\)"):
+    with pytest.raises(FileNotFoundError, match=r"full holds no finished run of a replay \(RUN/run.json\)"):
         keep_paper(folder, kept)
     for name in (
         "metrics.json",
         "win_rates.png",
         "report.html",
-        "tables-0/step.json",
+        "tables-0/run.json",
         "tables-0/win_rates.csv",
         "tables-0/win_rates.png",
         "tables-0/images/base/scores.csv",
         "tables-0/likes.csv",
-        "tables-1/win_rates.csv",  # not finished: no step.json
+        "tables-1/run.json",
+        "tables-1/win_rates.csv",
         "search/tries.csv",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+    for name, status in (("tables-0", "finished"), ("tables-1", "failed")):
+        write_json(folder / name / "run.json", {"status": status, "seconds": 1.0})
+    write_json(folder / "tables-0" / "metrics.json", {"metrics": {}})
     kept.mkdir()
     (kept / "former.csv").write_text("of another replay")
     assert keep_paper(folder, kept) == ["tables-0"]
     found = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
-    assert found == {"metrics.json", "win_rates.png", "tables-0/step.json", "tables-0/win_rates.csv"}
+    assert found == {"metrics.json", "win_rates.png", *(f"tables-0/{name}" for name in TABLES_OF_A_RUN)}
     assert (kept / "tables-0" / "win_rates.csv").read_text() == "tables-0/win_rates.csv"
