@@ -66,28 +66,6 @@ def implicit_accuracy(
     return right.to(torch.promote_types(reward.dtype, torch.float32)).masked_fill(unknown, torch.nan).mean(-1)
 
 
-def reward_margin(reward: Tensor, is_desirable: Tensor) -> Tensor:
-    """Mean implicit reward of the liked minus that of the disliked samples.
-
-    Args:
-        reward: (..., B) implicit rewards.
-        is_desirable: (..., B) bool.
-
-    Returns:
-        (...) implicit reward; NaN if a class has no sample.
-
-    Raises:
-        ValueError: if `is_desirable` is not bool of that shape.
-
-    >>> reward_margin(torch.tensor([2.0, -1.0]), torch.tensor([True, False]))
-    tensor(3.)
-    """
-    check_labels(is_desirable, reward)
-    liked = torch.where(is_desirable, reward, 0).sum(-1) / is_desirable.sum(-1)
-    disliked = torch.where(is_desirable, 0, reward).sum(-1) / (~is_desirable).sum(-1)
-    return liked - disliked
-
-
 def measures(
     reward: Tensor,
     is_desirable: Tensor,

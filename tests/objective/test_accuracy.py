@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dkto.objective.accuracy import implicit_accuracy, reward_margin
+from dkto.objective.accuracy import implicit_accuracy, measures
 
 LIKED = torch.tensor([True, True, False, False])
 R = torch.zeros(4)
@@ -45,7 +45,6 @@ def test_accuracy_and_margin_of_an_ensemble_equal_a_loop():
                 assert many[i, j] == alone
             many = implicit_accuracy(reward, definition="pair", rejected_reward=reward.flip(-1))
             assert many[i, j] == implicit_accuracy(one, definition="pair", rejected_reward=one.flip(-1))
-            assert reward_margin(reward, liked)[i, j] == reward_margin(one, labels)
 
 
 def test_a_diverged_member_shows_as_nan_and_leaves_the_others_alone():
@@ -57,12 +56,18 @@ def test_a_diverged_member_shows_as_nan_and_leaves_the_others_alone():
         assert accuracy[1] == 1.0
     pair = implicit_accuracy(torch.ones(2, 4), definition="pair", rejected_reward=reward)
     assert pair.isnan().tolist() == [True, False]
-    assert reward_margin(reward, liked).isnan().tolist() == [True, False]
 
 
-def test_margin_by_hand():
-    assert reward_margin(torch.tensor([4.0, 2.0, 1.0, -5.0]), LIKED).item() == 5.0
-    assert reward_margin(torch.tensor([4.0, 2.0]), torch.tensor([True, True])).isnan()
+def test_the_measures_of_a_step_by_hand():
+    reward = torch.tensor([4.0, 2.0, 1.0, -5.0])
+    found = measures(reward, LIKED, torch.full((4,), 0.5), torch.full((4,), 0.25), point=torch.ones(4))
+    assert (found["reward/desirable"], found["reward/undesirable"], found["reward/margin"]) == (3.0, -2.0, 5.0)
+    assert (found["loss"], found["policy_error"], found["mean_abs_reward"]) == (0.25, 0.5, 3.0)
+    assert (found["reference_point"], found["implicit_accuracy/sample"]) == (1.0, 0.75)
+    assert found["implicit_accuracy/sample_centred"] == 0.75 and "utility_slope" not in found
+    one_class = measures(reward, torch.ones(4), reward, reward, slope=torch.full((4,), 0.5), pairs=True)
+    assert "reward/margin" not in one_class and "reward/undesirable" not in one_class
+    assert (one_class["implicit_accuracy/pair"], one_class["utility_slope"]) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,6 @@ def test_margin_by_hand():
             lambda: implicit_accuracy(R, LIKED.long(), definition="sample"),
             "is_desirable must be bool of shape (4,), got int64 of shape (4,)",
         ),
-        (lambda: reward_margin(R, LIKED[:2]), "is_desirable must be bool of shape (4,), got bool of shape (2,)"),
     ],
 )
 def test_a_wrong_argument_raises_its_sentence(call, sentence):
