@@ -35,24 +35,11 @@ from dkto.world.scenes import parse
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
 PixelScorer = Callable[[Tensor, Sequence[str]], Tensor]
 
-PUBLISHED_SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer
-    for scorer in (
-        PickScore(),
-        HPS("hps_v2"),
-        HPS("hps_v2_1"),
-        ImageReward(),
-        LaionAesthetics(),
-        CLIPScore("clip_h14", CLIP_H14),
-        CLIPScore("clip_l14", CLIP_L14),
-    )
-}
-SCORERS: dict[str, Scorer] = {
-    **WORLD_SCORERS,
-    "world_preference": WorldPreference(),
-    "world_clip": WorldCLIP(),
-    **PUBLISHED_SCORERS,
-}
+_CLIPS = (CLIPScore("clip_h14", CLIP_H14), CLIPScore("clip_l14", CLIP_L14))
+_PUBLISHED = (PickScore(), HPS("hps_v2"), HPS("hps_v2_1"), ImageReward(), LaionAesthetics(), *_CLIPS)
+PUBLISHED_SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _PUBLISHED}
+SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, "world_preference": WorldPreference(), "world_clip": WorldCLIP()}
+SCORERS |= PUBLISHED_SCORERS
 READS_PROMPTS = ("world_fidelity", "world_utility")
 
 
@@ -81,11 +68,7 @@ def register_scorer(name: str, scorer: Scorer) -> None:
 
 
 def check_scorer_name(name: str) -> None:
-    """A scorer's name becomes a file name and a key of tables.
-
-    Raises:
-        ValueError: if it has other characters than letters, digits, `_`, `-` and `.`, as a lambda's has.
-    """
+    """Refuse a name that cannot be a file name and a key of tables, as a lambda's."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(
             f"name of a scorer must be letters, digits, '_', '-' and '.', got {name!r}; "
@@ -94,11 +77,7 @@ def check_scorer_name(name: str) -> None:
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:
-    """The scorer of that name; a scorer itself is handed back.
-
-    Raises:
-        KeyError: if there is none; the sentence names the nearest and lists the known ones.
-    """
+    """The scorer of that name, or a KeyError with the nearest one; a scorer itself is handed back."""
     if not isinstance(scorer, str):
         return scorer
     check_name("scorer", scorer, SCORERS, KeyError)
@@ -189,12 +168,7 @@ def describe(scorer: Scorer) -> dict:
 
 
 def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """`score`, with values that are not finite left in.
-
-    Raises:
-        KeyError: if no scorer has that name.
-        ValueError: if images and prompts differ in number, or the scorer returns a wrong number of values.
-    """
+    """`score`, with values that are not finite left in."""
     name = scorer_name(scorer)
     if len(images) != len(prompts):
         raise ValueError(
@@ -207,16 +181,7 @@ def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Seq
 
 
 def check_finite(scorer: str | Scorer, scores: np.ndarray, names: Sequence[object]) -> None:
-    """See to it that every score is a number.
-
-    Args:
-        scorer: whose scores they are.
-        scores: (N,).
-        names: what to call the N images.
-
-    Raises:
-        ValueError: if one is not finite; the sentence names its image.
-    """
+    """Refuse a score that is not finite; `names` says what to call the N images."""
     wrong = np.flatnonzero(~np.isfinite(scores))
     if len(wrong):
         value, image = scores[wrong[0]], names[wrong[0]]
@@ -224,15 +189,7 @@ def check_finite(scorer: str | Scorer, scores: np.ndarray, names: Sequence[objec
 
 
 def score(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """Score images and check what comes back.
-
-    Args:
-        scorer: a name in `SCORERS`, or a scorer.
-        images: N pictures.
-        prompts: N prompts.
-
-    Returns:
-        (N,) float64.
+    """Scores of N images and their prompts, (N,) float64, checked.
 
     Raises:
         KeyError: if no scorer has that name.

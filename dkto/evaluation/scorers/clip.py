@@ -43,9 +43,7 @@ class CLIPScore(ClipScorer):
     (`clip_l14`); some multiply by 100 or 2.5. The paper does not say which it used.
 
     Attributes:
-        name: how tables call it.
         model: folder or hub id of a CLIPModel in safetensors with its tokenizer.
-        device: "" for the GPU where there is one.
         weights: for ViT-H/14, the converted safetensors file of open_clip's release
             (`python -m dkto.evaluation.scorers convert clip_h14`), the tokenizer still from `model`; "" takes the
             CLIPModel.
@@ -83,10 +81,7 @@ class PickScore(ClipScorer):
     26 (flow_grpo): win-rates are the same, means are not.
 
     Attributes:
-        model: folder or hub id of the CLIPModel.
-        tokenizer: folder or hub id of its tokenizer.
-        device: "" for the GPU where there is one.
-        name: how tables call it.
+        model, tokenizer: folders or hub ids of the CLIPModel and of its tokenizer.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"
@@ -116,7 +111,6 @@ class HPS(ClipScorer):
         name: hps_v2 or hps_v2_1; which weights are read.
         weights: converted safetensors file, or "" for its place in the weights folder.
         tokenizer: folder or hub id of CLIP's tokenizer.
-        device: "" for the GPU where there is one.
         antialias: the authors leave it to torchvision, which smooths tensors that it shrinks since 0.17 (True); with
             an older one, as was current when HPS v2 appeared, it did not (False).
     """
@@ -153,11 +147,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class AestheticsPredictor(nn.Module):
-    """CLIP and the head on its picture embedding.
-
-    Args:
-        clip: OpenAI's ViT-L/14, or a smaller one.
-    """
+    """OpenAI's ViT-L/14, or a smaller CLIP, and the head on its picture embedding."""
 
     def __init__(self, clip: ClipWithTokenizer) -> None:
         super().__init__()
@@ -174,8 +164,6 @@ class LaionAesthetics(NetworkScorer):
     Attributes:
         weights: converted safetensors file of the head, or "" for its place in the weights folder.
         clip: folder or hub id of CLIP ViT-L/14.
-        device: "" for the GPU where there is one.
-        name: how tables call it.
     """
 
     weights: str = ""

@@ -16,26 +16,11 @@ BERT = "google-bert/bert-base-uncased"
 BERT_FILES, BERT_OPTIONAL = ("vocab.txt",), ("tokenizer*.json", "special_tokens_map.json")
 MAX_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION |= {"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
 """BLIP's ViT-L/16 at 224 pixels."""
-TEXT = {
-    "vocab_size": 30524,
-    "hidden_size": 768,
-    "encoder_hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-}
+TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072}
+TEXT |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12}
 """The published med_config.json, with the picture encoder's width."""
 
 _VISION_TOP = {
@@ -46,24 +31,14 @@ _VISION_TOP = {
     "norm.weight": "post_layernorm.weight",
     "norm.bias": "post_layernorm.bias",
 }
-_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+_VISION_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_VISION_BLOCK |= {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Published weights that no score depends on: BLIP's contrastive projections, and a constant."""
 
 
 class ImageRewardModel(nn.Module):
-    """Picture encoder, text encoder with cross-attention, and head.
-
-    Args:
-        tokenizer: BERT's.
-    """
+    """Picture encoder, text encoder with cross-attention, head, and BERT's tokenizer."""
 
     def __init__(self, tokenizer=None) -> None:
         from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
@@ -83,8 +58,6 @@ class ImageReward(NetworkScorer):
     Attributes:
         weights: converted safetensors file, or "" for its place in the weights folder.
         tokenizer: folder or hub id of BERT's uncased tokenizer.
-        device: "" for the GPU where there is one.
-        name: how tables call it.
     """
 
     weights: str = ""
@@ -101,8 +74,7 @@ class ImageReward(NetworkScorer):
 
         state = image_reward_to_blip(read_converted("image_reward", self.weights))
         folder = model_folder(self.tokenizer, self.name, BERT_FILES, BERT_OPTIONAL, "1 MB")
-        tokenizer = BertTokenizer.from_pretrained(folder)
-        return fill(ImageRewardModel(tokenizer), state, self.weights or self.name)
+        return fill(ImageRewardModel(BertTokenizer.from_pretrained(folder)), state, self.weights or self.name)
 
     def prepare_image(self, image: Image.Image, side: int) -> Tensor:
         return cropped_image(image, side, rounded=True)
@@ -125,32 +97,18 @@ class ImageReward(NetworkScorer):
 
 
 def image_reward_to_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under ImageReward's names as weights of `ImageRewardModel`.
-
-    Args:
-        state: every published weight; those in `UNUSED` are left out.
-
-    Raises:
-        ValueError: for a name that the published model does not have.
-    """
-    mapped: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name.startswith(UNUSED):
-            continue
-        if name.startswith("mlp.layers."):
-            mapped[f"mlp.{name.removeprefix('mlp.layers.')}"] = value
-        elif name.startswith("blip.text_encoder."):
-            mapped[f"text.{name.removeprefix('blip.text_encoder.')}"] = value
-        else:
-            mapped[f"vision.{_vision_name(name)}"] = value
-    return mapped
+    """Every published weight but the `UNUSED` under `ImageRewardModel`'s names; a ValueError names a foreign one."""
+    return {_blip_name(name): value for name, value in state.items() if not name.startswith(UNUSED)}
 
 
-def _vision_name(name: str) -> str:
+def _blip_name(name: str) -> str:
+    for old, new in (("mlp.layers.", "mlp."), ("blip.text_encoder.", "text.")):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     inner = name.removeprefix("blip.visual_encoder.")
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", inner)
     if inner != name and inner in _VISION_TOP:
-        return _VISION_TOP[inner]
+        return f"vision.{_VISION_TOP[inner]}"
     if inner == name or match is None or match[2] not in _VISION_BLOCK:
         raise ValueError(f"{name!r} is not a weight of ImageReward")
-    return f"encoder.layers.{match[1]}.{_VISION_BLOCK[match[2]]}.{match[3]}"
+    return f"vision.encoder.layers.{match[1]}.{_VISION_BLOCK[match[2]]}.{match[3]}"

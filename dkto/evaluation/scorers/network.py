@@ -21,8 +21,8 @@ BATCH_SIZE = 16  # pictures per pass
 class NetworkScorer:
     """A scorer whose values come from a network; sub-classes are frozen dataclasses, so that they travel to workers.
 
-    A sub-class gives `name`, `weights_about`, `load`, `score_prepared`, and in `scale` what the values are; `device` is
-    "" for the GPU where there is one, else for the CPU.
+    A sub-class gives `name` (how tables call it), `weights_about`, `load`, `score_prepared`, and in `scale` what the
+    values are; `device` is "" for the GPU where there is one, else for the CPU.
     """
 
     name: str
@@ -66,10 +66,9 @@ class NetworkScorer:
         device, found = next(network.parameters()).device, []
         for start in range(0, len(images), BATCH_SIZE):
             prepared = [self.prepare_image(image, network.side) for image in images[start : start + BATCH_SIZE]]
+            asked = prompts[start : start + BATCH_SIZE]
             with torch.inference_mode():
-                values = self.score_prepared(
-                    network, torch.stack(prepared).to(device), prompts[start : start + BATCH_SIZE]
-                )
+                values = self.score_prepared(network, torch.stack(prepared).to(device), asked)
             found.append(values.float().cpu().numpy())
         return np.concatenate(found) if found else np.zeros(0)
 
@@ -83,9 +82,6 @@ class NetworkScorer:
         Returns:
             (B,) float; equal to the scores of the pictures up to the rounding of pictures to bytes
             (see `dkto.evaluation.scorers.preprocess`).
-
-        Raises:
-            ValueError: if the shape is another, or prompts and pictures differ in number.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(prompts):
             raise ValueError(
@@ -98,18 +94,12 @@ class NetworkScorer:
 
 @lru_cache(maxsize=KEEP_LOADED)
 def _load(scorer: NetworkScorer, about: str) -> nn.Module:
-    """`about` is there for the cache: a folder whose weights were trained anew holds another network."""
-    device = scorer.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return scorer.load().to(device)
+    """`about` is there for the cache: a folder whose weights were trained again holds another network."""
+    return scorer.load().to(scorer.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class ClipWithTokenizer(nn.Module):
-    """A CLIP model and its tokenizer: embeddings of unit length.
-
-    Args:
-        model: transformers' CLIPModel.
-        tokenizer: its CLIPTokenizer.
-    """
+    """transformers' CLIPModel and its CLIPTokenizer: embeddings of unit length."""
 
     def __init__(self, model: nn.Module, tokenizer) -> None:
         super().__init__()
@@ -119,18 +109,12 @@ class ClipWithTokenizer(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_folder: Path) -> "ClipWithTokenizer":
-        """From transformers' layout, safetensors only.
-
-        Raises:
-            ValueError: if the weights lack a parameter, which transformers would fill with random numbers.
-        """
+        """From transformers' layout, safetensors only; weights that lack a parameter are refused, not made up."""
         from transformers import CLIPModel, CLIPTokenizer
 
-        model, told = CLIPModel.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        if told["missing_keys"]:
-            missing = sorted(told["missing_keys"])
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, told = CLIPModel.from_pretrained(folder, **options)
+        if missing := sorted(told["missing_keys"]):
             raise ValueError(
                 f"the weights in {folder} lack {len(missing)} parameters of a CLIPModel, the first {missing[0]!r}: "
                 "expected transformers' names"
@@ -143,9 +127,8 @@ class ClipWithTokenizer(nn.Module):
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) of unit length; longer prompts are cut."""
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.context, return_tensors="pt"
-        ).to(self.model.device)
+        options = {"padding": True, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(prompts), **options).to(self.model.device)
         return _unit(self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask))
 
     def cosine(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:

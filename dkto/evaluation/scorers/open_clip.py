@@ -8,32 +8,12 @@ from torch import Tensor
 from dkto.evaluation.scorers.network import ClipWithTokenizer
 from dkto.evaluation.scorers.weights import fill, read_converted
 
-VIT_H_14 = {
-    "projection_dim": 1024,
-    "text_config": {
-        "vocab_size": 49408,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "max_position_embeddings": 77,
-        "projection_dim": 1024,
-        "hidden_act": "gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
-    },
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "projection_dim": 1024,
-        "hidden_act": "gelu",
-    },
-}
+_TEXT = {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+_TEXT |= {"num_attention_heads": 16, "max_position_embeddings": 77, "projection_dim": 1024, "hidden_act": "gelu"}
+_TEXT |= {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+_VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+_VISION |= {"image_size": 224, "patch_size": 14, "projection_dim": 1024, "hidden_act": "gelu"}
+VIT_H_14 = {"projection_dim": 1024, "text_config": _TEXT, "vision_config": _VISION}
 """open_clip's ViT-H-14 as a CLIPConfig: HPS v2, PickScore and LAION's CLIP have this shape."""
 
 _TOP = {
@@ -54,13 +34,8 @@ _TOP = {
 }
 _TRANSPOSED = ("text_projection", "visual.proj")  # open_clip multiplies from the left
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
-_IN_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+_IN_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+_IN_BLOCK |= {"attn.out_proj": "self_attn.out_proj"}
 
 
 def open_clip_to_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,14 +43,7 @@ def open_clip_to_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
         visual.transformer.resblocks.<i>.attn.in_proj_weight (3 D, D) -> vision_model ... q_proj, k_proj, v_proj (D, D)
 
-    Args:
-        state: every weight of an open_clip CLIP with a ViT; `attn_mask`, a constant, is left out.
-
-    Returns:
-        Every weight of a CLIPModel.
-
-    Raises:
-        ValueError: for a name that no such model has.
+    The constant `attn_mask` is left out; a ValueError names a weight that no open_clip model with a ViT has.
     """
     mapped: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -85,29 +53,21 @@ def open_clip_to_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             mapped[_TOP[name]] = value.T if name in _TRANSPOSED else value
             continue
         match = _BLOCK.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name!r} is not a weight of an open_clip model with a vision transformer")
-        tower, layer, rest = match.groups()
+        tower, layer, rest = match.groups() if match else ("", "", "")
         prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}."
-        if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            kind = rest.rsplit("_", 1)[1]
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                mapped[f"{prefix}self_attn.{part}_proj.{kind}"] = third
-            continue
         inner, _, kind = rest.rpartition(".")
-        if inner not in _IN_BLOCK:
+        if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            for part, third in zip("qkv", value.chunk(3), strict=True):
+                mapped[f"{prefix}self_attn.{part}_proj.{kind.removeprefix('in_proj_')}"] = third
+        elif inner in _IN_BLOCK:
+            mapped[f"{prefix}{_IN_BLOCK[inner]}.{kind}"] = value
+        else:
             raise ValueError(f"{name!r} is not a weight of an open_clip model with a vision transformer")
-        mapped[f"{prefix}{_IN_BLOCK[inner]}.{kind}"] = value
     return mapped
 
 
 def load_vit_h_14(name: str, weights: str, tokenizer_folder: Path) -> ClipWithTokenizer:
-    """A ViT-H-14 from a scorer's converted open_clip weights.
-
-    Args:
-        name, weights: as in `dkto.evaluation.scorers.weights.read_converted`.
-        tokenizer_folder: of CLIP's tokenizer.
-    """
+    """A ViT-H-14 from a scorer's converted open_clip weights; `name` and `weights` as in `read_converted`."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     state = open_clip_to_clip(read_converted(name, weights))

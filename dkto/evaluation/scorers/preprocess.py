@@ -42,7 +42,6 @@ def cropped_image(image: Image.Image, side: int, *, rounded: bool = False) -> Te
     """Shorter side to `side` (Pillow, bicubic), centre crop, CLIP's normalisation: PickScore, CLIP, LAION, ImageReward.
 
     Args:
-        image: any mode and size.
         side: in pixels, 224 for the published models.
         rounded: where an odd rest lies: True as in torchvision (ImageReward), False as in transformers.
 
@@ -55,18 +54,10 @@ def cropped_image(image: Image.Image, side: int, *, rounded: bool = False) -> Te
 
 
 def cropped_pixels(pixels: Tensor, side: int, *, rounded: bool = False) -> Tensor:
-    """`cropped_image` on tensors, with gradient.
-
-    Args:
-        pixels: (B, 3, H, W) float in [0, 1].
-        side, rounded: as in `cropped_image`.
-
-    Returns:
-        (B, 3, side, side) float.
-    """
+    """`cropped_image` on (B, 3, H, W) float in [0, 1], with gradient; (B, 3, side, side)."""
     width, height = _shortest_to(pixels.shape[3], pixels.shape[2], side)
     resized = _bicubic(pixels, height, width).clamp(0, 1)
-    top, left = _crop_start(height - side, rounded), _crop_start(width - side, rounded)
+    top, left = (_crop_start(extent - side, rounded) for extent in (height, width))
     return normalise(resized[:, :, top : top + side, left : left + side])
 
 
@@ -76,13 +67,8 @@ def padded_pixels(pixels: Tensor, side: int, *, antialias: bool = True) -> Tenso
     The authors resize tensors too, so nothing is lost to bytes and it carries gradient. Their padding is black
     before normalisation, and values beyond [0, 1] that the bicubic filter makes are kept, as they keep them.
 
-    Args:
-        pixels: (B, 3, H, W) float in [0, 1].
-        side: in pixels, 224 for HPS.
-        antialias: smooth before shrinking, as torchvision does with tensors since 0.17.
-
-    Returns:
-        (B, 3, side, side) float.
+    `antialias` smooths before shrinking, as torchvision does with tensors since 0.17. Takes (B, 3, H, W) float in
+    [0, 1]; returns (B, 3, side, side).
     """
     scale = side / max(pixels.shape[2:])
     height, width = (round(extent * scale) for extent in pixels.shape[2:])

@@ -30,19 +30,12 @@ WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A weights file that its authors publish as a pickle.
-
-    Attributes:
-        file: its name.
-        url: the page to download it from.
-        size: as text, for the message.
-        sha256: of that file, or "" where no source for it was found.
-    """
+    """A weights file that its authors publish as a pickle."""
 
     file: str
-    url: str
-    size: str
-    sha256: str = ""
+    url: str  # the page to download it from
+    size: str  # for the message
+    sha256: str = ""  # "" where no source for it was found
 
 
 HUB = "https://huggingface.co"
@@ -66,11 +59,7 @@ def weights_folder() -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Compare a file with its hash, once for as long as the file does not change.
-
-    Raises:
-        ValueError: if they differ.
-    """
+    """Refuse a file with another hash; it is hashed once for as long as it does not change."""
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     stamp = weights_folder() / "checked" / f"{expected}-{place}.json"
     about = {"path": str(path.resolve()), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
@@ -92,10 +81,8 @@ def model_folder(
 
     Args:
         source: path or hub id "owner/name".
-        scorer: who needs it, for the message.
-        files: names and patterns that are needed.
-        optional: those that some models have too.
-        size: of the download, as text.
+        scorer, size: who needs it and the size of the download, for the message.
+        files, optional: names and patterns that are needed, and those that some models have too.
 
     Raises:
         FileNotFoundError: if it is in none of the three, or lacks a file; the sentence says what to download and where
@@ -197,8 +184,6 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
         The safetensors file; beside it a .json with both hashes.
 
     Raises:
-        FileNotFoundError: if `source` does not exist.
-        KeyError: for another name.
         ValueError: if the hash is unknown, differs, or is given other than it is known; if the file holds anything but
             weights.
     """
@@ -233,11 +218,7 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
-    """Put weights into a network, every name on both sides accounted for; frozen, in float32.
-
-    Raises:
-        ValueError: if a name is missing, too many or of another shape.
-    """
+    """Put weights into a network, frozen, in float32; a name missing, too many or of another shape is refused."""
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [name for name in own.keys() | given.keys() if own.get(name) != given.get(name)]

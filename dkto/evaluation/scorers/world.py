@@ -72,8 +72,7 @@ class WorldCLIP(ClipScorer):
 
     Attributes:
         folder: holds the networks, their tokenizer and card.json.
-        device: "" for the GPU where there is one.
-        name: how tables call it; `world_<part>` of the folder.
+        name: `world_<part>` of the folder.
     """
 
     folder: str = str(WORLD_FOLDER)
