@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,7 @@ def prepare_feedback(
     takes are cut by it and listed in `truncated.jsonl`. A warning counts both.
 
     Args:
-        feedback: see `dkto.data.feedback.read_feedback`.
-        output_dir: folder for the encoded data; completed shards in it are kept.
+        output_dir: folder for the encoded data, which is returned; completed shards in it are kept.
         model: "small-world", a diffusers pipeline folder or a hub id.
         batch_size: images per pass of the VAE.
         flip: encode each image mirrored as well, for training that flips at random.
@@ -78,9 +78,6 @@ def prepare_feedback(
             for later as well.
         strict: raise at the first image that cannot be read.
         num_processes: processes that share the work, over the GPUs if there are any.
-
-    Returns:
-        `output_dir`.
 
     Raises:
         ValueError: if no image can be read or, with `strict`, one of them cannot (the sentence names it), or the folder
@@ -97,11 +94,11 @@ def prepare_feedback(
         _write_plan(feedback, output_dir, load_model(model), flip)
     launch.wait()
     job = _Job(output_dir, model, batch_size, strict)
-    tasks = [t for t in launch.share(_all_tasks(output_dir, csft)) if not shard_path(output_dir, *t).exists()]
-    bar = progress(total=len(tasks), desc="encoding", unit="shard")
-    for _ in job.encode(tasks, num_processes):
-        bar.update()
-    bar.close()
+    # every count-th task, done or not: the shares stay the same while others work on theirs
+    mine = _all_tasks(output_dir, csft)[launch.rank :: launch.count]
+    tasks = [task for task in mine if not shard_path(output_dir, *task).exists()]
+    for _ in progress(job.encode(tasks, num_processes), total=len(tasks), desc="encoding", unit="shard"):
+        pass
     launch.wait()
     if launch.rank == 0:
         _finish(feedback, output_dir, strict)
@@ -132,22 +129,13 @@ class _Launch:
     """This process among those of `accelerate launch` or `torchrun`; alone outside of them."""
 
     def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
-        self._state = None
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.wait = lambda: None
         if self.count > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=not torch.cuda.is_available())
-
-    def share(self, tasks: list) -> list:
-        """Every count-th of all tasks, done or not: the shares stay the same while others work on theirs."""
-        return tasks[self.rank :: self.count]
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
+            self.rank = int(os.environ.get("RANK", 0))
+            self.wait = PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone
 
 
 def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, flip: bool) -> None:
@@ -303,10 +291,9 @@ def _decoded(paths: list[str], size: int, batch_size: int) -> Iterator[tuple[int
         except (ValueError, FileNotFoundError) as error:
             return None, str(error)
 
-    starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         ahead = [[pool.submit(decode, path) for path in paths[:batch_size]]]
-        for start in starts:
+        for start in range(0, len(paths), batch_size):
             following = paths[start + batch_size : start + 2 * batch_size]
             ahead.append([pool.submit(decode, path) for path in following])
             yield start, [future.result() for future in ahead.pop(0)]
@@ -329,11 +316,7 @@ def _too_long(tokenizers: Iterable, prompts: list[str]) -> Iterator[tuple[int, s
 
 
 def _flat(parts: object) -> Iterator:
-    if isinstance(parts, tuple | list):
-        for part in parts:
-            yield from _flat(part)
-    else:
-        yield parts
+    yield from chain.from_iterable(map(_flat, parts)) if isinstance(parts, tuple | list) else (parts,)
 
 
 def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]]:
@@ -354,8 +337,8 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
-    frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"]).iloc[kept]
-    frame = frame.assign(row=kept)
+    frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"])
+    frame = frame.iloc[kept].assign(row=kept)
     write_atomically(folder / "index.parquet", lambda path: frame.to_parquet(path, index=False))
     pairs = feedback.subset(kept).pairs if reasons else feedback.pairs
     write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))

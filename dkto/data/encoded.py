@@ -103,27 +103,21 @@ class PreparedFeedback:
 
         Args:
             rows: (B,) int.
-            flipped: (B,) bool, rows whose mirrored image is wanted.
-
-        Raises:
-            ValueError: if mirrored images are wanted but were not prepared.
+            flipped: (B,) bool, rows whose mirrored image is wanted; they must have been prepared.
         """
         prefixes = [""] * len(rows)
         if flipped is not None and np.any(flipped):
             if not self.has_flips:
                 raise ValueError(f"{self.folder} holds no mirrored images: prepare it with flip=True")
             prefixes = ["flipped_" if flip else "" for flip in flipped]
-        places = [self._place("latents", int(slot), "shard_rows") for slot in self._slots[rows]]
-        mean, std = (
-            torch.stack([_row(place, prefix + name) for place, prefix in zip(places, prefixes, strict=True)]).float()
-            for name in ("mean", "std")
-        )
-        return mean, std
+        places = list(zip(self._images(rows), prefixes, strict=True))
+        mean, std = (torch.stack([_row(place, prefix + n) for place, prefix in places]) for n in ("mean", "std"))
+        return mean.float(), std.float()
 
     def conditioning(
         self, rows: np.ndarray, dropped: np.ndarray | None = None, *, csft: str | None = None
     ) -> dict[str, Tensor]:
-        """What the denoiser is told of some rows, each tensor with first dimension B.
+        """What the denoiser gets for some rows, each tensor with first dimension B.
 
         Per prompt: all that the model's `encode_prompts` gives. Per image, if the model has the method
         `image_conditioning`: what it makes of (B, 4) int32, height and width of the original image, top and left of
@@ -132,10 +126,7 @@ class PreparedFeedback:
         Args:
             rows: (B,) int.
             dropped: (B,) bool, rows that get the empty prompt instead.
-            csft: style of `CSFT_PREFIXES`: the like is written into the prompt.
-
-        Raises:
-            FileNotFoundError: if the prefixed prompts were not prepared.
+            csft: style of `CSFT_PREFIXES`: the like is written into the prompt, which must have been prepared.
         """
         dropped = np.zeros(len(rows), bool) if dropped is None else np.asarray(dropped)
         sets = ["prompts"] * len(rows)
@@ -155,8 +146,10 @@ class PreparedFeedback:
 
     def sizes(self, rows: np.ndarray) -> Tensor:
         """(B, 4) int32: height and width of the original image, top and left of the crop after resizing, in pixels."""
-        places = [self._place("latents", int(slot), "shard_rows") for slot in self._slots[rows]]
-        return torch.stack([_row(place, "sizes") for place in places])
+        return torch.stack([_row(place, "sizes") for place in self._images(rows)])
+
+    def _images(self, rows: np.ndarray) -> list[tuple[safe_open, int]]:
+        return [self._place("latents", int(slot), "shard_rows") for slot in self._slots[rows]]
 
     def _place(self, kind: str, row: int, per_shard: str) -> tuple[safe_open, int]:
         """The mapped shard that holds a row, and the row's number in it."""

@@ -94,9 +94,6 @@ class FeedbackTable:
         Args:
             held_out_fraction: expected share of the prompts to hold out, in [0, 1].
             seed: another seed holds out other prompts.
-
-        Raises:
-            ValueError: if the fraction is outside [0, 1].
         """
         if not 0 <= held_out_fraction <= 1:
             raise ValueError(f"held_out_fraction must be in [0, 1], got {held_out_fraction}")
@@ -105,17 +102,14 @@ class FeedbackTable:
         return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
 
     def flipped(self, rate: float, seed: int = 0) -> "FeedbackTable":
-        """The same pictures from a user who contradicts himself: each like, and each comparison, is turned by chance.
+        """The same images with contradictions: each like, and each comparison, is turned by chance.
 
-        Comparisons are those of what he meant, with `pair_ids` too: methods that learn from likes and methods that
-        learn from comparisons are told the same share of contradictions.
+        Comparisons are those of what was meant, with `pair_ids` too: methods that learn from likes and methods that
+        learn from comparisons see the same share of contradictions.
 
         Args:
-            rate: share that is turned, in [0, 0.5].
+            rate: share that is turned, in [0, 0.5]; above a half the user would mean the opposite.
             seed: of the contradictions.
-
-        Raises:
-            ValueError: if the rate is outside its range; above a half he would mean the opposite.
 
         >>> table = make_feedback(["a.png", "b.png"], ["a star"] * 2, [True, False])
         >>> table.flipped(0.0).is_desirable.tolist()
@@ -137,14 +131,8 @@ class FeedbackTable:
 
     def to_frame(self) -> pd.DataFrame:
         """As a data frame with the columns image, prompt, is_desirable, pair_id."""
-        return pd.DataFrame(
-            {
-                "image": [str(path) for path in self.images],
-                "prompt": self.prompts,
-                "is_desirable": self.is_desirable,
-                "pair_id": self.pair_ids,
-            }
-        )
+        columns = {"image": [str(path) for path in self.images], "prompt": self.prompts}
+        return pd.DataFrame({**columns, "is_desirable": self.is_desirable, "pair_id": self.pair_ids})
 
 
 def make_feedback(
@@ -180,7 +168,7 @@ def read_feedback(
     `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
 
     Args:
-        source: a .csv, .tsv, .jsonl or .parquet file, rankings as .json, or a folder with liked/ and disliked/.
+        source: the file or folder.
         partition: for splits and rankings, which images count as liked: "at_least_once" (the
             default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`.
         ties: for rankings, what an equal rank says: "ignore" (the default), "liked" or "disliked" for both images.
@@ -204,17 +192,12 @@ def read_feedback(
     if len(columns.images) == 0:
         raise ValueError(f"{source} holds no feedback: expected at least one image")
     pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
-    rest = (tuple(columns.prompts), columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
-    return FeedbackTable(tuple(columns.images), *rest)
+    images, prompts = tuple(columns.images), tuple(columns.prompts)
+    return FeedbackTable(images, prompts, columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
 
 
 def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_fraction: float) -> str:
-    """What a table holds and what the sampler makes of it (paper 4.3), in lines of text.
-
-    Args:
-        table: the feedback.
-        held_out_fraction: share of the prompts to hold out.
-        desirable_fraction: gamma.
+    """What a table holds, and what the sampler makes of it at gamma = `desirable_fraction` (paper 4.3), as text.
 
     >>> table = make_feedback(["a.png", "b.png", "c.png"], ["x", "x", "y"], [1, 0, 0], pair_ids=[0, 0, -1])
     >>> print(describe_feedback(table, 0.0, 0.8))

@@ -20,9 +20,10 @@ import io
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,8 @@ def convert_pairs(
                 _unpack(path, shard.name, output_dir)
             write_atomically(stamp, lambda part, text=shard.stamp: part.write_text(text))
         elif stamp.exists() and stamp.read_text() != shard.stamp:
-            raise ValueError(
-                f"{shard.name} was unpacked into {output_dir} before it changed: choose another output_dir"
-            )
+            sentence = f"{shard.name} was unpacked into {output_dir} before it changed"
+            raise ValueError(f"{sentence}: choose another output_dir")
     shutil.rmtree(output_dir / "fetched", ignore_errors=True)
     return _write_likes(output_dir, shards, partition, ties)
 
@@ -123,20 +123,15 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
         paths = sorted(Path(p) for p in glob.glob(source))
         where = f"pattern {source}"
     if paths:
-        return [Shard(_shard_name(str(path)), lambda path=path: _as_it_is(path), _stamp(path)) for path in paths]
+        return [Shard(_shard_name(str(path)), partial(nullcontext, path), _stamp(path)) for path in paths]
     if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(".parquet"):
         raise FileNotFoundError(f"{where} holds no parquet file that matches {files!r}")
     names = _hub_files(source, files)
-    return [Shard(_shard_name(name), lambda name=name: _from_hub(source, name, fetched)) for name in names]
+    return [Shard(_shard_name(name), partial(_from_hub, source, name, fetched)) for name in names]
 
 
 def _shard_name(path: str) -> str:
     return f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-
-
-@contextmanager
-def _as_it_is(path: Path) -> Iterator[Path]:
-    yield path
 
 
 def _hub_files(source: str, files: str) -> list[str]:
@@ -167,27 +162,19 @@ def _from_hub(source: str, name: str, fetched: Path) -> Iterator[Path]:
 
 def _unpack(path: Path, name: str, output_dir: Path) -> None:
     """Write the images of one shard, then its votes."""
-    votes: list[pd.DataFrame] = []
-    skipped: list[dict] = []
-    row = 0
-    for batch in _read_rows(path):
-        kept = []
-        for pair in batch.to_pylist():
-            row += 1
-            where = f"{path.name}, row {row}"
+    votes, skipped = [], []
+    pairs = (pair for batch in _read_rows(path) for pair in batch.to_pylist())
+    for row, pair in enumerate(pairs, 1):
+        try:
             if not pair.get(LABEL_FLAG, True):
-                skipped.append({"shard": path.name, "row": row, "reason": "no label"})
-                continue
-            label = _label(pair, where)
-            try:
-                names = [_write_image(pair[f"image_{i}_uid"], pair[f"jpg_{i}"], output_dir) for i in (0, 1)]
-            except _Unusable as problem:
-                skipped.append({"shard": path.name, "row": row, "reason": str(problem)})
-                continue
-            kept.append((*names, pair["caption"], label))
-        votes.append(pd.DataFrame(kept, columns=VOTES))
+                raise _Unusable("no label")
+            label = _label(pair, f"{path.name}, row {row}")
+            names = [_write_image(pair[f"image_{i}_uid"], pair[f"jpg_{i}"], output_dir) for i in (0, 1)]
+            votes.append((*names, pair["caption"], label))
+        except _Unusable as problem:
+            skipped.append({"shard": path.name, "row": row, "reason": str(problem)})
     write_records(output_dir / "votes" / f"{name}.skipped.jsonl", skipped)
-    table = pd.concat(votes or [pd.DataFrame(columns=VOTES)], ignore_index=True)  # a shard may hold no row
+    table = pd.DataFrame(votes, columns=VOTES)
     write_atomically(output_dir / "votes" / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
 

@@ -41,30 +41,17 @@ NEUTRAL_PROMPTS = (
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with the style of each.
+    """Prompts, each once, with the style of each."""
 
-    Attributes:
-        name: how tables call the set.
-        prompts: each once.
-        styles: style of each prompt, "" where the set has none.
-    """
-
-    name: str
+    name: str  # how tables call the set
     prompts: tuple[str, ...]
-    styles: tuple[str, ...]
+    styles: tuple[str, ...]  # "" where the set has none
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def take(self, count: int, seed: int = 0) -> "PromptSet":
-        """`count` prompts, as evenly from the styles as they reach, in the set's order.
-
-        Args:
-            count: how many; 0 keeps all.
-            seed: of the draw within each style.
-
-        Raises:
-            ValueError: if the set has too few.
+        """`count` prompts by `even_rows`, in the set's order; 0 keeps all.
 
         >>> both = PromptSet("x", ("a", "b", "c", "d"), ("photo", "photo", "photo", "anime"))
         >>> both.take(2).styles
@@ -83,11 +70,8 @@ def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
 
     Args:
         styles: style of each row.
-        count: how many; earlier styles get the rest of an uneven division.
+        count: how many, at most as many as there are; earlier styles get the rest of an uneven division.
         seed: of the draw within each style.
-
-    Raises:
-        ValueError: if there are too few rows.
 
     >>> even_rows(["photo", "anime", "photo", "photo"], 2, seed=0)
     [1, 3]
@@ -111,25 +95,16 @@ def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a prompt set lies on the hub.
+    """Where a prompt set lies on the hub."""
 
-    Attributes:
-        hub_id: dataset "owner/name".
-        files: paths or patterns inside it, fetched and read like local files.
-        style_by_file: whether each file is a style, named as the file.
-    """
-
-    hub_id: str
-    files: tuple[str, ...]
-    style_by_file: bool = False
+    hub_id: str  # dataset "owner/name"
+    files: tuple[str, ...]  # paths or patterns inside it, fetched and read like local files
+    style_by_file: bool = False  # whether each file is a style, named as the file
 
 
+_HPS_STYLES = tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo"))
 HUB_SETS = {
-    "hps_v2": HubSet(
-        "zhwang/HPDv2",
-        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
-        style_by_file=True,
-    ),
+    "hps_v2": HubSet("zhwang/HPDv2", _HPS_STYLES, style_by_file=True),
     "parti_prompts": HubSet("nateraw/parti-prompts", ("PartiPrompts.tsv",)),
     "pick_a_pic_test": HubSet("pickapic-anonymous/pickapic_v1", ("data/test-*.parquet",)),
     "pick_a_pic_validation": HubSet("pickapic-anonymous/pickapic_v1", ("data/validation-*.parquet",)),
@@ -172,20 +147,14 @@ def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: s
 def check_disjoint(*, judged: Iterable[str], **others: Iterable[str]) -> None:
     """See to it that no judged prompt was used before: settings that were chosen, or weights trained, on it know it.
 
-    Args:
-        judged: the prompts of a comparison.
-        others: prompts of validation or training, by what they were used for.
-
-    Raises:
-        ValueError: if a prompt is among both; the sentence names the first.
+    `others` are prompts of validation or training, by what they were used for; the error names the first shared one.
 
     >>> check_disjoint(judged=["a star"], validation=["a ring"], training=["a dot"])
     """
     judged = list(dict.fromkeys(judged))
     for name, prompts in others.items():
         used = set(prompts)
-        shared = [prompt for prompt in judged if prompt in used]
-        if shared:
+        if shared := [prompt for prompt in judged if prompt in used]:
             raise ValueError(
                 f"judged and {name} prompts must differ, but share {len(shared)} of {len(judged)}, "
                 f"the first {shared[0]!r}"

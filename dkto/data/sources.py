@@ -21,14 +21,8 @@ from dkto.data.votes import (
     votes_from_rankings,
 )
 
-COLUMN_ALIASES = {
-    "file_name": "image",
-    "image_path": "image",
-    "caption": "prompt",
-    "text": "prompt",
-    "is_desirable": "liked",
-    "label": "liked",
-}
+COLUMN_ALIASES = {"file_name": "image", "image_path": "image", "caption": "prompt", "text": "prompt"}
+COLUMN_ALIASES |= {"is_desirable": "liked", "label": "liked"}
 LIKED = frozenset({"1", "1.0", "true", "like", "liked"})
 DISLIKED = frozenset({"0", "0.0", "false", "dislike", "disliked"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

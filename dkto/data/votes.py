@@ -58,9 +58,6 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
         partition: a rule of `PARTITIONS`; the paper's choice is "at_least_once".
         ties: a rule of `TIE_RULES`.
 
-    Raises:
-        ValueError: if a rule is unknown.
-
     >>> votes = pd.DataFrame({"image_0": ["a", "b"], "image_1": ["b", "c"], "prompt": "x", "label_0": [1.0, 1.0]})
     >>> for rule in PARTITIONS:
     ...     likes = likes_from_votes(votes, rule)
@@ -172,11 +169,7 @@ def _ranking(entry: object, where: str) -> Ranking:
 
 
 def group_rankings(frame: pd.DataFrame, where: str) -> Iterator[Ranking]:
-    """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known.
-
-    Raises:
-        ValueError: if a rank is no number; the sentence names the row.
-    """
+    """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known."""
     ranks = pd.to_numeric(frame["rank"], errors="coerce").to_numpy(float)
     refuse_rows(frame["rank"], np.isfinite(ranks), where, "rank must be a number, 1 for the best")
     by = "prompt_id" if "prompt_id" in frame else "prompt"

@@ -1,4 +1,8 @@
-"""What is measured on finished images: win-rates with intervals, agreement, drift and diversity; a NaN raises."""
+"""What is measured on finished images: win-rates with intervals, agreement, drift and diversity.
+
+Paired scores are (P,), of the same prompts in the same order: other shapes, no score at all, or one that is not finite
+raise a ValueError. `confidence` is that of an interval, in (0, 1).
+"""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -40,13 +44,9 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     Args:
         successes: in [0, n]; may be a fraction, since ties count half.
         n: trials.
-        confidence: in (0, 1).
 
     Returns:
         Low and high end, in [0, 1].
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     >>> [round(end, 3) for end in wilson_interval(47, 50)]
     [0.838, 0.979]
@@ -68,19 +68,10 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
 
 
 def win_rate(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.95) -> WinRate:
-    """How often our score is the higher one, prompt by prompt (paper 5.1.2).
+    """How often our score is the higher one, prompt by prompt (paper 5.1.2), with its Wilson interval and counts.
 
-    Args:
-        ours, theirs: (P,) scores of the same prompts in the same order.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        The rate with its Wilson interval and counts. Half a win for a tie makes the interval too wide,
-        never too narrow: by about a half where most prompts tie. The sign test leaves ties out and may
-        decide where the interval does not.
-
-    Raises:
-        ValueError: if the shapes differ, are empty, or a score is not finite.
+    Half a win for a tie makes the interval too wide, never too narrow: by about a half where most prompts tie. The sign
+    test leaves ties out and may decide where the interval does not.
 
     >>> str(win_rate([1.0, 2.0, 3.0], [0.0, 2.0, 5.0]))
     '50 % [13, 87] n=3'
@@ -103,9 +94,6 @@ def median_of_images(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (P,) its scores and (P,) which image it is.
 
-    Raises:
-        ValueError: if `scores` has another shape or a score is not finite.
-
     >>> median_of_images([[3.0, 1.0, 2.0]])
     (array([2.]), array([2]))
     """
@@ -121,12 +109,6 @@ def median_of_images(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 def sign_test(ours: ArrayLike, theirs: ArrayLike) -> float:
     """Two-sided p-value of "wins and losses are equally likely"; ties are left out, and all ties give 1.
-
-    Args:
-        ours, theirs: (P,) scores of the same prompts in the same order.
-
-    Raises:
-        ValueError: as `win_rate`.
 
     >>> sign_test([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
@@ -149,14 +131,7 @@ def paired_bootstrap(
 ) -> MeanDifference:
     """Mean difference of paired scores with a percentile bootstrap interval over prompts.
 
-    Args:
-        ours, theirs: (P,) scores of the same prompts in the same order, P >= 2.
-        confidence: of the interval, in (0, 1).
-        resamples: how often the prompts are drawn anew.
-        seed: of these draws.
-
-    Raises:
-        ValueError: as `win_rate`, and for a single prompt.
+    There must be at least 2 prompts; they are drawn again `resamples` times.
 
     >>> paired_bootstrap([2.0, 3.0], [1.0, 2.0])
     MeanDifference(mean=1.0, low=1.0, high=1.0)
@@ -165,14 +140,9 @@ def paired_bootstrap(
     _check_confidence(confidence)
     if len(difference) < 2:
         raise ValueError("paired_bootstrap needs at least 2 prompts, got 1")
-    interval = stats.bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="percentile",
-        random_state=np.random.default_rng(seed),  # known to every scipy; newer ones call it rng too
-    ).confidence_interval
+    options = {"n_resamples": resamples, "confidence_level": confidence, "method": "percentile"}
+    options["random_state"] = np.random.default_rng(seed)  # known to every scipy; newer ones call it rng too
+    interval = stats.bootstrap((difference,), np.mean, **options).confidence_interval
     return MeanDifference(float(difference.mean()), float(interval.low), float(interval.high))
 
 
@@ -193,10 +163,6 @@ def agreement(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> 
 
     Args:
         first, second: (P,) our score minus theirs, by one scorer and by the other.
-        confidence: of the interval, in (0, 1).
-
-    Raises:
-        ValueError: as `win_rate`.
 
     >>> agreement([1.0, -1.0, 0.0, 2.0], [3.0, 1.0, 5.0, 0.1]).rate.__round__(3)
     0.667
@@ -219,9 +185,6 @@ def drift(images: np.ndarray, base_images: np.ndarray) -> float:
     Returns:
         In [0, 1], share of the pixel range.
 
-    Raises:
-        ValueError: if shapes differ or the pixels are not uint8.
-
     >>> drift(np.full((1, 2, 2, 3), 51, np.uint8), np.zeros((1, 2, 2, 3), np.uint8))
     0.2
     """
@@ -240,9 +203,6 @@ def diversity(images: np.ndarray) -> float:
 
     Returns:
         In [0, 1], share of the pixel range; 0 if every prompt always gives the same picture.
-
-    Raises:
-        ValueError: if the shape is another or the pixels are not uint8.
 
     >>> diversity(np.stack([np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 51, np.uint8)], axis=1))
     0.2

@@ -35,20 +35,13 @@ UNDONE = "undone"
 
 @dataclass(frozen=True)
 class Pair:
-    """What a judge sees of one question.
-
-    Attributes:
-        number: of the question.
-        prompt: what both images were drawn for.
-        left, right: the image files.
-        position, total: how far the judge has come, counted from 1.
-    """
+    """What a judge sees of one question: the prompt and the two image files."""
 
     number: int
     prompt: str
     left: Path
     right: Path
-    position: int
+    position: int  # how far the judge has come, counted from 1
     total: int
 
 
@@ -77,9 +70,8 @@ def make_study(
         `output_dir`.
 
     Raises:
-        ValueError: if there are not two methods, they drew different prompts, a style has too few prompts, a judge's
-            name is taken twice or has other characters, `chosen` names no image of a prompt, or the folder holds
-            another study.
+        ValueError: if a style has too few prompts, `chosen` names no image of a prompt, or the folder holds another
+            study.
         FileNotFoundError: if an image is missing, or the key of the study that the folder holds.
     """
     if len(folders) != 2:
@@ -93,10 +85,8 @@ def make_study(
     if per_style < 1:
         raise ValueError(f"per_style must be at least 1, got {per_style}")
     for style in dict.fromkeys(styles):
-        if styles.count(style) < per_style:
-            raise ValueError(
-                f"there are {styles.count(style)} prompts of style {style!r}, but {per_style} are asked for (per_style)"
-            )
+        if (count := styles.count(style)) < per_style:
+            raise ValueError(f"there are {count} prompts of style {style!r}, but {per_style} are asked for (per_style)")
     if chosen is not None:
         _check_chosen(chosen, list(folders), manifest)
     rows = even_rows(styles, per_style * len(set(styles)), seed)
@@ -172,12 +162,7 @@ def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt
 class StudySession:
     """One judge's way through a study; a new session goes on where the judge stopped.
 
-    Args:
-        study_dir: folder written by `make_study`.
-        judge: one of its judges.
-
     Raises:
-        FileNotFoundError: if the folder holds no study.
         KeyError: if the study has no such judge; the sentence lists those it has.
         ValueError: if an answer on disk cannot be read; the sentence names file and line.
     """
@@ -214,11 +199,7 @@ class StudySession:
         return None
 
     def answer(self, number: int, side: str) -> None:
-        """Keep an answer, on disk before this returns; a question may be answered again.
-
-        Raises:
-            ValueError: if there is no such question, or `side` is neither left nor right.
-        """
+        """Keep an answer, on disk before this returns; a question may be answered again."""
         if number not in self.plan["order"]:
             raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {number!r}")
         if side not in SIDES:
@@ -241,22 +222,12 @@ class StudySession:
 
 
 def read_questions(folder: Path) -> dict:
-    """What a judge may know of a study: question, prompts, styles and each judge's order and sides.
-
-    Raises:
-        FileNotFoundError: if the folder holds no study.
-        ValueError: if its file cannot be read.
-    """
+    """What a judge may know of a study: question, prompts, styles and each judge's order and sides."""
     return _read_part(folder / "questions.json", f"{folder} holds no study (questions.json is missing)")
 
 
 def read_key(folder: Path) -> dict:
-    """Which method is "a" and which is "b", question by question.
-
-    Raises:
-        FileNotFoundError: if the key is missing.
-        ValueError: if it cannot be read.
-    """
+    """Which method is "a" and which is "b", question by question."""
     return _read_part(folder / "key.json", f"{folder} holds a study whose key.json is missing: put it back")
 
 

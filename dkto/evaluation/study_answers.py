@@ -11,12 +11,7 @@ from dkto.evaluation.study import StudySession, read_key, read_questions
 
 
 def read_answers(study_dir: str | Path) -> pd.DataFrame:
-    """Answers that count, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen).
-
-    Raises:
-        FileNotFoundError: if the folder holds no study, or its key is missing.
-        ValueError: if its files or an answer on disk cannot be read.
-    """
+    """Answers that count, unblinded: judge, question, prompt, style, side, chosen, ours (whether ours was chosen)."""
     folder = Path(study_dir)
     about, key = read_questions(folder), read_key(folder)
     rows = []
@@ -72,12 +67,7 @@ class StudyResult:
 
 
 def study_result(study_dir: str | Path) -> StudyResult:
-    """Count a study's answers; unfinished judges count with what they have answered.
-
-    Raises:
-        FileNotFoundError: if the folder holds no study.
-        ValueError: if there is no answer yet.
-    """
+    """Count a study's answers, of which there must be one; unfinished judges count with what they have answered."""
     folder = Path(study_dir)
     about, key = read_questions(folder), read_key(folder)
     answers = read_answers(folder)
@@ -105,14 +95,7 @@ def study_result(study_dir: str | Path) -> StudyResult:
 def judge_agreement(answers: pd.DataFrame) -> float | None:
     """Krippendorff's alpha of who was chosen (nominal), over the prompts that at least two judges answered.
 
-    Args:
-        answers: as `read_answers` gives them.
-
-    Returns:
-        1 for full agreement, 0 for chance; None where it is not defined.
-
-    Raises:
-        ModuleNotFoundError: if the package krippendorff is not installed.
+    It is 1 for full agreement and 0 for chance; None where it is not defined. `answers` are those of `read_answers`.
     """
     try:
         import krippendorff

@@ -59,8 +59,7 @@ def _carry(vae: AutoencoderKL, latent_channels: int) -> None:
             conv = block.downsamplers[0].conv
             conv.weight[:carried] = 0
             conv.bias[:carried] = 0
-            for channel in range(carried):
-                conv.weight[channel, channel, :2, :2] = 0.25
+            conv.weight[torch.arange(carried), torch.arange(carried), :2, :2] = 0.25
     for block in decoder.up_blocks:
         if block.upsamplers is not None:
             _centre(block.upsamplers[0].conv, slice(0, carried), identity)

@@ -1,5 +1,6 @@
 """Put the trained parts together as a plain diffusers pipeline, measure it, and write its card."""
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,15 +12,7 @@ from transformers import CLIPTokenizer
 
 from dkto.common.files import write_json
 from dkto.models.system import System, draw, noise_generator
-from dkto.workshop.pretrain import (
-    SCHEDULE,
-    Denoiser,
-    batch_pixel_values,
-    new_text_encoder,
-    new_unet,
-    paint_scenes,
-    psnr,
-)
+from dkto.workshop.pretrain import SCHEDULE, batch_pixel_values, new_denoiser, paint_scenes, psnr
 from dkto.workshop.tokenizer import build_tokenizer
 from dkto.world.scenes import prompts_for
 from dkto.world.truth import judge
@@ -37,9 +30,9 @@ def export(folder: Path, output: Path, state: str = "unet-cooling.pt") -> None:
     """
     stored = torch.load(folder / state, weights_only=True)
     tokenizer = build_tokenizer(folder / "tokenizer")
-    model = Denoiser(new_unet(), new_text_encoder(tokenizer))
+    model = new_denoiser(tokenizer)
     model.load_state_dict(stored["ema"])
-    assemble(model.unet, model.text_encoder, folder / "tokenizer", folder / "vae", output, SCHEDULE)
+    assemble(model.unet, model.text_encoder, folder, output)
     vae = AutoencoderKL.from_pretrained(output, subfolder="vae")
     images, captions = paint_scenes(folder, 0, 0)
     held_out = batch_pixel_values(images[-128:])
@@ -52,49 +45,44 @@ def export(folder: Path, output: Path, state: str = "unet-cooling.pt") -> None:
     print(figures)
 
 
-def assemble(unet, text_encoder, tokenizer_folder: Path, vae_folder: Path, output: Path, schedule: dict) -> None:
+def assemble(unet, text_encoder, folder: Path, output: Path) -> None:
     """Write the pipeline: UNet and VAE in half precision, the text encoder with keys that transformers 4 and 5 read."""
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet.eval(),
-        scheduler=DDIMScheduler(**schedule, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
-        (output / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
+        shutil.copyfile(folder / "tokenizer" / name, output / "tokenizer" / name)
     for part in ("unet", "vae"):
-        path = output / part / "diffusion_pytorch_model.safetensors"
-        save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+        halve(output / part / "diffusion_pytorch_model.safetensors")
     path = output / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def measure(
-    system: System, prompts: list[str], images_per_prompt: int, *, seed: int = 0, batch_size: int = 32
-) -> dict[str, float]:
-    """Draw and judge: the mean of every part of prompt fidelity over prompts x images."""
-    pipeline = system.load()
-    keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
-    found = defaultdict(list)
-    for start in range(0, len(keys), batch_size):
-        batch = keys[start : start + batch_size]
-        images = draw(pipeline, [prompts[p] for p, _ in batch], [noise_generator(seed, p, i) for p, i in batch], system)
-        for (p, _), image in zip(batch, images, strict=True):
-            for part, value in judge(np.asarray(image), prompts[p]).items():
-                found[part].append(value)
-    return {part: float(np.mean(values)) for part, values in found.items()}
+def halve(path: Path) -> None:
+    """Write the weights in a safetensors file in half precision."""
+    save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 def card_figures(folder: Path, prompts: int = 200) -> dict[str, float]:
-    """The card's prompt fidelity of a pipeline folder: 200 test prompts x 2 images, guidance 3, 15 steps, seed 0."""
-    return measure(System(model=str(folder)), prompts_for("test", prompts), 2)
+    """Prompt fidelity of a pipeline folder, the mean of each part: test prompts x 2 images, guidance 3, 15 steps."""
+    system, asked = System(model=str(folder)), prompts_for("test", prompts)
+    pipeline, found = system.load(), defaultdict(list)
+    for start in range(0, prompts, 16):
+        batch = [(p, i) for p in range(start, min(start + 16, prompts)) for i in range(2)]
+        images = draw(pipeline, [asked[p] for p, _ in batch], [noise_generator(0, p, i) for p, i in batch], system)
+        for (p, _), image in zip(batch, images, strict=True):
+            for part, value in judge(np.asarray(image), asked[p]).items():
+                found[part].append(value)
+    return {part: float(np.mean(values)) for part, values in found.items()}
 
 
 def write_card(folder: Path, figures: dict[str, float], about: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ Its loss is PickScore's (Kirstain et al. 2023): cross-entropy of the choice unde
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,8 @@ def paint_pairs(path: Path, prompts: list[str], seed: int) -> PaintedPairs:
                 utilities[i, side] = judge(picture, prompt)["fidelity"] * aesthetics(picture)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.with_suffix(".npy"), images)
-        write_json(
-            path.with_suffix(".json"), {"prompts": prompts, "captions": captions, "utilities": utilities.tolist()}
-        )
+        about = {"prompts": prompts, "captions": captions, "utilities": utilities.tolist()}
+        write_json(path.with_suffix(".json"), about)
     about = read_json(path.with_suffix(".json"), "record of judged pictures")
     images = np.load(path.with_suffix(".npy"), mmap_mode="r")
     return PaintedPairs(images, about["prompts"], about["captions"], np.array(about["utilities"]))
@@ -119,10 +119,7 @@ def clip_loss(embed: ClipWithTokenizer, pixel_values: Tensor, captions: list[str
 def preference_loss(embed: ClipWithTokenizer, pixel_values: Tensor, prompts: list[str], chosen: Tensor) -> Tensor:
     """PickScore's loss: cross-entropy of the choice between two pictures under softmax of exp(scale) x cosine.
 
-    Args:
-        pixel_values: (B, 2, 3, 64, 64).
-        prompts: B prompts.
-        chosen: (B,) 0 or 1.
+    `pixel_values` are (B, 2, 3, 64, 64) and `chosen` is (B,), 0 or 1.
     """
     pictures = embed.embed_images(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
     scores = embed.model.logit_scale.exp().clamp(max=100) * (pictures * embed.embed_prompts(prompts)[:, None]).sum(-1)
@@ -130,9 +127,9 @@ def preference_loss(embed: ClipWithTokenizer, pixel_values: Tensor, prompts: lis
 
 
 def train_clip(
-    folder: Path, pairs: PaintedPairs, tokenizer: CLIPTokenizer, *, steps: int, batch: int, lr: float, seed: int
+    folder: Path, pairs: PaintedPairs, tokenizer: CLIPTokenizer, *, batch: int, seed: int, **options
 ) -> CLIPModel:
-    """Train the small CLIP on pictures and their own captions; returns it."""
+    """Train the small CLIP on pictures and their own captions; `options` are `steps` and `lr`."""
 
     def loss(embed: ClipWithTokenizer, rng: np.random.Generator) -> Tensor:
         rows, sides = rng.integers(len(pairs), size=batch), rng.integers(2, size=batch)
@@ -142,23 +139,13 @@ def train_clip(
         return clip_loss(embed, clip_pixels(images), captions, [caption(scene) for scene in wrong if scene])
 
     torch.manual_seed(seed)
-    return _train(
-        folder / "clip.pt", ClipWithTokenizer(new_clip(tokenizer), tokenizer), loss, steps=steps, lr=lr, seed=seed
-    )
+    return _train(folder / "clip.pt", ClipWithTokenizer(new_clip(tokenizer), tokenizer), loss, seed=seed, **options)
 
 
 def train_preference(
-    folder: Path,
-    start: CLIPModel,
-    pairs: PaintedPairs,
-    tokenizer: CLIPTokenizer,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-):
-    """Tune a copy of the small CLIP on choices between pairs; returns it."""
+    folder: Path, start: CLIPModel, pairs: PaintedPairs, tokenizer: CLIPTokenizer, *, batch: int, seed: int, **options
+) -> CLIPModel:
+    """Tune a copy of the small CLIP on choices between pairs; `options` as for `train_clip`."""
     model = new_clip(tokenizer)
     model.load_state_dict(start.state_dict())
     chosen = pairs.choices(np.random.default_rng([seed, 1]))
@@ -168,7 +155,7 @@ def train_preference(
         prompts = [pairs.prompts[row] for row in rows]
         return preference_loss(embed, clip_pixels(pairs.images[rows]), prompts, torch.from_numpy(chosen[rows]))
 
-    return _train(folder / "preference.pt", ClipWithTokenizer(model, tokenizer), loss, steps=steps, lr=lr, seed=seed)
+    return _train(folder / "preference.pt", ClipWithTokenizer(model, tokenizer), loss, seed=seed, **options)
 
 
 def _train(path: Path, embed: ClipWithTokenizer, loss, *, steps: int, lr: float, seed: int) -> CLIPModel:
@@ -197,6 +184,6 @@ def _train(path: Path, embed: ClipWithTokenizer, loss, *, steps: int, lr: float,
         if time.monotonic() - saved > SAVE_SECONDS or step == steps:
             saved = time.monotonic()
             state = {"model": embed.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            write_atomically(path, lambda part, state=state: torch.save(state, part))
+            write_atomically(path, partial(torch.save, state))
     bar.close()
     return embed.model.eval().requires_grad_(False)

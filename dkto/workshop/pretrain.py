@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,8 @@ from dkto.workshop.tokenizer import MAX_LENGTH, build_tokenizer
 from dkto.world.painter import IMAGE_SIZE, paint, random_finish
 from dkto.world.scenes import caption, parse, random_scene, split_of
 
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE |= {"num_train_timesteps": 1000, "clip_sample": False}
 
 
 def new_unet(channels=(32, 64, 128)) -> UNet2DConditionModel:
@@ -89,15 +85,6 @@ def batch_pixel_values(images: np.ndarray) -> torch.Tensor:
     return torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _save(state: dict, path: Path) -> None:
-    """Write training state whole or not at all (our own file, read back with weights_only)."""
-    write_atomically(path, lambda part: torch.save(state, part))
-
-
-def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
-
-
 def psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
     error = ((reconstruction.clamp(-1, 1) - pixel_values) / 2).square().mean()
@@ -143,24 +130,26 @@ def train_vae(
         if accelerator.is_main_process and time.monotonic() - saved > 60:
             saved = time.monotonic()
             state = {"model": vae.state_dict(), "optimizer": optimizer.optimizer.state_dict()}
-            _save({**state, "spent": spent + saved - began, "step": step}, path)
+            state |= {"spent": spent + saved - began, "step": step}
+            write_atomically(path, partial(torch.save, state))
             with torch.no_grad():
                 code = vae.encode(held_out).latent_dist
                 quality = psnr(vae.decode(code.mean).sample, held_out)
             live = [round(float(s), 2) for s in code.mean.std((0, 2, 3))]
-            minutes_done = (spent + saved - began) / 60
-            print(f"step {step} minutes {minutes_done:.1f} loss {loss.item():.5f} PSNR {quality:.2f} dB", flush=True)
-            print(f"latent std by channel {live}", flush=True)
+            done = f"step {step} minutes {(spent + saved - began) / 60:.1f} loss {loss.item():.5f}"
+            print(f"{done} PSNR {quality:.2f} dB\nlatent std by channel {live}", flush=True)
     if accelerator.is_main_process:
-        with torch.no_grad():
-            codes = torch.cat(
-                [vae.encode(batch_pixel_values(images[i : i + 256])).latent_dist.mean for i in range(0, 4096, 256)]
-            )
+        codes = torch.cat([_encoded(vae, images, start) for start in range(0, 4096, 256)])
         vae.register_to_config(scaling_factor=float(1 / codes.std()))
         vae.save_pretrained(folder / "vae")
-        print(
-            f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {codes.std((0, 2, 3)).tolist()}"
-        )
+        each = codes.std((0, 2, 3)).tolist()
+        print(f"finished: scaling factor {vae.config.scaling_factor:.4f}, per-channel std {each}")
+
+
+@torch.no_grad()
+def _encoded(vae: AutoencoderKL, images: np.ndarray, start: int) -> torch.Tensor:
+    """Latent means of the 256 images from `start` on."""
+    return vae.encode(batch_pixel_values(images[start : start + 256])).latent_dist.mean
 
 
 def _descend(accelerator: Accelerator, model: nn.Module, optimizer, loss: torch.Tensor, rate: float) -> None:
@@ -185,7 +174,7 @@ class _Reconstruct(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         code = self.vae.encode(pixel_values).latent_dist
         error = self.vae.decode(code.sample()).sample - pixel_values
-        edges = sum(g.square().mean() for g in _gradients(error))
+        edges = sum(error.diff(dim=side).square().mean() for side in (-1, -2))
         return error.square().mean() + 0.05 * error.abs().mean() + 0.5 * edges + 5e-8 * code.kl().mean()
 
 
@@ -195,11 +184,8 @@ def cache_latents(folder: Path, scenes: int, seed: int) -> tuple[np.ndarray, lis
     path = folder / "latents.npy"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-        parts = []
-        with torch.no_grad():
-            for start in tqdm(range(0, len(images), 256), desc="encoding latents", mininterval=5):
-                code = vae.encode(batch_pixel_values(images[start : start + 256])).latent_dist.mean
-                parts.append((code * vae.config.scaling_factor).half().numpy())
+        starts = tqdm(range(0, len(images), 256), desc="encoding latents", mininterval=5)
+        parts = [(_encoded(vae, images, start) * vae.config.scaling_factor).half().numpy() for start in starts]
         np.save(folder / "latents.part.npy", np.concatenate(parts))
         (folder / "latents.part.npy").replace(path)
     return np.load(path, mmap_mode="r"), captions
@@ -213,8 +199,12 @@ class Denoiser(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        prompt_embeds = self.text_encoder(input_ids)[0]
-        return self.unet(noisy_latents, timesteps, prompt_embeds).sample
+        return self.unet(noisy_latents, timesteps, self.text_encoder(input_ids)[0]).sample
+
+
+def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
+    """An untrained one."""
+    return Denoiser(new_unet(), new_text_encoder(tokenizer))
 
 
 def timestep_tables(
@@ -286,7 +276,7 @@ def train_unet(
     accelerator = Accelerator(cpu=True)
     tokenizer = build_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    model = Denoiser(new_unet(), new_text_encoder(tokenizer))
+    model = new_denoiser(tokenizer)
     if start_from is not None:
         model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").state_dict())
         text_encoder = CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder", dtype=torch.float32)
@@ -317,9 +307,8 @@ def train_unet(
         kinds = [pairs if paired else lone for paired in rng.random(batch) < two_things]
         rows = np.sort([int(rng.choice(kind)) for kind in kinds])
         target_latents = torch.from_numpy(latents[rows]).float()
-        texts = [
-            vary_caption(captions[int(rng.integers(len(captions))) if rng.random() < 0.01 else i], rng) for i in rows
-        ]
+        shown = (int(rng.integers(len(captions))) if rng.random() < 0.01 else row for row in rows)
+        texts = [vary_caption(captions[row], rng) for row in shown]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = torch.searchsorted(cumulative, strata).clamp(max=999)[torch.randperm(batch, generator=generator)]
@@ -341,8 +330,6 @@ def train_unet(
             saved = time.monotonic()
             state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.optimizer.state_dict()}
             state |= {"seen": seen, "spent": spent + saved - began, "samples": samples}
-            _save(state, latest if samples - seen < cooldown * samples else trunk)
-            print(
-                f"seen {seen} minutes {(spent + saved - began) / 60:.1f} lr {rate:.1e} loss {average:.5f}",
-                flush=True,
-            )
+            write_atomically(latest if samples - seen < cooldown * samples else trunk, partial(torch.save, state))
+            minutes = (spent + saved - began) / 60
+            print(f"seen {seen} minutes {minutes:.1f} lr {rate:.1e} loss {average:.5f}", flush=True)

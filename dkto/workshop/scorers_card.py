@@ -1,16 +1,17 @@
 """Measure the small world's learned scorers on held-out prompts, and write them with their card."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from dkto.common import quiet  # noqa: F401  (no loading bars)
 from dkto.common.files import file_sha256, write_json
 from dkto.evaluation.metrics import wilson_interval
 from dkto.evaluation.scorers.network import ClipWithTokenizer
+from dkto.workshop.export import halve
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
     PaintedPairs,
@@ -45,9 +46,8 @@ def choice_accuracy(scores: np.ndarray, pairs: PaintedPairs, seed: int) -> np.nd
 def caption_accuracy(embed: ClipWithTokenizer, pairs: PaintedPairs, seed: int) -> dict[str, np.ndarray]:
     """By attribute, (n,) bool: whether a picture is nearer to its own caption than to one with that one changed."""
     rng, found = np.random.default_rng([seed, 3]), {}
-    pictures = torch.cat(
-        [embed.embed_images(clip_pixels(pairs.images[i : i + 64, 0])) for i in range(0, len(pairs), 64)]
-    )
+    batches = (pairs.images[i : i + 64, 0] for i in range(0, len(pairs), 64))
+    pictures = torch.cat([embed.embed_images(clip_pixels(images)) for images in batches])
     own = [texts[0] for texts in pairs.captions]
     right = (pictures * embed.embed_prompts(own)).sum(-1)
     for attribute in ATTRIBUTES:
@@ -68,11 +68,9 @@ def measure_scorers(
     clip: ClipWithTokenizer, preference: ClipWithTokenizer, pairs: PaintedPairs, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Every figure of the card, from pictures of prompts that no training saw."""
-    figures = {
-        "choices/world_preference": rate(choice_accuracy(pair_scores(preference, pairs), pairs, seed)),
-        "choices/world_clip": rate(choice_accuracy(pair_scores(clip, pairs), pairs, seed)),
-        "choices/world_utility itself": rate(choice_accuracy(pairs.utilities, pairs, seed)),
-    }
+    scores = {"world_preference": pair_scores(preference, pairs), "world_clip": pair_scores(clip, pairs)}
+    scores |= {"world_utility itself": pairs.utilities}
+    figures = {f"choices/{name}": rate(choice_accuracy(values, pairs, seed)) for name, values in scores.items()}
     return figures | {f"captions/{name}": rate(right) for name, right in caption_accuracy(clip, pairs, seed).items()}
 
 
@@ -80,13 +78,10 @@ def write_scorers(
     output: Path, tokenizer_folder: Path, clip: CLIPModel, preference: CLIPModel, pairs: PaintedPairs, about: dict
 ) -> dict:
     """Write both networks in half precision, their tokenizer and the card, measured on what was written."""
-    (output / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for path in tokenizer_folder.iterdir():
-        (output / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tokenizer_folder, output / "tokenizer", dirs_exist_ok=True)
     for name, model in zip(PARTS, (clip, preference), strict=True):
         model.save_pretrained(output / name)
-        path = output / name / "model.safetensors"
-        save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+        halve(output / name / "model.safetensors")
     figures = measure_scorers(*(load_clip(output, name) for name in PARTS), pairs)
     hashes = {name: file_sha256(output / name / "model.safetensors") for name in PARTS}
     write_json(output / "card.json", {**about, "sha256": hashes, "figures": figures})
@@ -136,16 +131,9 @@ def train_scorers(
     options = {"steps": preference_steps, "batch": preference_batch, "lr": 5e-4, "seed": seed}
     preference = train_preference(folder, clip, train, tokenizer, **options)
     held_out = paint_pairs(folder / "test", held_out_prompts(test_pairs), seed)
-    about = {
-        "pairs": pairs,
-        "test_pairs": test_pairs,
-        "clip_steps": clip_steps,
-        "preference_steps": preference_steps,
-        "clip_batch": clip_batch,
-        "preference_batch": preference_batch,
-        "sharpness": CHOICE_SHARPNESS,
-        "seed": seed,
-    }
+    about = {"pairs": pairs, "test_pairs": test_pairs, "clip_steps": clip_steps, "preference_steps": preference_steps}
+    about |= {"clip_batch": clip_batch, "preference_batch": preference_batch}
+    about |= {"sharpness": CHOICE_SHARPNESS, "seed": seed}
     return write_scorers(output, folder / "tokenizer", clip, preference, held_out, about)
 
 

@@ -23,14 +23,7 @@ OUTPUT = ROOT / "papermill_runs" / "outputs" / "site"
 SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
-NOT_FETCHED = {
-    "index",
-    "search",
-    "next",
-    "prev",
-    "canonical",
-    "author",
-}  # relations of a page that a browser only notes
+NOT_FETCHED = {"index", "search", "next", "prev", "canonical", "author"}  # relations that a browser only notes
 FOLDERS = (("lessons", "Lessons, as they ran"), ("cards", "Verdict cards"), ("api", "Functions"))
 CONTENTS = """
 ```{{toctree}}
@@ -96,11 +89,8 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
         target = source / image
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / image, target)
-    contents = (
-        CONTENTS.format(caption=caption, folder=folder)
-        for folder, caption in FOLDERS
-        if any((source / folder).iterdir())
-    )
+    filled = [(folder, caption) for folder, caption in FOLDERS if any((source / folder).iterdir())]
+    contents = [CONTENTS.format(caption=caption, folder=folder) for folder, caption in filled]
     text = "\n".join([_rewrite(text, lessons, keep=images, folder="lessons/"), *contents])
     (source / "index.md").write_text(text, encoding="utf-8")
 
@@ -143,9 +133,8 @@ def check_pages(folder: Path) -> list[str]:
     Links to other sites are not followed: that would need a network.
     """
     pages = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in folder.rglob("*.html")}
-    anchors = {
-        path: {tag.get(key) for tag in page.find_all() for key in ("id", "name")} for path, page in pages.items()
-    }
+    keys = ("id", "name")
+    anchors = {path: {tag.get(key) for tag in page.find_all() for key in keys} for path, page in pages.items()}
     wrong = []
     for path in sorted(pages):
         where = path.relative_to(folder)

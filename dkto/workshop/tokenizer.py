@@ -9,24 +9,8 @@ from transformers import CLIPTokenizer
 from dkto.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES
 
 MAX_LENGTH = 24  # tokens, with start and end
-# the last two: the shipped text encoder's vocabulary holds them, though no relation uses them
-EXTRA_WORDS = [
-    "good",
-    "bad",
-    "weird",
-    "image",
-    "picture",
-    "photo",
-    "of",
-    "on",
-    "a",
-    "an",
-    "background",
-    "and",
-    "the",
-    "right",
-    "below",
-]
+EXTRA_WORDS = ["good", "bad", "weird", "image", "picture", "photo", "of", "on", "a", "an", "background", "and", "the"]
+EXTRA_WORDS += ["right", "below"]  # no relation uses them, but the shipped text encoder's vocabulary holds them
 _END = "</w>"
 
 
@@ -44,14 +28,8 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     bpe.decoder = decoders.BPEDecoder(suffix=_END)
     # the trainer would number last letters in the order of a hash table, and it breaks ties by number
     last_letters = [letter + _END for letter in sorted(set("".join(words)))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        min_frequency=1,
-        special_tokens=last_letters,
-        end_of_word_suffix=_END,
-        show_progress=False,
-    )
-    bpe.train_from_iterator([words], trainer)
+    options = {"vocab_size": 10_000, "min_frequency": 1, "end_of_word_suffix": _END, "show_progress": False}
+    bpe.train_from_iterator([words], trainers.BpeTrainer(special_tokens=last_letters, **options))
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 

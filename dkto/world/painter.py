@@ -71,15 +71,10 @@ def _box(half_width: float, half_height: float, x: np.ndarray, y: np.ndarray) ->
     return np.hypot(np.maximum(qx, 0), np.maximum(qy, 0)) + np.minimum(np.maximum(qx, qy), 0)
 
 
-def _star_points(radius: float) -> np.ndarray:
-    angle = -np.pi / 2 + np.arange(10) * np.pi / 5
-    reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.45) * radius
+def _corners(reach: np.ndarray) -> np.ndarray:
+    """Points at these distances from the origin, at equal angles, the first one at the top."""
+    angle = -np.pi / 2 + np.arange(len(reach)) * 2 * np.pi / len(reach)
     return np.stack([reach * np.cos(angle), reach * np.sin(angle)], 1)
-
-
-def _triangle_points(radius: float) -> np.ndarray:
-    angle = -np.pi / 2 + np.arange(3) * 2 * np.pi / 3
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
 
 
 def shape_distance(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -90,9 +85,9 @@ def shape_distance(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> n
         case "square":
             return _box(0.88 * radius, 0.88 * radius, x, y)
         case "triangle":
-            return _polygon(_triangle_points(1.15 * radius), x, y - 0.2 * radius)
+            return _polygon(_corners(np.full(3, 1.15 * radius)), x, y - 0.2 * radius)
         case "star":
-            return _polygon(_star_points(1.12 * radius), x, y)
+            return _polygon(_corners(np.tile([1.0, 0.45], 5) * (1.12 * radius)), x, y)
         case "ring":
             return np.abs(np.hypot(x, y) - 0.74 * radius) - 0.26 * radius
         case "cross":
@@ -111,13 +106,11 @@ def _centres(scene: Scene, radii: list[float], rng: np.random.Generator) -> list
     start = low + first + rng.uniform(0, 0.5) * gap
     along = (start, min(start + first + second + 2 + rng.uniform(0.3, 1) * 0.5 * gap, high - second))
     across = [rng.uniform(22 + 0.3 * r, 42 - 0.3 * r) for r in radii]
-    centres = [(a, c) for a, c in zip(along, across, strict=True)]
-    return centres if scene.relation == "left of" else [(y, x) for x, y in centres]
+    return list(zip(along, across, strict=True) if scene.relation == "left of" else zip(across, along, strict=True))
 
 
-def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    grid = rng.standard_normal((cells, cells))
-    return zoom(grid, IMAGE_SIZE / cells, order=3)
+def _smooth_noise(rng: np.random.Generator) -> np.ndarray:
+    return zoom(rng.standard_normal((6, 6)), IMAGE_SIZE / 6, order=3)
 
 
 def _over(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -125,19 +118,15 @@ def _over(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarr
 
 
 def paint(scene: Scene, finish: Finish, rng: np.random.Generator) -> np.ndarray:
-    """Paint a scene; place, size within its range and tilt are drawn from `rng`.
-
-    Returns:
-        (64, 64, 3) uint8.
-    """
+    """Paint a scene as (64, 64, 3) uint8; place, size within its range and tilt are drawn from `rng`."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE] + 0.5
     ranges = [SIZES[t.size] if t.size else (23, 28) for t in scene.things]
     radii = [rng.uniform(*r) / 2 for r in ranges]
     canvas = np.broadcast_to(np.float64(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
     painted = scene.style == "painting"
-    wobble = 0.8 * _smooth_noise(rng, 6) if painted else 0.0
+    wobble = 0.8 * _smooth_noise(rng) if painted else 0.0
     if painted:
-        canvas = canvas * (1 + 0.06 * _smooth_noise(rng, 6))[..., None]
+        canvas = canvas * (1 + 0.06 * _smooth_noise(rng))[..., None]
     for thing, radius, (cx, cy) in zip(scene.things, radii, _centres(scene, radii, rng), strict=True):
         tilt = rng.uniform(-0.17, 0.17)
         dx, dy = x - cx, y - cy
@@ -153,7 +142,7 @@ def paint(scene: Scene, finish: Finish, rng: np.random.Generator) -> np.ndarray:
         elif scene.style == "sticker":
             canvas = _over(canvas, np.full(3, 252.0), np.clip(2.8 - distance, 0, 1))
         elif painted:
-            colour = colour * (1 + 0.10 * _smooth_noise(rng, 6))[..., None]
+            colour = colour * (1 + 0.10 * _smooth_noise(rng))[..., None]
         if finish.outline > 0:
             line = np.full(3, 255.0 if np.mean(BACKGROUNDS[scene.background]) < DARK else 0.0)
             canvas = _over(canvas, line, np.clip(0.5 + finish.outline - distance, 0, 1))

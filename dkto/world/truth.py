@@ -17,7 +17,7 @@ from scipy.ndimage import label
 from dkto.world.painter import IMAGE_SIZE, shape_distance
 from dkto.world.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, parse
 
-RULES_VERSION = 1  # one more whenever a rule gives another number: stored scores are then made anew
+RULES_VERSION = 1  # one more whenever a rule gives another number: stored scores are then computed again
 MIN_AREA = 70  # pixels of a patch that counts as a thing
 MIN_CHROMA = 26.0  # chroma above which a pixel has a hue, 0..255 scale
 MIN_OVERLAP = 0.6  # intersection over union below which no shape is recognised
@@ -72,15 +72,8 @@ def recognise_shape(mask: np.ndarray) -> str | None:
 
 def border_colour(image: np.ndarray) -> np.ndarray:
     """Median RGB of the two-pixel border."""
-    border = np.concatenate(
-        [
-            image[:2].reshape(-1, 3),
-            image[-2:].reshape(-1, 3),
-            image[2:-2, :2].reshape(-1, 3),
-            image[2:-2, -2:].reshape(-1, 3),
-        ]
-    )
-    return np.median(border, axis=0)
+    sides = (image[:2], image[-2:], image[2:-2, :2], image[2:-2, -2:])
+    return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
 
 def _patch(image: np.ndarray, thing: Thing, background: np.ndarray) -> np.ndarray | None:
@@ -145,7 +138,7 @@ def _nearest_background(border: np.ndarray, palette: np.ndarray) -> int:
 
 
 def aesthetics(image: np.ndarray) -> float:
-    """How vivid, contrasty and sharp a picture is, in [0, 1]; each part is capped, so more is not better for ever.
+    """How vivid, contrasty and sharp a picture is, in [0, 1]; each part is capped, so more is not always better.
 
     - *vividness*: 95th percentile of chroma over 150;
     - *contrast*: 98th minus 2nd percentile of brightness over 130;
@@ -158,11 +151,8 @@ def aesthetics(image: np.ndarray) -> float:
     luma = pixels @ np.array([0.299, 0.587, 0.114])
     low, high = np.percentile(luma, [2, 98])
     steps = np.maximum(np.abs(np.diff(luma, axis=0))[:, :-1], np.abs(np.diff(luma, axis=1))[:-1])
-    parts = (
-        np.percentile(np.abs(_chroma(pixels)), 95) / 150,
-        (high - low) / 130,
-        np.percentile(steps, 98) / 60,
-    )
+    vividness = np.percentile(np.abs(_chroma(pixels)), 95) / 150
+    parts = (vividness, (high - low) / 130, np.percentile(steps, 98) / 60)
     return float(np.mean(np.minimum(parts, 1.0)))
 
 

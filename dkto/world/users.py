@@ -16,33 +16,19 @@ RED_TINT = 0.15  # strength of the red filter, 0 = none, 1 = pure red
 
 
 def check_flip_rate(rate: float) -> None:
-    """Refuse a share of mistakes outside [0, 0.5]; above a half a user would like the opposite.
-
-    Raises:
-        ValueError: if it is outside.
-    """
+    """Refuse a share of mistakes outside [0, 0.5]; above a half a user would like the opposite."""
     if not 0 <= rate <= 0.5:
         raise ValueError(f"flip_rate must be in [0, 0.5], got {rate}")
 
 
 @dataclass(frozen=True)
 class SimulatedUser:
-    """A user whose likes follow a measure of the image.
+    """A user whose likes follow a measure of the image."""
 
-    Attributes:
-        name: how tables call the user.
-        measure: (image as (H, W, 3) uint8, prompt) -> value.
-        threshold: images with a higher value are liked.
-        flip_rate: share of likes given by mistake, in [0, 0.5].
-
-    Raises:
-        ValueError: if the rate is outside its range.
-    """
-
-    name: str
-    measure: Callable[[np.ndarray, str], float]
-    threshold: float
-    flip_rate: float = 0.0
+    name: str  # how tables call the user
+    measure: Callable[[np.ndarray, str], float]  # (image as (H, W, 3) uint8, prompt) -> value
+    threshold: float  # images with a higher value are liked
+    flip_rate: float = 0.0  # share of likes given by mistake, in [0, 0.5]
 
     def __post_init__(self) -> None:
         check_flip_rate(self.flip_rate)
@@ -54,23 +40,19 @@ class SimulatedUser:
         return (values > self.threshold) ^ mistakes
 
 
-USERS = {
-    user.name: user
-    for user in (
-        SimulatedUser("likes_red", lambda image, prompt: redness(image), 0.12),
-        SimulatedUser("likes_vivid", lambda image, prompt: aesthetics(image), 0.80),
-        SimulatedUser("prompt_faithful", lambda image, prompt: judge(image, prompt)["fidelity"], 0.99),
-    )
-}
+_USERS = (
+    SimulatedUser("likes_red", lambda image, prompt: redness(image), 0.12),
+    SimulatedUser("likes_vivid", lambda image, prompt: aesthetics(image), 0.80),
+    SimulatedUser("prompt_faithful", lambda image, prompt: judge(image, prompt)["fidelity"], 0.99),
+)
+USERS = {user.name: user for user in _USERS}
 
 
 def tint_red(image: Image.Image, strength: float = RED_TINT) -> Image.Image:
     """The image seen through a red filter: red is lifted, green and blue are dimmed.
 
-        red' = red + strength * (255 - red);  green' = (1 - 0.6 strength) green;  blue' likewise
+    red' = red + strength * (255 - red);  green' = (1 - 0.6 strength) green;  blue' likewise
 
-    Args:
-        strength: in [0, 1].
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
