@@ -33,21 +33,13 @@ AUTHORS_SPLITS = {"exclusive_win": (True, True), "intersections": (True, False),
 
 @dataclass(frozen=True)
 class Likes:
-    """What votes say of single images.
+    """What votes say of single images."""
 
-    Attributes:
-        images: (N,) str, as named by the votes, in the order of first appearance.
-        prompts: (N,) str.
-        is_desirable: (N,) bool.
-        pairs: (P, 2) int64, rows of the preferred and the other image of each decided comparison.
-        counts: what came in and what came out, with the rules in words.
-    """
-
-    images: np.ndarray
-    prompts: np.ndarray
-    is_desirable: np.ndarray
-    pairs: np.ndarray
-    counts: dict
+    images: np.ndarray  # (N,) str, as named by the votes, in the order of first appearance
+    prompts: np.ndarray  # (N,) str
+    is_desirable: np.ndarray  # (N,) bool
+    pairs: np.ndarray  # (P, 2) int64, rows of the preferred and the other image of each decided comparison
+    counts: dict  # what came in and what came out, with the rules in words
 
 
 def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties: str = "ignore") -> Likes:

@@ -15,19 +15,12 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class WinRate:
-    """A win-rate with its Wilson interval; ties count half.
+    """A win-rate with its Wilson interval, each in [0, 1]; ties count half."""
 
-    Attributes:
-        rate: (wins + ties / 2) / n, in [0, 1].
-        low, high: ends of the interval, in [0, 1].
-        n: comparisons.
-        wins, ties, losses: counts, adding up to n.
-    """
-
-    rate: float
+    rate: float  # (wins + ties / 2) / n
     low: float
     high: float
-    n: int
+    n: int  # comparisons: wins + ties + losses
     wins: int
     ties: int
     losses: int

@@ -44,19 +44,12 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 @dataclass(frozen=True)
 class PaintedPairs:
-    """Two pictures of each prompt, and who prefers which.
+    """Two pictures of each prompt, and who prefers which."""
 
-    Attributes:
-        images: (N, 2, 64, 64, 3) uint8.
-        prompts: what both were asked to show.
-        captions: what each of them does show.
-        utilities: (N, 2) fidelity x aesthetics of each under the prompt, in [0, 1].
-    """
-
-    images: np.ndarray
-    prompts: list[str]
-    captions: list[list[str]]
-    utilities: np.ndarray
+    images: np.ndarray  # (N, 2, 64, 64, 3) uint8
+    prompts: list[str]  # what both were asked to show
+    captions: list[list[str]]  # what each of them does show
+    utilities: np.ndarray  # (N, 2) fidelity x aesthetics of each under the prompt, in [0, 1]
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -18,23 +18,14 @@ DARK = 70.0  # mean of R, G and B, 0..255, below which a background takes a ligh
 
 @dataclass(frozen=True)
 class Finish:
-    """How a picture was 'processed': the uncaptioned, aesthetic side of it.
+    """How a picture was 'processed', the uncaptioned, aesthetic side of it; as painted by default."""
 
-    Attributes:
-        saturation: factor on chroma, 1 = as painted.
-        exposure: factor on brightness, 1 = as painted.
-        haze: share of a light grey veil, 0 = none.
-        blur: standard deviation in pixels, 0 = sharp.
-        contrast: factor on the distance from mid-grey, 1 = as painted.
-        outline: width in pixels of a dark line around things (light on a dark background), 0 = none.
-    """
-
-    saturation: float = 1.0
-    exposure: float = 1.0
-    haze: float = 0.0
-    blur: float = 0.0
-    contrast: float = 1.0
-    outline: float = 0.0
+    saturation: float = 1.0  # factor on chroma
+    exposure: float = 1.0  # factor on brightness
+    haze: float = 0.0  # share of a light grey veil
+    blur: float = 0.0  # standard deviation in pixels
+    contrast: float = 1.0  # factor on the distance from mid-grey
+    outline: float = 0.0  # width in pixels of a dark line around things (light on a dark background)
 
 
 BRILLIANT_FINISH = Finish(saturation=1.2, contrast=1.2, outline=1.5)

@@ -145,11 +145,7 @@ _PROMPT = re.compile(
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt of the world back into its scene.
-
-    Raises:
-        ValueError: if the prompt is not a full caption of this world.
-    """
+    """The scene of a prompt, which must be a full caption of this world."""
     match = _PROMPT.fullmatch(prompt.strip().lower())
     if match is None:
         raise ValueError(
