@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 from dkto.common.files import write_json
 from dkto.models.system import System, draw, noise_generator
 from dkto.workshop.pretrain import SCHEDULE, batch_pixel_values, new_denoiser, paint_scenes, psnr
+from dkto.workshop.scorers_card import halve
 from dkto.workshop.tokenizer import build_tokenizer
 from dkto.world.scenes import prompts_for
 from dkto.world.truth import judge
@@ -67,13 +68,8 @@ def assemble(unet, text_encoder, folder: Path, output: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def halve(path: Path) -> None:
-    """Write the weights in a safetensors file in half precision."""
-    save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
-
-
 def card_figures(folder: Path, prompts: int = 200) -> dict[str, float]:
-    """Prompt fidelity of a pipeline folder, the mean of each part: test prompts x 2 images, guidance 3, 15 steps."""
+    """Prompt fidelity of a pipeline folder, the mean of each part: 2 images a prompt, guidance 3, 15 steps, seed 0."""
     system, asked = System(model=str(folder)), prompts_for("test", prompts)
     pipeline, found = system.load(), defaultdict(list)
     for start in range(0, prompts, 16):

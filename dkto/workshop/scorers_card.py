@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from dkto.common import quiet  # noqa: F401  (no loading bars)
 from dkto.common.files import file_sha256, write_json
 from dkto.evaluation.metrics import wilson_interval
 from dkto.evaluation.scorers.network import ClipWithTokenizer
-from dkto.workshop.export import halve
 from dkto.workshop.preference import (
     CHOICE_SHARPNESS,
     PaintedPairs,
@@ -25,6 +25,11 @@ from dkto.world.scenes import ATTRIBUTES, caption, changed, parse, prompts_for
 
 PARTS = ("clip", "preference")
 TEST_PROMPTS = 200
+
+
+def halve(path: Path) -> None:
+    """Write the weights in a safetensors file in half precision."""
+    save_file({k: v.half().contiguous() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()
