@@ -67,10 +67,9 @@ def _tune(config: "RunConfig", threads: int) -> None:
     join_family()
     _use_threads(threads)
     run_training(config)
-    if RunFolder(config).is_finished():
-        print(f"finished; records and weights are in {config.output_dir}")
-    else:
-        print(f"stopped at a checkpoint; the same command goes on from it: {config.output_dir}")
+    stopped = "stopped at a checkpoint; the same command goes on from it:"
+    finished = RunFolder(config).is_finished()
+    print("finished; records and weights are in" if finished else stopped, config.output_dir)
 
 
 def _use_threads(count: int) -> None:

@@ -3,9 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "files": ["read_records", "write_json"],
-        "machine": ["hardware", "versions"],
-    },
+    __name__, submod_attrs={"files": ["read_records", "write_json"], "machine": ["hardware", "versions"]}
 )

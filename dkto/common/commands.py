@@ -6,11 +6,11 @@ that is asked for imports what it calls.
 """
 
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
@@ -25,24 +25,17 @@ SIMPLER = {str | Path: str, str | Path | None: str | None}  # to a command line 
 
 @dataclass(frozen=True)
 class Calls:
-    """Annotates a parameter of a command: it gets this function or class, bound to what the command line says.
+    """Annotates a parameter of a command: it gets this function or class, bound to what the command line says."""
 
-    Attributes:
-        target: "module:function", or "module:Class".
-        without: names of parameters, blank-separated, that are no options: the command gives them itself.
-    """
-
-    target: str
-    without: str = ""
+    target: str  # "module:function", or "module:Class"
+    without: str = ""  # names of parameters, blank-separated, that are no options: the command gives them itself
 
 
 def run_commands(functions: Iterable[Callable[..., None]], arguments: list[str] | None, prog: str) -> int:
     """Run the command that the arguments name; a mistake of the user ends in one sentence and exit code 2.
 
-    Args:
-        functions: commands by their names; the list of all shows the first line of each docstring.
-        arguments: those of this process if None.
-        prog: the program's name.
+    The list of all commands shows the first line of each function's docstring. Without `arguments`, it takes those of
+    this process.
     """
     commands = {function.__name__.replace("_", "-"): function for function in functions}
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -76,8 +69,7 @@ def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], Non
     options, called = {}, {}
     for name, option in _options(command).items():
         if isinstance(calls := option.annotation, Calls):
-            module, _, function = calls.target.partition(":")
-            function = getattr(import_module(module), function)
+            function = pkgutil.resolve_name(calls.target)
             own = {key: each for key, each in _options(function).items() if key not in calls.without.split()}
             called[name] = function, list(own)
             options |= own

@@ -19,7 +19,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_png(path: Path, image: "Image.Image") -> None:
-    """Write a picture whole or not at all."""
+    """Write an image whole or not at all."""
     write_atomically(path, lambda part: image.save(part, format="PNG"))
 
 
@@ -30,12 +30,7 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
-    """The object in a JSON file.
-
-    Args:
-        path: the file.
-        what: what the file should be, for the sentence of an error.
-        keys: what it must hold.
+    """The object in a JSON file that should be a `what` and hold `keys`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,8 +56,7 @@ def claim(path: Path, about: dict, what: str) -> None:
     """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
 
     Raises:
-        ValueError: if the folder was claimed for something else, or the file cannot be read; the sentence names what
-            differs.
+        ValueError: if the folder was claimed for something else, or the file cannot be read.
     """
     if not path.exists():
         write_json(path, about)

@@ -27,12 +27,16 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with -dirty after changes; None without one or git."""
-    if shutil.which("git") is None:
-        return None
-    here = Path(__file__).parent
-    call = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(call, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
+    here = str(Path(__file__).parent)
+    return _said("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+def _said(*command: str) -> str:
+    """What a program prints; nothing if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def hardware() -> dict[str, str | int | float]:
@@ -53,12 +57,7 @@ def accelerators() -> list[str]:
     if "torch" in sys.modules:
         cuda = sys.modules["torch"].cuda
         return [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    call = [command, "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
 
 
 def _processor() -> str:
@@ -70,21 +69,14 @@ def _processor() -> str:
 
 
 def peak_memory_mb() -> float:
-    """Most resident memory that this program ever held, MB of 2^20 bytes.
-
-    On Linux by /proc: getrusage there begins with what the program held that started this one.
-    """
+    """Most resident memory that this program ever held, MB of 2^20 bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():
+    if status.is_file():  # on Linux getrusage begins with what the program held that started this one
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     return largest_resident_mb(resource.RUSAGE_SELF)
 
 
 def largest_resident_mb(who: int) -> float:
-    """The largest resident set that `getrusage` knows of, MB of 2^20 bytes.
-
-    Args:
-        who: resource.RUSAGE_SELF, or resource.RUSAGE_CHILDREN for the largest of the children that have ended.
-    """
+    """The largest resident set that `getrusage` knows of, MB of 2^20 bytes; RUSAGE_CHILDREN: of one that has ended."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(who).ru_maxrss * unit / 2**20

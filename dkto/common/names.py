@@ -17,13 +17,7 @@ def not_known(said: str, name: object, known: Iterable[object], label: str = "kn
 
 
 def check_name(what: str, name: object, known: Iterable[str], error: type[Exception] = ValueError) -> None:
-    """Refuse a name that is not known.
-
-    Args:
-        what: what the name is of, for the sentence.
-        name: as it was given.
-        known: the names that there are.
-        error: class of the exception.
+    """Refuse the name of a `what` that is not known.
 
     >>> check_name("utility", "loss_avers", ["linear", "loss_averse"])
     Traceback (most recent call last):

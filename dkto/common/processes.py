@@ -22,10 +22,9 @@ FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # the process that started a training
 
 
 def join_family() -> None:
-    """In a process started below a launcher (accelerate, torchrun): end when the launcher does.
+    """In a process started below a launcher (accelerate, torchrun) by `start_training`: end when the launcher does.
 
-    The kernel's request is not handed on to children, so each training process makes it itself. Does nothing in
-    a training that `start_training` did not start.
+    The kernel's request is not handed on to children, so each training process makes it itself.
     """
     if started := os.environ.get(FAMILY_VARIABLE):
         follow.die_with_parent()
@@ -54,11 +53,7 @@ def worker_pool(count: int) -> ProcessPoolExecutor:
 def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
     """The command for `subprocess` with which a child gets a signal when this process ends (Linux; others: unchanged).
 
-    Args:
-        command: program, by its whole path, and arguments.
-        number: of the signal.
-
-    >>> following(["/bin/true"])[-1]
+    >>> following(["/bin/true"])[-1]  # the program by its whole path
     '/bin/true'
     """
     if sys.platform != "linux":
@@ -77,17 +72,12 @@ def die_with_engine() -> None:
 
 @contextmanager
 def sole_writer(folder: Path, *, patience: float = 0.0) -> Iterator[int]:
-    """Hold a folder against other writers; the hold ends with the process, however that ends.
+    """Hold a folder, made if need be, against other writers; the hold ends with the process, however that ends.
 
-    Args:
-        folder: made if it does not exist.
-        patience: seconds to wait for another writer, which may be about to end.
-
-    Yields:
-        The descriptor of the lock file: a child that inherits it holds the folder too.
+    Yields the descriptor of the lock file: a child that inherits it holds the folder too.
 
     Raises:
-        BlockingIOError: if another process writes there; the sentence names it.
+        BlockingIOError: if another process writes there after `patience` seconds; the sentence names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
@@ -123,17 +113,14 @@ def _locked(file) -> bool:
 
 @contextmanager
 def graphics_cards(count: int, cards: Sequence[str], folder: Path | None = None) -> Iterator[list[str]]:
-    """Hold `count` of this machine's graphics cards against other runs, waiting for free ones.
+    """Hold `count` of this machine's GPUs against other runs, waiting for free ones; yields those held.
 
-    Only one run at a time picks cards, so that two runs never wait for each other with one card each.
+    Only one run at a time picks GPUs, so that two runs never wait for each other with one GPU each.
 
     Args:
-        count: cards to hold; 0 holds none.
+        count: GPUs to hold; 0 holds none.
         cards: numbers or identifiers of those that runs may take, as CUDA_VISIBLE_DEVICES has them.
-        folder: of the lock files, one a card; a folder of this user and machine if left out.
-
-    Yields:
-        The cards held.
+        folder: of the lock files, one a GPU; a folder of this user and machine if left out.
 
     Raises:
         ValueError: if `count` is more than there are.

@@ -29,11 +29,10 @@ LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """Where the pipeline `source` lies on disk: "small-world", a folder, or a hub id (fetched once).
+    """Where the pipeline `source` lies on disk: "small-world", a folder, or a hub id (see `fetched_folder`).
 
     Raises:
         ValueError: if a folder is not a diffusers pipeline.
-        FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
     """
     small = str(source) == SMALL_WORLD
     folder = SMALL_WORLD_FOLDER if small else fetched_folder(source, "model", PIPELINE_FILES, f"{SMALL_WORLD!r}, ")
@@ -43,13 +42,10 @@ def pipeline_folder(source: str | Path) -> Path:
 
 
 def fetched_folder(source: str | Path, what: str, patterns: list[str], other: str = "") -> Path:
-    """A folder as it is, or the files of a hub id, fetched once.
+    """A folder as it is, or the files of a hub id that have these patterns, fetched once.
 
     Args:
-        source: folder or hub id.
-        what: it is, for the sentence.
-        patterns: files to fetch.
-        other: what else it may be, for the sentence.
+        what, other: what it is, and what else it may be, for the sentence.
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
@@ -66,13 +62,10 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:
-    """Hash over safetensors files, the same wherever the folders lie that hold their folders.
+    """Hash over safetensors files in this order, the same wherever the folders lie that hold their folders.
 
     Of each file it reads the size, the header with every tensor's name and shape, and 256 blocks spread evenly over
     it, so that models of many gigabytes cost no wait.
-
-    Args:
-        files: in a fixed order.
 
     >>> len(weights_fingerprint([]))
     16
@@ -117,10 +110,7 @@ class DiffusionModel(ABC):
     """A latent diffusion model in diffusers' layout, as preparation and training see it.
 
     A subclass says how timesteps are spread, how latents are noised, what is predicted and how a prompt
-    conditions. Whatever takes a batch keeps its first dimension, B.
-
-    Args:
-        folder: a pipeline with safetensors weights.
+    conditions. Whatever takes a batch keeps its first dimension, B. `folder` is a pipeline with safetensors weights.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -200,12 +190,7 @@ class DiffusionModel(ABC):
             logit_normal  sigmoid of a standard normal: middle levels more often (Stable Diffusion 3)
 
         Args:
-            rng: where the numbers come from.
-            size: B.
             sampling: one of `TIMESTEP_SAMPLINGS`; "default" is the one that the model was trained with.
-
-        Raises:
-            ValueError: for another sampling.
         """
         check_choice("sampling", sampling, TIMESTEP_SAMPLINGS)
         if (self.default_sampling if sampling == "default" else sampling) == "uniform":
@@ -217,10 +202,7 @@ class DiffusionModel(ABC):
     def write_pipeline(self, denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Save a whole pipeline with this denoiser, to be loaded by plain diffusers; its other parts are copied.
 
-        Args:
-            denoiser: what was trained.
-            folder: where to.
-            weights: its weights, if they are not to be found in it as a whole.
+        `weights` are the denoiser's, if they are not to be found in it as a whole.
         """
         folder.mkdir(parents=True, exist_ok=True)
         index = read_json(self.folder / "model_index.json", "index of a pipeline")

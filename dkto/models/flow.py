@@ -1,15 +1,11 @@
-"""Rectified flows: Stable Diffusion 3 and its like. A transformer predicts the velocity from picture to noise."""
+"""Rectified flows: Stable Diffusion 3 and its like. A transformer predicts the velocity from image to noise."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
@@ -66,7 +62,7 @@ class StableDiffusion3(DiffusionModel):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = (1 - s) x_0 + s noise, shape of `latents`."""
-        s = self._level(timesteps, latents)
+        s = (timesteps / self.num_train_timesteps).to(latents.dtype).reshape(-1, *[1] * (latents.ndim - 1))
         return (1 - s) * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -75,7 +71,3 @@ class StableDiffusion3(DiffusionModel):
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
         return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditioning).sample
-
-    def _level(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        s = (timesteps / self.num_train_timesteps).to(like.dtype)
-        return s.reshape(-1, *[1] * (like.ndim - 1))

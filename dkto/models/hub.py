@@ -22,9 +22,7 @@ PUBLISHED = {
     "alignprop": {"model": STABLE_DIFFUSION, "lora": "mihirpd/alignprop-trl-aesthetics"},
 }
 """Weights that the paper's tables compare, as fields of `dkto.models.system.System`, by the name of the method."""
-WEIGHTS = tuple(
-    f"diffusion_pytorch_model{rest}" for rest in (".safetensors", "-*.safetensors", ".safetensors.index.json")
-)
+WEIGHTS = [f"diffusion_pytorch_model{rest}" for rest in (".safetensors", "-*.safetensors", ".safetensors.index.json")]
 """Files of a UNet's weights; a pattern that begins with * would fetch those of the other parts and half precision."""
 TUNED_ON = {"alignprop": "laion_aesthetics"}
 """Scorer that a published checkpoint was tuned on, by the name of the method: it may have been hacked."""
@@ -47,12 +45,10 @@ def unet_folder(source: str | Path) -> Path:
     """The folder of a UNet in diffusers' layout: `source` itself, its sub-folder `unet`, or the same on the hub.
 
     Raises:
-        FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
         ValueError: if it holds no UNet, or one without safetensors weights.
     """
-    folder = fetched_folder(
-        source, "unet", ["config.json", "unet/config.json", *WEIGHTS, *(f"unet/{name}" for name in WEIGHTS)]
-    )
+    files = ["config.json", *WEIGHTS]
+    folder = fetched_folder(source, "unet", [*files, *(f"unet/{name}" for name in files)])
     for place in (folder / "unet", folder):
         config = place / "config.json"
         about = read_json(config, "configuration of a UNet") if config.is_file() else {}
@@ -67,7 +63,6 @@ def lora_file(source: str | Path) -> Path:
     """The file of an adapter: `source` itself, the one safetensors file in that folder, or the same on the hub.
 
     Raises:
-        FileNotFoundError: if there is neither such a file or folder nor, as far as can be reached, such a hub id.
         ValueError: if it is no safetensors file, or the folder holds none or several, none of the usual name.
     """
     path = Path(source)

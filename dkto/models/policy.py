@@ -25,15 +25,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass
 class PolicyAndReference:
-    """The trained model and what it is measured against.
+    """The trained model and what it is measured against."""
 
-    Attributes:
-        policy: the module in training; with LoRA it carries the adapter.
-        reference: the frozen copy, or None when the adapter switched off is the reference.
-    """
-
-    policy: ModelMixin
-    reference: ModelMixin | None
+    policy: ModelMixin  # in training; with LoRA it carries the adapter
+    reference: ModelMixin | None  # the frozen copy, or None when the adapter switched off is the reference
 
     @property
     def part(self) -> str:
@@ -112,10 +107,7 @@ def _keep_frozen_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
 def write_weights(pair: PolicyAndReference, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save what was trained in diffusers' layout: `unet/` or `transformer/`, or `pytorch_lora_weights.safetensors`.
 
-    Args:
-        pair: whose policy.
-        folder: where to.
-        weights: the policy's weights, if they are not to be found in it as a whole.
+    `weights` are the policy's, if they are not to be found in it as a whole.
     """
     if pair.reference is not None:
         save_denoiser(pair.policy, folder / pair.part, weights)
@@ -133,5 +125,4 @@ def read_weights(pair: PolicyAndReference, folder: Path) -> None:
         pair.policy.load_state_dict(load_file(folder / pair.part / WEIGHTS_FILE))
         return
     stored = load_file(folder / LORA_FILE)
-    prefix = f"{pair.part}."
-    set_peft_model_state_dict(pair.policy, {name.removeprefix(prefix): value for name, value in stored.items()})
+    set_peft_model_state_dict(pair.policy, {name.removeprefix(f"{pair.part}."): each for name, each in stored.items()})

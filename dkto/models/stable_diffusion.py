@@ -4,12 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -45,11 +40,7 @@ class StableDiffusion(DiffusionModel):
     def encode_prompts(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of the UNet, `encoder_hidden_states` (B, L, D); longer prompts are truncated."""
         tokens = tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
+            prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
         )
         return {"encoder_hidden_states": encoder(tokens.input_ids.to(encoder.device))[0]}
 
@@ -101,11 +92,7 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
     def image_conditioning(self, sizes: Tensor) -> dict[str, Tensor]:
-        """`time_ids` (B, 6) of pictures.
-
-        Args:
-            sizes: (B, 4) height and width of the original, top and left of the crop, in pixels.
-        """
+        """`time_ids` (B, 6) of images from (B, 4) height and width of the original, top and left of the crop, px."""
         wanted = torch.full_like(sizes[:, :2], self.image_size)
         return {"time_ids": torch.cat([sizes, wanted], 1).float()}
 

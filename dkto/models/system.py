@@ -67,9 +67,6 @@ class System:
             settings: fields that differ, for example `model` as a local folder; 50 steps and guidance 7.5
                 unless given (the paper does not state its own).
 
-        Raises:
-            KeyError: for another name.
-
         >>> System.published("kto", steps=25).unet
         'jacklishufan/diffusion-kto'
         """
@@ -79,11 +76,7 @@ class System:
 
     @classmethod
     def of_run(cls, folder: str | Path, **settings) -> "System":
-        """The system that a finished training left in its folder; CSFT asks for a good picture as it was trained to.
-
-        Args:
-            folder: of the run.
-            settings: fields that differ.
+        """The system, `settings` aside, that a finished training left in its folder; CSFT asks for a good image.
 
         Raises:
             FileNotFoundError: if the folder holds no finished run.

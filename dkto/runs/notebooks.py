@@ -12,7 +12,6 @@ import math
 import os
 import tokenize
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +20,11 @@ from dkto.common.files import read_json, write_json
 from dkto.common.machine import versions
 from dkto.common.names import not_known
 from dkto.common.processes import sole_writer
-from dkto.common.progress import QUIET_VARIABLE
 from dkto.runs.record import PeakMemory, recorded
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
 PARAMETER_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 PATIENCE = 5.0  # seconds in which a kernel whose runner was killed ends too
@@ -44,11 +41,7 @@ class Parameter:
 
 
 def parameters_cell(notebook: Mapping, name: str) -> Mapping:
-    """The one cell tagged `parameters` of a notebook as nbformat or json reads it.
-
-    Raises:
-        ValueError: if there is none, or more than one.
-    """
+    """The one cell tagged `parameters` of a notebook as nbformat or json reads it; ValueError without just one."""
     cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"notebook {name} must have one cell tagged 'parameters', found {len(cells)}")
@@ -56,7 +49,7 @@ def parameters_cell(notebook: Mapping, name: str) -> Mapping:
 
 
 def declared_parameters(path: str | Path) -> dict[str, Parameter]:
-    """What a notebook can be told, by name, in the order of its `parameters` cell.
+    """The parameters that a notebook takes, by name, in the order of its `parameters` cell.
 
     Raises:
         FileNotFoundError: if there is no such notebook.
@@ -76,7 +69,8 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
         statements = ast.parse(source).body
     except SyntaxError as error:
         raise ValueError(f"notebook {path.name}: line {error.lineno} of its parameters is not Python") from error
-    comments = _comments(source)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # a # inside a string is no comment
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found = {}
     for statement in statements:
         line = ast.get_source_segment(source, statement)
@@ -97,12 +91,6 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
             raise ValueError(f"notebook {path.name}: default of {name} must be {type_name}, got {default!r}")
         found[name] = Parameter(name, type_name, default, comments.get(statement.end_lineno, ""))
     return found
-
-
-def _comments(source: str) -> dict[int, str]:
-    """The comment that ends each line, by line number; a # inside a string is none."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def coerce(parameter: Parameter, value: object, where: str) -> object:
@@ -188,19 +176,15 @@ def _execute(path: Path, output: Path, parameters: Mapping[str, object], progres
 
     from dkto.runs.kernels import AskingKernelManager
 
+    logger = logging.getLogger("papermill")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its notices stay off the terminal
+    python = {"kernel_name": "python3", "language": "python", "kernel_manager_class": AskingKernelManager}
+    encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
     try:
-        with _kernel_environment():
-            papermill.execute_notebook(
-                str(path),
-                str(output),
-                parameters,
-                kernel_name="python3",
-                language="python",
-                progress_bar=progress,
-                cwd=os.getcwd(),
-                kernel_manager_class=AskingKernelManager,
-                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            )
+        papermill.execute_notebook(
+            str(path), str(output), parameters, progress_bar=progress, cwd=os.getcwd(), config=encrypted, **python
+        )
     except PapermillExecutionError as error:
         raise RuntimeError(
             f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (executed copy: {output})"
@@ -210,44 +194,18 @@ def _execute(path: Path, output: Path, parameters: Mapping[str, object], progres
             f"{path.name}: its kernel died, most often for lack of memory (it held {memory.megabytes:.0f} MB "
             f"at its peak); use smaller parameters (executed copy: {output})"
         ) from error
-
-
-KERNEL_ENVIRONMENT = {
-    QUIET_VARIABLE: "1",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # figures stay in the notebook, whatever the shell says
-}
-
-
-@contextmanager
-def _kernel_environment():
-    """What the kernel inherits: no bars, figures inline; papermill's notices are kept off the terminal."""
-    before = {key: os.environ.get(key) for key in KERNEL_ENVIRONMENT}
-    os.environ.update(KERNEL_ENVIRONMENT)
-    logger = logging.getLogger("papermill")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
     finally:
         logger.setLevel(level)
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 def write_metrics(
     output_dir: str | Path, metrics: Mapping[str, float], parameters: Mapping[str, object], seed: int
 ) -> Path:
-    """Write `metrics.json` (metrics, parameters, seed, versions) whole or not at all.
+    """Write `metrics.json` (metrics, parameters, seed, versions) whole or not at all into the folder of the run.
 
     Args:
-        output_dir: folder of the run.
         metrics: flat names such as "win_rate/kto_vs_base/world_redness" to numbers.
-        parameters: what the notebook was told.
-        seed: its seed.
+        parameters, seed: of the notebook.
 
     Raises:
         ValueError: if a metric is not a finite number; the sentence names it.
@@ -260,7 +218,7 @@ def write_metrics(
         values[name] = number
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"schema_version": SCHEMA_VERSION, "metrics": values, "parameters": dict(parameters)}
+    about = {"schema_version": 1, "metrics": values, "parameters": dict(parameters)}
     write_json(folder / "metrics.json", {**about, "seed": seed, "versions": versions()})
     return folder / "metrics.json"
 
@@ -270,7 +228,5 @@ def environment_table() -> "pd.DataFrame":
     import pandas as pd
     import torch
 
-    found = versions()
-    found["torch"] = torch.__version__
-    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return pd.DataFrame({"": found}).T
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return pd.DataFrame({"": versions() | {"torch": torch.__version__, "device": device}}).T

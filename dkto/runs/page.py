@@ -51,17 +51,12 @@ def table_html(frame: pd.DataFrame, caption: str = "") -> str:
     >>> "<script>" in table_html(pd.DataFrame({"prompt": ["<script>"]}))
     False
     """
-    plain = isinstance(frame.index, pd.RangeIndex)
-    body = frame.map(_shown).to_html(index=not plain, escape=True, border=0)
+    body = frame.map(_shown).to_html(index=not isinstance(frame.index, pd.RangeIndex), escape=True, border=0)
     return f'{text_html(caption, kind="note") if caption else ""}<div class="wide">{body}</div>'
 
 
 def figure_html(path: Path, caption: str) -> str:
-    """A PNG, its bytes in the page.
-
-    Raises:
-        ValueError: if the file is no PNG.
-    """
+    """A PNG, its bytes in the page; ValueError if the file is none."""
     data = path.read_bytes()
     if not data.startswith(b"\x89PNG"):
         raise ValueError(f"{path} is no PNG")
@@ -70,42 +65,28 @@ def figure_html(path: Path, caption: str) -> str:
 
 
 def write_notebook_page(executed: str | Path, path: str | Path, title: str) -> Path:
-    """Write an executed notebook as a page: its prose and its outputs, no code; whole or not at all.
-
-    Args:
-        executed: the notebook; cells with the tag `notebook-only` are left out.
-        path: of the page.
-        title: of the page's window.
-    """
+    """Write an executed notebook as a page: prose and outputs, no code, no cells tagged `notebook-only`."""
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     tags = {"enabled": True, "remove_cell_tags": ["notebook-only"]}
+    preprocessors = {"preprocessors": ["nbconvert.preprocessors.TagRemovePreprocessor"]}
     exporter = HTMLExporter(
         template_name="basic",  # no frame: that of the others fetches scripts
         exclude_input=True,
         exclude_output_prompt=True,
         exclude_anchor_links=True,
-        config=Config({"TagRemovePreprocessor": tags, "HTMLExporter": {"preprocessors": [_TAGS]}}),
+        config=Config({"TagRemovePreprocessor": tags, "HTMLExporter": preprocessors}),
     )
     page = html_page(title, exporter.from_filename(str(executed))[0])
     write_atomically(Path(path), lambda part: part.write_text(page, encoding="utf-8"))
     return Path(path)
 
 
-_TAGS = "nbconvert.preprocessors.TagRemovePreprocessor"
-
-
 def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
-    """Write `table.csv`, one row for every run of the plan, and `index.html`; each whole or not at all.
+    """Write a sweep's `table.csv`, one row a run, and `index.html`, which it returns; each whole or not at all.
 
-    Args:
-        folder: of the sweep.
-        name: of the sweep.
-        states: how each run stands, `done` or the reason why not, by name.
-
-    Returns:
-        The page.
+    `states` says how each run of the plan stands, by name: `done`, or the reason why not.
     """
     table = _complete(folder, states)
     write_atomically(folder / "table.csv", lambda part: part.write_text(table.to_csv(index=False)))

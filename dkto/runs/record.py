@@ -20,7 +20,6 @@ from dkto.common.machine import git_commit, hardware, largest_resident_mb, versi
 RECORD_NAME = "run.json"
 ROOT = Path(__file__).parents[2]
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
-MEGABYTE = 1024 * 1024
 
 
 class PeakMemory:
@@ -32,7 +31,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.megabytes = 0.0
-        self._before = _largest_ended()
+        self._before = largest_resident_mb(resource.RUSAGE_CHILDREN)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -43,8 +42,9 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        if _largest_ended() > self._before:  # otherwise it is that of an earlier run
-            self.megabytes = max(self.megabytes, _largest_ended())
+        ended = largest_resident_mb(resource.RUSAGE_CHILDREN)
+        if ended > self._before:  # otherwise it is that of an earlier run
+            self.megabytes = max(self.megabytes, ended)
 
     def _watch(self) -> None:
         me, pause = psutil.Process(), FIRST_LOOK
@@ -56,12 +56,7 @@ class PeakMemory:
                     total += process.memory_info().rss
                 except psutil.Error:  # it has just ended
                     continue
-            self.megabytes = max(self.megabytes, total / MEGABYTE)
-
-
-def _largest_ended() -> float:
-    """The largest resident set of one process below this that has ended, in MB."""
-    return largest_resident_mb(resource.RUSAGE_CHILDREN)
+            self.megabytes = max(self.megabytes, total / 2**20)
 
 
 def source_hash(notebook: str | Path) -> str:
@@ -69,8 +64,7 @@ def source_hash(notebook: str | Path) -> str:
 
     Prose, outputs, metadata and the place that a name is imported from change no result.
     """
-    sources = [_without_imports(source) for source in _code_cells(notebook)]
-    return _digest(json.dumps([source for source in sources if source]))
+    return _digest(json.dumps([*filter(None, map(_without_imports, _code_cells(notebook)))]))
 
 
 def _code_cells(notebook: str | Path) -> list[str]:
@@ -92,11 +86,10 @@ def _without_imports(source: str) -> str:
         statements = ast.parse(source).body
     except SyntaxError:
         return source.strip()
-    lines: list[str | None] = list(source.splitlines())
-    for statement in statements:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            lines[statement.lineno - 1 : statement.end_lineno] = [None] * (statement.end_lineno - statement.lineno + 1)
-    return "\n".join(line.rstrip() for line in lines if line is not None).strip()
+    imports = [each for each in statements if isinstance(each, ast.Import | ast.ImportFrom)]
+    left_out = {number for each in imports for number in range(each.lineno, each.end_lineno + 1)}
+    lines = enumerate(source.splitlines(), 1)
+    return "\n".join(line.rstrip() for number, line in lines if number not in left_out).strip()
 
 
 def rooms_of(notebook: str | Path) -> dict[str, str]:
@@ -168,11 +161,8 @@ def _door(path: Path) -> dict[str, str]:
     """Which sub-module a package offers each name from, see `lazy_loader.attach`."""
     tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
     words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
-    found = {}
-    for word in words:
-        if word.arg == "submod_attrs":
-            found |= {name: module for module, names in ast.literal_eval(word.value).items() for name in names}
-    return found
+    doors = [ast.literal_eval(word.value) for word in words if word.arg == "submod_attrs"]
+    return {name: module for door in doors for module, names in door.items() for name in names}
 
 
 def files_of(parameters: Mapping[str, object]) -> dict[str, str]:
@@ -189,8 +179,7 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
 
     Args:
         folder: the run's output folder.
-        notebook: its source.
-        executed: where the executed copy goes.
+        notebook, executed: its source, and where the executed copy goes.
         parameters: all of them, defaults included.
 
     Raises:
@@ -200,21 +189,11 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
     if path.exists() and "notebook" not in read_json(path, "record of a run"):
         raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
     began = time.monotonic()
-    record = {
-        "schema_version": 1,
-        "status": "running",
-        "notebook": str(notebook),
-        "source_hash": source_hash(notebook),
-        "rooms": rooms_of(notebook),
-        "files": files_of(parameters),
-        "executed": str(executed),
-        "parameters": dict(parameters),
-        "seed": parameters.get("seed"),
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    record = {"schema_version": 1, "status": "running", "notebook": str(notebook), "source_hash": source_hash(notebook)}
+    record |= {"rooms": rooms_of(notebook), "files": files_of(parameters), "executed": str(executed)}
+    record |= {"parameters": dict(parameters), "seed": parameters.get("seed"), "git_commit": git_commit()}
+    record |= {"versions": versions(), "hardware": hardware()}
+    record["began"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, record)
     error = None
     try:

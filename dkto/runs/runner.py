@@ -55,9 +55,8 @@ def run_states(plan: Plan) -> dict[str, State]:
     for run in plan.runs:
         state, began[run.name] = _state(plan, run)
         if state.word == "done":
-            waits = [name for name in run.inputs.values() if states[name].word != "done"]
             newer = [name for name in run.inputs.values() if began[name] > began[run.name]]
-            if waits:
+            if waits := _waits(run, states):
                 state = State("again", f"{waits[0]}, which it reads, is not done")
             elif newer and not state.detail:
                 state = State("done", f"before {newer[0]}, which it reads, was run again")
@@ -192,12 +191,7 @@ def _run_in_turn(plan: Plan, todo: list[PlannedRun]) -> None:
 
 
 def results_of(folder: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Metrics and seconds by run.
-
-    Args:
-        folder: of a sweep.
-        names: of runs that are done; none takes all in folders directly below that finished.
-    """
+    """Metrics and seconds by run of a sweep's folder; no names take all runs directly below it that finished."""
     metrics, seconds = {}, {}
     for path in [Path(folder, name, RECORD_NAME) for name in names] or sorted(Path(folder).glob(f"*/{RECORD_NAME}")):
         record, name = read_json(path, "record of a run", ["status"]), str(path.parent.relative_to(folder))
@@ -218,10 +212,9 @@ def _profile_folder(profile: str) -> Path:
 def _to_do_again(plan: Plan, states: dict[str, State], redo: bool, renew: bool) -> set[str]:
     """Runs to make again: outdated ones, with `redo` changed ones too, and all that read one of these."""
     found: set[str] = set()
-    for run in plan.runs:  # what is read comes before what reads it
-        state = states[run.name]
-        outdated = state.word == "done" and state.detail
-        if (redo or renew) and (outdated or (redo and state.word == "changed") or found & set(run.inputs.values())):
+    for run in plan.runs if redo or renew else ():  # what is read comes before what reads it
+        word, outdated = states[run.name].word, states[run.name].detail
+        if (word == "done" and outdated) or (redo and word == "changed") or found & set(run.inputs.values()):
             found.add(run.name)
     return found
 
@@ -265,14 +258,9 @@ def _cards() -> list[str]:
 
 
 def _write_plan(plan: Plan, local: bool) -> None:
-    about = {
-        "sweep": plan.name,
-        "folder": str(plan.folder),
-        "working_directory": os.getcwd(),
-        "python": sys.executable,
-        "cards": ",".join(_cards()) if local else None,
-    }
-    write_json(plan.folder / "plan.json", {**about, "runs": plan_to_dict(plan)})
+    about = {"sweep": plan.name, "folder": str(plan.folder), "working_directory": os.getcwd(), "python": sys.executable}
+    about |= {"cards": ",".join(_cards()) if local else None, "runs": plan_to_dict(plan)}
+    write_json(plan.folder / "plan.json", about)
 
 
 @contextmanager
@@ -328,7 +316,8 @@ def _conclude(plan: Plan) -> dict[str, State]:
 
     states = run_states(plan)
     words = Counter(state.word for state in states.values())
-    texts = {run.name: _why(run, states) for run in plan.runs}
+    waits = {run.name: _waits(run, states) for run in plan.runs}
+    texts = {name: f"not started: it reads {waits[name][0]}" if waits[name] else str(states[name]) for name in states}
     page = write_page(plan.folder, plan.name, texts)
     print(f"{words['done']} of {len(states)} runs are done; table: {plan.folder / 'table.csv'}, page: {page}")
     undone = [f"{name} {texts[name]}" for name, state in states.items() if state.word != "done"]
@@ -342,6 +331,6 @@ def _conclude(plan: Plan) -> dict[str, State]:
     raise RuntimeError(f"{head}: {'; '.join(undone)}")
 
 
-def _why(run: PlannedRun, states: dict[str, State]) -> str:
-    waits = [name for name in run.inputs.values() if states[name].word != "done"]
-    return f"not started: it reads {waits[0]}" if waits else str(states[run.name])
+def _waits(run: PlannedRun, states: dict[str, State]) -> list[str]:
+    """The runs that one reads and that are not done."""
+    return [name for name in run.inputs.values() if states[name].word != "done"]

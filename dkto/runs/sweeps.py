@@ -52,18 +52,17 @@ class Resources:
     def __post_init__(self) -> None:
         for name, least in (("cpus", 1), ("gpus", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for name in ("hours", "memory_gb"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One notebook of a sweep: what it declares, what all its runs are told, which of its parameters are folders
-    of another stage's runs."""
+    """One notebook of a sweep: its parameters, what all its runs get, and which ones are folders of another stage."""
 
     name: str
     notebook: Path
@@ -99,11 +98,7 @@ class Plan:
     runs: tuple[PlannedRun, ...]
 
     def only(self, names: Sequence[str]) -> "Plan":
-        """The plan of these runs and of those that they read; all if none is named.
-
-        Raises:
-            ValueError: for a name that no run has; the sentence lists the runs.
-        """
+        """The plan of these runs and of those that they read; all if none is named, ValueError for an unknown name."""
         known = {run.name: run for run in self.runs}
         for name in names:
             if name not in known:
@@ -256,9 +251,8 @@ def _addresses(values: Mapping[str, object], stages: dict[str, Stage], where: st
             notebook = stages[stage].notebook.name
             _check_parameter(key, stages[stage].declared, notebook)
             if (stage, key) in found:
-                raise ValueError(
-                    f"{where}: {key} of stage {stage} is given twice, as {found[stage, key][0]} and {name}"
-                )
+                former = found[stage, key][0]
+                raise ValueError(f"{where}: {key} of stage {stage} is given twice, as {former} and {name}")
             found[stage, key] = (str(name), coerce(stages[stage].declared[key], value, f"{where}, {notebook}"))
     return found
 
@@ -306,14 +300,10 @@ def _refuse_twice(stages: dict[str, Stage], shared: Values, combinations: list[V
     varying = {address for combination in combinations for address in combination}
     for name, stage in stages.items():
         for key in stage.declared:
-            places = {
-                f"stage {name}": key in stage.parameters or key in stage.inputs,
-                "parameters": (name, key) in shared,
-                "grid or list": (name, key) in varying,
-            }
-            if sum(places.values()) > 1:
-                where = " and in ".join(place for place, given in places.items() if given)
-                raise ValueError(f"{key} is given twice, in {where}")
+            places = [f"stage {name}"] * (key in stage.parameters or key in stage.inputs)
+            places += ["parameters"] * ((name, key) in shared) + ["grid or list"] * ((name, key) in varying)
+            if len(places) > 1:
+                raise ValueError(f"{key} is given twice, in {' and in '.join(places)}")
 
 
 def _plan_runs(stages: dict[str, Stage], shared: Values, combinations: list[Values]) -> list[PlannedRun]:
@@ -338,15 +328,9 @@ def _plan_runs(stages: dict[str, Stage], shared: Values, combinations: list[Valu
 
 def _plan_run(stage: Stage, name: str, values: Values, inputs: dict[str, str]) -> PlannedRun:
     given = stage.parameters | {key: value for (owner, key), (_, value) in values.items() if owner == stage.name}
-    defaults = {key: parameter.default for key, parameter in stage.declared.items()}
-    return PlannedRun(
-        name=name,
-        notebook=str(stage.notebook),
-        given=given,
-        parameters={key: v for key, v in (defaults | given).items() if key != "output_dir" and key not in inputs},
-        inputs=inputs,
-        resources=stage.resources,
-    )
+    every = {key: parameter.default for key, parameter in stage.declared.items()} | given
+    parameters = {key: value for key, value in every.items() if key not in {"output_dir", *inputs}}
+    return PlannedRun(name, str(stage.notebook), given, parameters, inputs, stage.resources)
 
 
 def _name_of(varying: Values) -> str:

@@ -13,24 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dkto.common.files import read_json, read_records
+from dkto.common.files import read_json
 from dkto.common.names import not_known
 from dkto.runs.record import RECORD_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FIRST_COLUMNS = (
-    "run",
-    "status",
-    "error",
-    "notebook",
-    "seconds",
-    "peak_memory_mb",
-    "began",
-    "git_commit",
-    "source_hash",
-)
+FIRST_COLUMNS = ("run", "status", "error", "notebook", "seconds", "peak_memory_mb")
+FIRST_COLUMNS += ("began", "git_commit", "source_hash")
 KINDS = ("parameter", "metric", "versions", "hardware")
 
 
@@ -71,9 +62,9 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
 
 def _row(name: str, path: Path, record: dict) -> dict:
     row = {key: record.get(key) for key in FIRST_COLUMNS} | {"run": name}
-    metrics = {}
-    if record["status"] == "finished" and (path.parent / "metrics.json").is_file():
-        metrics = read_json(path.parent / "metrics.json", "table of metrics", ["metrics"])["metrics"]
+    result, metrics = path.with_name("metrics.json"), {}
+    if record["status"] == "finished" and result.is_file():
+        metrics = read_json(result, "table of metrics", ["metrics"])["metrics"]
     parts = {"parameter": record["parameters"], "metric": metrics}
     parts |= {kind: record[kind] for kind in ("versions", "hardware")}
     return row | {f"{kind}.{key}": value for kind, values in parts.items() for key, value in values.items()}
@@ -96,9 +87,8 @@ def column(table: pd.DataFrame, name: str) -> str:
 
 def varying_parameters(table: pd.DataFrame) -> list[str]:
     """Bare names of the parameters that differ between runs; folders, which always do, are left out."""
-    names = [name for name in table.columns if name.startswith("parameter.")]
-    differ = [name for name in names if table[name].map(_text).nunique(dropna=False) > 1]
-    return [short for name in differ if not (short := name.removeprefix("parameter.")).endswith("_dir")]
+    names = [name for name in table.columns if name.startswith("parameter.") and not name.endswith("_dir")]
+    return [name.removeprefix("parameter.") for name in names if table[name].map(_text).nunique(dropna=False) > 1]
 
 
 def _text(value: object) -> str:
@@ -106,12 +96,7 @@ def _text(value: object) -> str:
 
 
 def pivot_runs(table: pd.DataFrame, metric: str, rows: str, columns: str) -> pd.DataFrame:
-    """The mean of a metric for each value of two parameters; runs without it do not count.
-
-    Args:
-        table: from `read_runs`.
-        metric, rows, columns: names of columns, see `column`.
-    """
+    """The mean of a metric for each value of two parameters, all by name (see `column`), over the runs that have it."""
     metric, rows, columns = (column(table, name) for name in (metric, rows, columns))
     result = table.pivot_table(values=metric, index=rows, columns=columns, aggfunc="mean", observed=True)
     return result.rename_axis(index=_bare(rows), columns=_bare(columns))
@@ -124,8 +109,7 @@ def over_seeds(table: pd.DataFrame, metric: str, by: str | Sequence[str], *, con
 
     Args:
         table: from `read_runs`; runs without the metric do not count.
-        metric: name of a column, see `column`.
-        by: names of the parameters that tell the groups apart; all others but seeds should agree.
+        metric, by: names of columns; `by` tells the groups apart; all other parameters but seeds should agree.
         confidence: of the interval, in (0, 1).
 
     Returns:
@@ -219,10 +203,7 @@ def plot_over_seeds(
 
 
 def diff_runs(first: str | Path, second: str | Path) -> pd.DataFrame:
-    """Everything in which two runs differ: parameters, versions, hardware, commit, source of the notebook, metrics.
-
-    Args:
-        first, second: the runs' folders.
+    """Everything in which the runs of two folders differ: parameters, versions, hardware, commit, source, metrics.
 
     Returns:
         One row a difference: `what` (parameter, metric, ...), `name`, and a column for each run; for metrics that
@@ -242,14 +223,3 @@ def diff_runs(first: str | Path, second: str | Path) -> pd.DataFrame:
             found.append({"what": kind, "name": name, "first": one, "second": other, "change": change})
     table = pd.DataFrame(found, columns=["what", "name", "first", "second", "change"], dtype=object)
     return table.astype({"change": float})
-
-
-def read_steps(folder: str | Path) -> pd.DataFrame:
-    """The step records of every training below a folder, one row a step, `training` naming its folder."""
-    frames = []
-    for path in sorted(Path(folder).rglob("metrics.jsonl")):
-        records = pd.DataFrame(read_records(path))
-        frames.append(records.assign(training=str(path.parent.relative_to(folder))))
-    if not frames:
-        raise ValueError(f"no metrics.jsonl below {folder}: trainings write it")
-    return pd.concat(frames, ignore_index=True)

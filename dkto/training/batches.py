@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from dkto.data.encoded import PreparedFeedback
@@ -37,15 +38,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        unrelated = None if self.unrelated is None else {k: v.to(device) for k, v in self.unrelated.items()}
-        return Batch(
-            self.noisy_latents.to(device),
-            self.target.to(device),
-            self.timesteps.to(device),
-            {name: value.to(device) for name, value in self.conditioning.items()},
-            self.is_desirable.to(device),
-            unrelated,
-        )
+        return Batch(**send_to_device(vars(self), device))
 
 
 def stream(seed: int, step: int, which: int, index: int = 0) -> np.random.Generator:
@@ -93,13 +86,7 @@ class GlobalBatches:
         return self.data.pairs[chosen].reshape(-1)
 
     def draw(self, step: int, micro: int = 0, rank: int = 0, ranks: int = 1) -> Batch:
-        """One rank's share of one micro-batch of a step.
-
-        Args:
-            step: counts from 0.
-            micro: which of the `gradient_accumulation` micro-batches.
-            rank, ranks: whose share, of how many.
-        """
+        """One rank's share of one of the `gradient_accumulation` micro-batches of a step, which counts from 0."""
         whole = self.config.batch_size // self.config.gradient_accumulation  # of the global micro-batch
         group = np.arange(micro * whole, (micro + 1) * whole)
         index = group[rank * whole // ranks : (rank + 1) * whole // ranks]
@@ -123,16 +110,13 @@ class GlobalBatches:
         latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
         noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
         style = config.csft_style if "csft_style" in self._method.settings else None
-        unrelated = None
-        if config.borrows_prompts:
-            unrelated = self.data.conditioning(rows[others], dropped[others])
         return Batch(
             noisy_latents=model.add_noise(latents, noise, timesteps),
             target=model.target(latents, noise, timesteps),
             timesteps=timesteps,
             conditioning=self.data.conditioning(rows[index], dropped[index], csft=style),
             is_desirable=torch.from_numpy(self.data.is_desirable[rows[index]]),
-            unrelated=unrelated,
+            unrelated=self.data.conditioning(rows[others], dropped[others]) if config.borrows_prompts else None,
         )
 
     def _noise(self, step: int, which: int, index: np.ndarray, shape: torch.Size) -> Tensor:

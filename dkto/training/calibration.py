@@ -58,52 +58,32 @@ def convert_beta(beta: float, source: str, target: str, *, elements: int = 4 * 6
     if elements < 1:
         raise ValueError(f"elements must be 1 or more, got {elements}")
 
-    def unit(name: str) -> float:
-        factor, reduction, _ = CONVENTIONS[name]
-        return factor / (elements if reduction == "sum" else 1)
-
-    return beta * unit(target) / unit(source)
+    units = {name: factor / (elements if how == "sum" else 1) for name, (factor, how, _) in CONVENTIONS.items()}
+    return beta * units[target] / units[source]
 
 
 @dataclass(frozen=True)
 class SlopeAt:
-    """What a utility makes of the measured gaps at one beta.
+    """What a utility makes of the measured gaps at one beta."""
 
-    Attributes:
-        beta: reward scale, multiplies the mean-squared-error gap.
-        mean_slope: mean |U'| relative to |U'(0)|: 1 where nothing is saturated.
-        linear: share of samples whose slope differs by less than 5 % from that at 0.
-        saturated: share of samples with less than 5 % of it.
-    """
-
-    beta: float
-    mean_slope: float
-    linear: float
-    saturated: float
+    beta: float  # reward scale, multiplies the mean-squared-error gap
+    mean_slope: float  # mean |U'| relative to |U'(0)|: 1 where nothing is saturated
+    linear: float  # share of samples whose slope differs by less than 5 % from that at 0
+    saturated: float  # share of samples with less than 5 % of it
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """What `calibrate` found."""
 
-    Attributes:
-        utility: whose slope.
-        steps: of the trial training.
-        rows, draws: measured samples: rows of the feedback, and noises for each.
-        gap_quantiles: |g| at 5, 25, 50, 75, 95 % of the samples, in mean squared error.
-        table: slopes at betas a factor of 2 apart.
-        wanted_slope: mean slope that was asked for.
-        beta: proposed.
-    """
-
-    utility: str
-    steps: int
-    rows: int
-    draws: int
-    gap_quantiles: tuple[float, ...]
-    table: tuple[SlopeAt, ...]
-    wanted_slope: float
-    beta: float
+    utility: str  # whose slope
+    steps: int  # of the trial training
+    rows: int  # of the feedback that were measured
+    draws: int  # noises for each row
+    gap_quantiles: tuple[float, ...]  # |g| at 5, 25, 50, 75, 95 % of the samples, in mean squared error
+    table: tuple[SlopeAt, ...]  # at betas a factor of 2 apart
+    wanted_slope: float  # mean slope that was asked for
+    beta: float  # proposed
 
     def __str__(self) -> str:
         lines = [
@@ -124,7 +104,7 @@ def slope_at(gaps: np.ndarray, is_desirable: np.ndarray, beta: float, config: Tr
         gaps: (N,) errors of reference minus policy.
         is_desirable: (N,) bool.
         beta: > 0.
-        config: utility, estimator and clamp; "unrelated" is judged by the matched mean.
+        config: for its utility, estimator and clamp; "unrelated" is judged by the matched mean.
     """
     utility = get_utility(config.utility)
     reward, liked = torch.from_numpy(np.asarray(gaps, np.float64) * beta), torch.from_numpy(is_desirable)
@@ -183,15 +163,8 @@ def calibrate(
         ValueError: as `dkto.training.loop.train` and `propose_beta`.
     """
     get_utility(config.utility)
-    warmup = min(config.warmup_steps, steps // 10)
-    trial = replace(
-        config,
-        output_dir=config.output_dir / "trial",
-        max_train_steps=steps,
-        warmup_steps=warmup,
-        checkpoint_every=steps,
-        tracker="none",
-    )
+    shorter = {"max_train_steps": steps, "warmup_steps": min(config.warmup_steps, steps // 10)}
+    trial = replace(config, output_dir=config.output_dir / "trial", **shorter, checkpoint_every=steps, tracker="none")
     for _ in progress(train(trial), total=steps, desc="trial", unit="step"):
         pass
     _, model, pair = load_run(trial.output_dir)
@@ -204,14 +177,7 @@ def calibrate(
     quantiles = np.quantile(np.abs(flat), (0.05, 0.25, 0.5, 0.75, 0.95))
     table = [slope_at(flat, liked, beta * 2.0**power, config) for power in range(-6, 7)]
     found = Calibration(
-        config.utility,
-        steps,
-        len(rows),
-        draws,
-        tuple(float(q) for q in quantiles),
-        tuple(table),
-        wanted_slope,
-        beta,
+        config.utility, steps, len(rows), draws, tuple(quantiles.tolist()), tuple(table), wanted_slope, beta
     )
     write_json(config.output_dir / "calibration.json", asdict(found))
     np.save(config.output_dir / "gaps.npy", gaps, allow_pickle=False)

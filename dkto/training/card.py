@@ -17,30 +17,11 @@ if TYPE_CHECKING:
 
 SHOWN = ("loss", "reward/margin", "implicit_accuracy/sample", "implicit_accuracy/pair", "mean_abs_reward")
 FIELDS = (
-    "objective",
-    "csft_style",
-    "reward",
-    "utility",
-    "beta",
-    "desirable_fraction",
-    "estimator",
-    "backprop_steps",
-    "sampling_steps",
-    "guidance",
-    "lora_rank",
-    "learning_rate",
-    "warmup_steps",
-    "max_train_steps",
-    "batch_size",
-    "prompt_dropout",
-    "precision",
-    "ema_decay",
-    "seed",
+    *("objective", "csft_style", "reward", "utility", "beta", "desirable_fraction", "estimator", "backprop_steps"),
+    *("sampling_steps", "guidance", "lora_rank", "learning_rate", "warmup_steps", "max_train_steps", "batch_size"),
+    *("prompt_dropout", "precision", "ema_decay", "seed"),
 )
-CSFT_HINTS = {
-    "prefix": 'Write "good image, " before a prompt.',
-    "negative": 'Use "Weird image. " as negative prompt.',
-}
+CSFT_HINTS = {"prefix": 'Write "good image, " before a prompt.', "negative": 'Use "Weird image. " as negative prompt.'}
 FULL = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER")
@@ -53,20 +34,11 @@ pipeline("a prompt").images[0]"""
 
 
 def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel, progress: "Progress") -> None:
-    """Write `README.md` with the front matter that the model hub reads.
-
-    Args:
-        folder: where the weights lie.
-        run: the run's folder, with its records.
-        config: what was trained.
-        model: on what.
-        progress: steps done and skipped, seconds.
-    """
+    """Write `README.md` beside weights, with the front matter that the model hub reads; `run` holds the records."""
     local = Path(config.model).exists()
     base = Path(config.model).name if local else config.model
     tags = ["text-to-image", f"diffusion-{config.objective}", *(["lora"] if config.lora_rank else [])]
     front = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    usage = _usage(config, f"PATH/TO/{base}" if local else base)
     if hasattr(config, "reward"):  # AlignProp and D3PO draw their own pictures and have a scorer judge them
         data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
     else:
@@ -76,19 +48,19 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
     records = read_records(run / "metrics.jsonl")[-20:]
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
-    special = set().union(*(method.settings for method in METHODS.values()))
-    fields = [name for name in FIELDS if name not in special or name in METHODS[config.objective].settings]
+    method = METHODS[config.objective]
+    special = set().union(*(each.settings for each in METHODS.values())) - set(method.settings)
+    fields = [name for name in FIELDS if name not in special]
     settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
-    what = f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
     text = CARD.format(
         front=front.to_yaml(),
         base=base,
-        method=METHODS[config.objective].title,
-        what=what,
+        method=method.title,
+        what=f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights",
         kind=model.pipeline_class.__name__,
-        usage=usage,
+        usage=_usage(config, f"PATH/TO/{base}" if local else base),
         data=data,
-        trained_on=METHODS[config.objective].trained_on,
+        trained_on=method.trained_on,
         settings=settings,
         steps=progress.global_step,
         skipped=progress.skipped_steps,

@@ -6,6 +6,7 @@ first, D3PO the second.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,30 +17,20 @@ from dkto.models import StableDiffusion
 
 @dataclass(frozen=True)
 class ChainStep:
-    """One step x_t -> x_{t-1} of a chain.
+    """One step x_t -> x_{t-1} of a chain."""
 
-    Attributes:
-        timestep: t.
-        alpha: abar_t.
-        alpha_next: abar of the step it goes to.
-        std: standard deviation of the noise it adds, in latent units.
-    """
-
-    timestep: int
-    alpha: float
-    alpha_next: float
-    std: float
+    timestep: int  # t
+    alpha: float  # abar_t
+    alpha_next: float  # abar of the step it goes to
+    std: float  # standard deviation of the noise it adds, in latent units
 
 
 def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainStep]:
-    """The steps of a DDIM chain, noisiest first.
+    """The N = `count` steps of a DDIM chain on the model's schedule and spacing of timesteps, noisiest first.
 
         std = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)),  s the step after t
 
-    Args:
-        model: its schedule and its spacing of timesteps are used.
-        count: N.
-        eta: 0 adds no noise, 1 as much as DDPM does.
+    An `eta` of 0 adds no noise, 1 as much as DDPM does.
     """
     scheduler = DDIMScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(count)
@@ -53,44 +44,32 @@ def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainSte
     return steps
 
 
+@dataclass
 class Chain:
-    """Draws latents with one denoiser, step by step.
+    """Draws latents with one denoiser, step by step."""
 
-    Args:
-        model: schedule and prediction type.
-        steps: from `chain_steps`.
-        guidance: classifier-free guidance scale; 1 is off.
-        conditioning: of B prompts, by name.
-        unconditional: of the empty prompt, first dimension 1.
-    """
+    model: StableDiffusion  # for its schedule and prediction type
+    steps: list[ChainStep]  # from `chain_steps`
+    guidance: float  # classifier-free guidance scale; 1 is off
+    conditioning: Mapping[str, Tensor]  # of B prompts, by name
+    unconditional: Mapping[str, Tensor]  # of the empty prompt, first dimension 1
 
-    def __init__(
-        self,
-        model: StableDiffusion,
-        steps: list[ChainStep],
-        guidance: float,
-        conditioning: Mapping[str, Tensor],
-        unconditional: Mapping[str, Tensor],
-    ) -> None:
-        self.model, self.steps, self.guidance = model, steps, guidance
-        self.conditioning = dict(conditioning)
-        self.guided = {
-            name: torch.cat([unconditional[name].expand_as(value), value]) for name, value in conditioning.items()
-        }
+    @cached_property
+    def guided(self) -> dict[str, Tensor]:
+        """The conditioning of a pass of 2 B samples, the empty prompt's first."""
+        return {k: torch.cat([self.unconditional[k].expand_as(v), v]) for k, v in self.conditioning.items()}
 
     def mean(self, denoiser: nn.Module, latents: Tensor, step: ChainStep) -> Tensor:
         """Mean of x_{t-1} given x_t, (B, C, h, w); carries the denoiser's gradient.
 
         mean = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - std^2) * noise, both predicted at t
         """
-        size = len(latents)
-        if self.guidance == 1:
-            timesteps = torch.full((size,), step.timestep, device=latents.device)
-            output = self.model.predict(denoiser, latents, timesteps, self.conditioning)
-        else:
-            timesteps = torch.full((2 * size,), step.timestep, device=latents.device)
-            both = self.model.predict(denoiser, torch.cat([latents, latents]), timesteps, self.guided)
-            without, with_prompt = both.chunk(2)
+        guided = self.guidance != 1
+        inputs = torch.cat([latents, latents]) if guided else latents
+        timesteps = torch.full((len(inputs),), step.timestep, device=latents.device)
+        output = self.model.predict(denoiser, inputs, timesteps, self.guided if guided else self.conditioning)
+        if guided:
+            without, with_prompt = output.chunk(2)
             output = without + self.guidance * (with_prompt - without)
         signal, spread = step.alpha**0.5, (1 - step.alpha) ** 0.5
         if self.model.scheduler.config.prediction_type == "epsilon":
@@ -124,12 +103,8 @@ def log_ratio(latents: Tensor, policy_mean: Tensor, reference_mean: Tensor, std:
     The mean, not the sum, as in the released code of D3PO.
 
     Args:
-        latents: (B, C, h, w), the x_{t-1} that was drawn.
-        policy_mean, reference_mean: same shape.
+        latents: (B, C, h, w), the x_{t-1} that was drawn; the means have the same shape, the result (B,).
         std: of the step, above 0.
-
-    Returns:
-        (B,).
 
     >>> zeros, ones = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
     >>> log_ratio(zeros, policy_mean=zeros, reference_mean=ones, std=1.0)

@@ -11,15 +11,6 @@ from dkto.common.names import check_choice
 from dkto.objective.methods import METHODS, OFFLINE, ONLINE
 from dkto.objective.utilities import get_utility
 
-Objective = Literal[*OFFLINE]
-OnlineObjective = Literal[*ONLINE]
-TimestepSampling = Literal["default", "uniform", "logit_normal"]
-Precision = Literal["float32", "bfloat16", "float16"]
-Optimizer = Literal["adamw", "adamw8bit"]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
-CsftStyle = Literal["prefix", "negative"]
-Estimator = Literal["batch", "unrelated", "per_class", "zero"]
-
 
 def setting(default: Any, least: float | None = None, *, above: float | None = None, most: float | None = None) -> Any:
     """A field with its range: at least `least` or above `above`, and at most `most`."""
@@ -28,11 +19,7 @@ def setting(default: Any, least: float | None = None, *, above: float | None = N
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training has, whatever its method.
-
-    Raises:
-        ValueError: if a value is out of its range; the sentence names the field.
-    """
+    """What every training has, whatever its method; a value out of its range is a ValueError that names the field."""
 
     model: str = "small-world"
     """"small-world", a diffusers pipeline folder, or a hub id."""
@@ -90,11 +77,7 @@ class RunConfig:
                 raise ValueError(f"{f.name} must be {least:g} or above, got {value}")
 
     def samples_per_rank(self, ranks: int) -> int:
-        """Samples that one process works on at once.
-
-        Raises:
-            ValueError: if `batch_size` cannot be shared so.
-        """
+        """Samples that one process works on at once; a ValueError if `batch_size` cannot be shared so."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
@@ -123,21 +106,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """One training on prepared feedback.
-
-    Raises:
-        ValueError: if a value is out of its range; the sentence names the field.
-    """
+    """One training on prepared feedback."""
 
     prepared_dir: Path
     """Folder written by `dkto prepare`: latents and prompt embeddings of the feedback, of the same model."""
     output_dir: Path
     """Folder for metrics.jsonl, training.json, checkpoints and the tuned weights."""
     _: KW_ONLY
-    objective: Objective = "kto"
+    objective: Literal[*OFFLINE] = "kto"
     """kto (paper eq. 14-15); dpo on pairs (eq. 8; beta has no half here, so the published 5000 is 2500); sft on the
     liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2)."""
-    csft_style: CsftStyle = "prefix"
+    csft_style: Literal["prefix", "negative"] = "prefix"
     """For csft: prefix ("good image, " / "bad image, ", the paper) or negative ("Weird image. " on disliked ones)."""
     utility: str = "kahneman_tversky"
     """Name in dkto.objective.UTILITIES; the paper's choice is kahneman_tversky."""
@@ -147,11 +126,11 @@ class TrainConfig(RunConfig):
     """gamma, the chance that a drawn sample is a liked one, for kto. Paper 0.8; the released default is 0.5."""
     prompt_dropout: float = setting(0.0, 0, most=1)
     """Chance that a sample's prompt is replaced by the empty one. Paper silent; the released code 0.2."""
-    estimator: Estimator = "batch"
+    estimator: Literal["batch", "unrelated", "per_class", "zero"] = "batch"
     """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
     clamp: bool = True
     """Keep the reference point at or above 0 (paper 4.1)."""
-    timestep_sampling: TimestepSampling = "default"
+    timestep_sampling: Literal["default", "uniform", "logit_normal"] = "default"
     """Noise levels: uniform (paper), logit_normal (Stable Diffusion 3), or default, as the model was trained."""
     desirable_weight: float = setting(1.0, above=0)
     """Weight of liked samples, no unit. Paper 1."""
@@ -161,15 +140,15 @@ class TrainConfig(RunConfig):
     """Mirror every second image; needs `dkto prepare --flip`. Paper silent; released code: on."""
     gradient_accumulation: int = setting(1, above=0)
     """Micro-batches that a step is split into; the reference point is the mean over one of them. Paper 1."""
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the passes of policy and reference; what is trained stays float32. Released code: float16."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw (paper: Adam), or adamw8bit, moments of 8 bits, for GPUs with bitsandbytes (the released example)."""
     ema_decay: float = 0.0
     """Decay of an average of the trained weights that is written in their place, 0 for none. Paper: none."""
     compile: bool = False
     """torch.compile the policy on a GPU: slow first steps, faster ones after. Refused on a CPU; untried on a GPU."""
-    tracker: Tracker = "none"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Send the records to tensorboard, wandb or trackio as well; metrics.jsonl is written always."""
 
     def __post_init__(self) -> None:
@@ -206,18 +185,14 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class OnlineConfig(RunConfig):
-    """One training of AlignProp or D3PO, which draw their own images, on one process.
-
-    Raises:
-        ValueError: if a value is out of its range; the sentence names the field.
-    """
+    """One training of AlignProp or D3PO, which draw their own images, on one process."""
 
     prompts_file: Path
     """Training prompts, one a line; each step draws some of them."""
     output_dir: Path
     """Folder for metrics.jsonl, training.json, checkpoints and the tuned weights."""
     _: KW_ONLY
-    objective: OnlineObjective = "alignprop"
+    objective: Literal[*ONLINE] = "alignprop"
     """alignprop: the reward's gradient through the sampler; d3po: online pairs, paper eq. 9-10."""
     reward: str = "world_aesthetics"
     """Name of a scorer; for alignprop one that has a gradient."""
@@ -265,22 +240,13 @@ class OnlineConfig(RunConfig):
             raise ValueError(f"batch_size must be even for d3po, two images a prompt, got {self.batch_size}")
 
     def samples_per_rank(self, ranks: int) -> int:
-        """All of `batch_size`.
-
-        Raises:
-            ValueError: on more than one process.
-        """
+        """All of `batch_size`; a ValueError on more than one process."""
         if ranks != 1:
             raise ValueError(f"{self.objective} trains on one process, got {ranks}")
         return self.batch_size
 
     def prompts(self) -> list[str]:
-        """The training prompts.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it holds none.
-        """
+        """The training prompts; an error if there is no such file, or none in it."""
         if not self.prompts_file.is_file():
             raise FileNotFoundError(f"prompts_file {self.prompts_file} does not exist")
         prompts = [line.strip() for line in self.prompts_file.read_text(encoding="utf-8").split("\n") if line.strip()]

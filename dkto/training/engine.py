@@ -31,10 +31,6 @@ class Engine:
     autocast, frozen matrices are kept in the precision of the passes. accelerate's own mixed precision
     would reach the policy alone and has to stay off.
 
-    Args:
-        config: what to train and how.
-        model: whose denoiser.
-
     Raises:
         ValueError: if a package or device that the configuration asks for is not there, or accelerate was told to
             apply mixed precision itself.
@@ -88,7 +84,7 @@ class Engine:
         self.policy, self.prepared_optimizer = self.accelerator.prepare(self.pair.policy, self.optimizer)
         self.pair = replace(self.pair, policy=self.accelerator.unwrap_model(self.policy))
         if self.config.ema_decay and self.ema is None:
-            self.ema = make_ema(self.config, self.parameters)
+            self.ema = EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)  # begins at these weights
         if self.config.compile:
             self.policy = torch.compile(self.policy)
 
@@ -122,18 +118,18 @@ class Engine:
     @contextmanager
     def tracking(self) -> Iterator[None]:
         """A tracker that is open for the length of a `with` block, if the configuration asks for one."""
-        if self.config.tracker != "none":
-            self.accelerator.init_trackers("dkto", self.config.to_dict())
+        if self.config.tracker == "none":
+            yield
+            return
+        self.accelerator.init_trackers("dkto", self.config.to_dict())
         try:
             yield
         finally:
-            if self.config.tracker != "none":
-                self.accelerator.end_training()
+            self.accelerator.end_training()
 
     def track(self, record: dict) -> None:
         """Send a step's record to the tracker, if there is one."""
-        if self.config.tracker != "none":
-            self.accelerator.log(record, step=record["global_step"])
+        self.accelerator.log(record, step=record["global_step"])
 
     def gather(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Columns of the whole global batch on the CPU, from each micro-batch's share of this process, (B,) each."""
@@ -189,13 +185,22 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor] | None:
         """All weights of the policy where they are sharded over processes (every rank has to ask), else None."""
-        if self.sharded:
-            return self.accelerator.get_state_dict(self.policy)
-        return None
+        return self.accelerator.get_state_dict(self.policy) if self.sharded else None
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter, whole on the main process; every rank calls."""
-        return _moments(self) if self.accelerator.is_main_process or self.sharded else {}
+        if self.deepspeed or not (self.accelerator.is_main_process or self.sharded):
+            return {}
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_optimizer_state_dict(self.policy, self.optimizer, options=options)["state"]
+        else:
+            state = {name: self.optimizer.state[parameter] for name, parameter in self.pair.trainable().items()}
+        return {
+            f"{name}/{key}": torch.as_tensor(value).contiguous().clone()
+            for name, values in state.items()
+            for key, value in values.items()
+        }
 
     def write_state(self, folder: Path, moments: dict[str, Tensor]) -> None:
         """Write what a resumed training needs beside weights: moments, weight average, loss scale."""
@@ -233,9 +238,7 @@ class Engine:
 
     def peak_memory_mb(self) -> float:
         """Most memory that was ever held at once: of the GPU, or on a CPU of the process; MB of 2^20 bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return peak_memory_mb()
+        return torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else peak_memory_mb()
 
 
 def check_packages(config: RunConfig) -> None:
@@ -261,27 +264,6 @@ def make_optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.o
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
-
-
-def make_ema(config: RunConfig, parameters: list[nn.Parameter]) -> EMAModel:
-    """The weight average; it begins at the weights as they are."""
-    return EMAModel(parameters, decay=config.ema_decay, foreach=True)
-
-
-def _moments(engine: Engine) -> dict[str, Tensor]:
-    """The optimiser's state by parameter, whole on every rank."""
-    if engine.deepspeed:
-        return {}
-    if engine.sharded:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(engine.policy, engine.optimizer, options=options)["state"]
-    else:
-        state = {name: engine.optimizer.state[parameter] for name, parameter in engine.pair.trainable().items()}
-    return {
-        f"{name}/{key}": torch.as_tensor(value).contiguous().clone()
-        for name, values in state.items()
-        for key, value in values.items()
-    }
 
 
 def _restore_moments(engine: Engine, stored: dict[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from dkto.common.files import read_records
@@ -19,10 +18,8 @@ COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
 def config_arguments(config: RunConfig) -> list[str]:
     """The configuration as command-line arguments of `dkto train` or `dkto train-online`."""
     arguments = []
-    config = config.resolved()  # a utility defined as text here is unknown there
-    for field in fields(config):
-        value = getattr(config, field.name)
-        name = field.name.replace("_", "-")
+    for name, value in config.resolved().to_dict().items():  # a utility defined as text here is unknown there
+        name = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         else:
@@ -55,8 +52,7 @@ def start_training(
     It ends with the process that started it, however that ends, and with it all that it has started (Linux).
 
     Args:
-        config: what to train.
-        threads: CPU threads of each process.
+        config, threads: what to train, and CPU threads of each process.
         ranks: processes that share the training on this machine, under torchrun if more than 1.
         accelerate_config: a file for `accelerate launch` instead, see papermill_runs/profiles/accelerate.
 
@@ -86,7 +82,7 @@ def run_trainings(
     other is started.
 
     Args:
-        configs: one per training.
+        configs: one for each training.
         processes: how many run at a time, in the order given; 0 runs all at once.
         threads, ranks, accelerate_config: of each training, as in `start_training`.
         on_progress: called about once a second, for a live view.
@@ -128,6 +124,6 @@ def _failure(config: RunConfig, code: int) -> str:
 
 
 def _steps_done(config: RunConfig) -> int:
-    path = Path(config.output_dir) / "metrics.jsonl"
+    path = config.output_dir / "metrics.jsonl"
     records = read_records(path) if path.exists() else []
     return records[-1]["global_step"] if records else 0

@@ -106,17 +106,12 @@ def gradients_of(run: Run) -> dict[str, float]:
 
 
 def resume(run: Run, folder: RunFolder) -> None:
-    """Put a run where its last checkpoint left it, if there is one, and start its engine.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another configuration or other feedback.
-    """
-    found = folder.last_checkpoint()
-    if found is not None:
-        read_weights(run.engine.pair, found[0])
+    """Put a run where its last checkpoint left it, if there is one, and start its engine."""
+    checkpoint, state = folder.last_checkpoint() or (None, {})
+    if checkpoint is not None:
+        read_weights(run.engine.pair, checkpoint)
     run.engine.start()
-    if found is not None:
-        checkpoint, state = found
+    if checkpoint is not None:
         run.engine.load_state(checkpoint)
         run.progress = Progress(**{name: state[name] for name in vars(run.progress)})
 

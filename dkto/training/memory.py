@@ -36,42 +36,26 @@ from dkto.training.batches import Batch
 from dkto.training.step import denoising_errors
 
 GB = 2**30
-SDXL_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 
 
 @dataclass(frozen=True)
 class Size:
-    """A published denoiser: how it is configured, and what one sample of its conditioning looks like.
+    """A published denoiser: how it is configured, and what one sample of its conditioning looks like."""
 
-    Attributes:
-        title: name for tables.
-        model_class: whose passes it makes.
-        config: what differs from the class' defaults.
-        latents: (C, h, w) of one sample at the model's own resolution.
-        inputs: shape of each further input of one sample.
-    """
-
-    title: str
-    model_class: type[DiffusionModel]
-    config: dict
-    latents: tuple[int, int, int]
-    inputs: dict[str, tuple[int, ...]]
+    title: str  # name for tables
+    model_class: type[DiffusionModel]  # whose passes it makes
+    config: dict  # what differs from the class' defaults
+    latents: tuple[int, int, int]  # (C, h, w) of one sample at the model's own resolution
+    inputs: dict[str, tuple[int, ...]]  # shape of each further input of one sample
 
 
 SIZES = {
     "small-world": Size(
         "small world",
         StableDiffusion,
-        {
-            "sample_size": 16,
-            "block_out_channels": (32, 64, 128),
-            "layers_per_block": 1,
-            "cross_attention_dim": 96,
-            "attention_head_dim": 4,
-            "norm_num_groups": 8,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        },
+        {"sample_size": 16, "block_out_channels": (32, 64, 128), "layers_per_block": 1, "cross_attention_dim": 96}
+        | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 4}
+        | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8},
         (4, 16, 16),
         {"encoder_hidden_states": (24, 96)},
     ),
@@ -85,32 +69,20 @@ SIZES = {
     "sdxl": Size(
         "SDXL",
         StableDiffusionXL,
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": SDXL_BLOCKS,
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
+        {"sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20)}
+        | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
+        | {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+        | {"transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048, "use_linear_projection": True}
+        | {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        | {"projection_class_embeddings_input_dim": 2816},
         (4, 128, 128),
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
     ),
     "sd3": Size(
         "Stable Diffusion 3 medium",
         StableDiffusion3,
-        {
-            "sample_size": 128,
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 192,
-        },
+        {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
+        | {"caption_projection_dim": 1536, "pos_embed_max_size": 192},
         (16, 128, 128),
         {"encoder_hidden_states": (154, 4096), "pooled_projections": (2048,)},
     ),
@@ -118,11 +90,7 @@ SIZES = {
 
 
 def build_denoiser(name: str, device: str = "meta") -> nn.Module:
-    """A denoiser of a published size with random weights, on "meta" without any.
-
-    Raises:
-        ValueError: for a name that is not in `SIZES`.
-    """
+    """A denoiser of a published size, a key of `SIZES`, with random weights, on "meta" without any."""
     check_name("size", name, SIZES)
     with torch.device(device):
         return SIZES[name].model_class.denoiser_class(**SIZES[name].config)
@@ -172,13 +140,11 @@ class CountBytes(TorchDispatchMode):
 
     def _meet(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._part, size)
+        if storage not in self._known:
+            self._known[storage] = size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._part, size)
 
     def _part(self, size: int) -> None:
         self.now -= size
@@ -197,12 +163,7 @@ def _give_shapes(module: nn.Module) -> None:
 
 
 def step_memory(
-    name: str,
-    batch: int = 1,
-    *,
-    lora_rank: int = 0,
-    precision: str = "float32",
-    gradient_checkpointing: bool = False,
+    name: str, batch: int = 1, *, lora_rank: int = 0, precision: str = "float32", gradient_checkpointing: bool = False
 ) -> float:
     """Most memory that one process holds at once in a step, GB of 2^30 bytes, computed.
 
@@ -218,7 +179,7 @@ def step_memory(
     """
     if batch < 1:
         raise ValueError(f"batch must be 1 or more, got {batch}")
-    dtype, size = getattr(torch, precision), SIZES.get(name)
+    dtype = getattr(torch, precision)
     pair = make_policy(build_denoiser(name), lora_rank, seed=0, frozen_dtype=dtype)
     if gradient_checkpointing:
         pair.policy.enable_gradient_checkpointing()
@@ -230,28 +191,20 @@ def step_memory(
         for parameter in pair.trainable().values():  # as after a first step
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        run_step(size, pair, optimizer, batch, dtype)
+        run_step(SIZES[name], pair, optimizer, batch, dtype)
     return count.peak / GB
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One line of the table: what is trained how, what it takes, and the largest batch of each card.
+    """One line of the table: what is trained how, what it takes, and the largest batch of each GPU."""
 
-    Attributes:
-        model: key of `SIZES`.
-        lora_rank: 0 for full fine-tuning.
-        parameters: of the denoiser, in millions; `trained`, those that are trained.
-        gb: memory by batch, GB of 2^30 bytes.
-        largest_batch: samples by GB of the card; 0 where not even one fits.
-    """
-
-    model: str
-    lora_rank: int
-    parameters: float
-    trained: float
-    gb: dict[int, float]
-    largest_batch: dict[int, int]
+    model: str  # key of `SIZES`
+    lora_rank: int  # 0 for full fine-tuning
+    parameters: float  # of the denoiser, in millions
+    trained: float  # of them, in millions
+    gb: dict[int, float]  # memory by batch, GB of 2^30 bytes
+    largest_batch: dict[int, int]  # samples by GB of the GPU; 0 where not even one fits
 
 
 def largest_batch(memory: Callable[[int], float], limit: float, most: int = 512) -> int:
@@ -332,10 +285,6 @@ def measured_step_memory(
     name: str, *, batch: int = 1, lora_rank: int = 0, precision: str = "float32", threads: int = 1
 ) -> float:
     """The same measured on this CPU: growth of the resident memory of a process of its own, GB of 2^30 bytes (Linux).
-
-    Args:
-        name, batch, lora_rank, precision: as in `step_memory`.
-        threads: CPU threads.
 
     Raises:
         RuntimeError: if the process ends badly, for instance for want of memory.

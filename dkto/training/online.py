@@ -31,36 +31,30 @@ PROMPTS, NOISE, CHAIN_STEPS = 21, 22, 23  # streams of random numbers
 class OwnImages:
     """What an online step learns from: images that the policy draws, with everything that drawing needs, on one device.
 
-    Args:
-        model: epsilon or v prediction.
-        prompts: those of a step are encoded when it is their turn, so that their number costs no memory.
-        device: where it runs.
-        scorer: AlignProp's reward on pixels.
+    The prompts of a step are encoded when it is their turn, so that their number costs no memory.
 
     Raises:
-        ValueError: if the model predicts neither; flows have another chain.
+        ValueError: for a flow model, which has another chain.
     """
 
     def __init__(
-        self,
-        model: StableDiffusion,
-        prompts: Sequence[str],
-        device: torch.device,
-        scorer: PixelScorer | None = None,
+        self, model: StableDiffusion, prompts: Sequence[str], device: torch.device, scorer: PixelScorer | None = None
     ) -> None:
         if not isinstance(model, StableDiffusion):
             known = "Stable Diffusion 1.x, 2.x and XL"
             raise ValueError(f"AlignProp and D3PO draw by DDIM, which {model.folder} cannot; expected {known}")
         self.model, self.prompts, self.device, self.scorer = model, list(prompts), device, scorer
-        self._tokenizer, encoder = model.load_text()
-        self._encoder = encoder.to(device)
+        self._tokenizer, self._encoder = model.load_text()
+        self._encoder.to(device)
         self._empty = self._encode([""])
         self.vae = model.load_vae().to(device)
 
-    def latent_shape(self, denoiser: torch.nn.Module) -> tuple[int, int, int]:
-        """(C, h, w) of the latents."""
-        size = denoiser.config.sample_size
-        return (denoiser.config.in_channels, size, size)
+    def open_step(self, run: Run) -> tuple[Chain, list[str], Tensor]:
+        """Chain and prompts of a step, one an image, and the noise, see `draw_noise`."""
+        config, step, shape = run.config, run.progress.global_step, run.engine.pair.policy.config
+        rows = draw_rows(config, len(self.prompts), step)
+        noise = draw_noise(config, step, (shape.in_channels, shape.sample_size, shape.sample_size))
+        return self.chain(rows, config), [self.prompts[row] for row in rows], noise.to(self.device)
 
     def chain(self, rows: np.ndarray, config: OnlineConfig) -> Chain:
         """A chain for the prompts of some rows."""
@@ -73,19 +67,16 @@ class OwnImages:
         return {name: value.to(self.device) for name, value in encoded.items()}
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents to (B, 3, H, W) pictures in [0, 1], with gradient."""
+        """(B, C, h, w) latents to (B, 3, H, W) images in [0, 1], with gradient."""
         scaled = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        if torch.is_grad_enabled():
-            pictures = checkpoint(lambda x: self.vae.decode(x).sample, scaled, use_reentrant=False)
-        else:
-            pictures = self.vae.decode(scaled).sample
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        images = checkpoint(lambda x: self.vae.decode(x).sample, scaled, use_reentrant=False)
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 def to_images(pixel_values: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] to pictures, rounded to 8 bits."""
+    """(B, 3, H, W) in [0, 1] to images, rounded to 8 bits."""
     pixels = (pixel_values.detach().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def open_online(config: OnlineConfig) -> Run:
@@ -117,14 +108,12 @@ def draw_noise(config: OnlineConfig, step: int, shape: tuple[int, ...]) -> Tenso
 
 
 def alignprop_step(run: Run) -> dict[str, float]:
-    """One batch of pictures and the gradient of minus their mean reward; returns the measures."""
-    config, online, pair, step = run.config, run.batches, run.engine.pair, run.progress.global_step
-    rows = draw_rows(config, len(online.prompts), step)
-    noise = draw_noise(config, step, online.latent_shape(pair.policy)).to(online.device)
-    chain = online.chain(rows, config)
+    """One batch of images and the gradient of minus their mean reward; returns the measures."""
+    config, online, pair = run.config, run.batches, run.engine.pair
+    chain, prompts, noise = online.open_step(run)
     for last in chain.draw(pair.policy, noise, config.backprop_steps):
         latents = last
-    rewards = online.scorer(online.decode(latents), [online.prompts[row] for row in rows])
+    rewards = online.scorer(online.decode(latents), prompts)
     if rewards.shape != (config.batch_size,) or not rewards.requires_grad:
         raise ValueError(
             f"reward {config.reward} must return ({config.batch_size},) values with gradient, "
@@ -138,21 +127,20 @@ def alignprop_step(run: Run) -> dict[str, float]:
 def d3po_step(run: Run) -> dict[str, float]:
     """One batch of pairs and the gradient of D3PO's loss over their chains; returns the measures.
 
-    Of each pair the picture with the higher reward is chosen; a tie teaches nothing.
+    Of each pair the image with the higher reward is chosen; a tie teaches nothing.
 
         loss = -log sigmoid(beta * (log ratio(chosen) - log ratio(rejected))), mean over pairs and steps
     """
-    config, online, pair, step = run.config, run.batches, run.engine.pair, run.progress.global_step
-    rows = draw_rows(config, len(online.prompts), step)
-    noise = draw_noise(config, step, online.latent_shape(pair.policy)).to(online.device)
-    chain = online.chain(rows, config)
+    config, online, pair = run.config, run.batches, run.engine.pair
+    chain, prompts, noise = online.open_step(run)
     with torch.no_grad():
         states = list(chain.draw(pair.policy, noise))
         images = to_images(online.decode(states[-1]))
-    rewards = score(config.reward, images, [online.prompts[row] for row in rows])
+    rewards = score(config.reward, images, prompts)
     sign = torch.from_numpy(np.sign(rewards[0::2] - rewards[1::2])).float().to(online.device)
     probable = [index for index, which in enumerate(chain.steps) if which.std > 0]  # a last step may add no noise
-    order = stream(config.seed, step, CHAIN_STEPS).permutation(probable)[: config.chain_steps or None]
+    shuffled = stream(config.seed, run.progress.global_step, CHAIN_STEPS).permutation(probable)
+    order = shuffled[: config.chain_steps or None]
     losses, right, clipped = [], [], []
     for index in sorted(order.tolist()):
         before, after, which = states[index], states[index + 1], chain.steps[index]

@@ -18,11 +18,7 @@ from dkto.training.config import TrainConfig
 
 
 def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAndReference]:
-    """Configuration, model, and policy with its reference, of a finished run.
-
-    Raises:
-        FileNotFoundError: if the folder holds no finished run.
-    """
+    """Configuration, model, and policy with its reference, of a finished run; FileNotFoundError if there is none."""
     folder = Path(folder)
     record = folder / TRAINING_RECORD
     about = read_json(record, "record of a training") if record.exists() else {}
@@ -94,11 +90,8 @@ def margin_interval(rewards: np.ndarray, is_desirable: np.ndarray, confidence: f
 
     Args:
         rewards: (N, draws) rewards or gaps.
-        is_desirable: (N,) bool, at least 2 rows of each class.
+        is_desirable: (N,) bool; fewer than 2 rows of a class are a ValueError.
         confidence: of the interval, in (0, 1).
-
-    Raises:
-        ValueError: if a class has fewer than 2 rows.
 
     >>> margin_interval(np.array([[3.0], [5.0], [0.0], [2.0]]), np.array([True, True, False, False])).mean
     3.0

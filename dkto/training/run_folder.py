@@ -44,11 +44,7 @@ class RunFolder:
         return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
 
     def is_finished(self) -> bool:
-        """Whether this very configuration was trained to its end here.
-
-        Raises:
-            ValueError: if another one was, or on other feedback; the sentence names what differs.
-        """
+        """Whether this very configuration was trained to its end here; ValueError for another or other feedback."""
         path = self.path / TRAINING_RECORD
         if not path.exists():
             former = self.path / FORMER_RECORD
@@ -103,11 +99,7 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def last_checkpoint(self) -> tuple[Path, dict] | None:
-        """The last complete checkpoint and its state, or None.
-
-        Raises:
-            ValueError: if it belongs to another configuration or other feedback; the sentence names what differs.
-        """
+        """The last complete checkpoint and its state, or None; ValueError for another configuration or feedback."""
         found = self.checkpoints()
         if not found:
             return None

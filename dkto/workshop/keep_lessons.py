@@ -59,7 +59,7 @@ def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
-def is_current(lesson: Path, record: Path) -> bool:
+def is_current(lesson: str | Path, record: Path) -> bool:
     """Whether a kept run, known by its `run.json`, is of the lesson's present code."""
     return read_json(record, "record of a run", ["source_hash"])["source_hash"] == source_hash(lesson)
 
@@ -67,8 +67,7 @@ def is_current(lesson: Path, record: Path) -> bool:
 def refresh(root: Path = ROOT) -> list[str]:
     """Bring prose and imports of the kept notebooks up to the lessons', where the code is the same; nothing is run.
 
-    Returns:
-        The lessons whose kept notebook was changed.
+    Returns the lessons whose kept notebook was changed.
     """
     changed = []
     for name, path in _lessons(root).items():
@@ -85,11 +84,7 @@ def refresh(root: Path = ROOT) -> list[str]:
 
 
 def refreshed(executed: dict, lesson: dict) -> dict:
-    """The lesson's cells with the outputs of an executed copy whose code cells are the same, imports aside.
-
-    Raises:
-        ValueError: if the copy has another number of code cells.
-    """
+    """The lesson's cells with the outputs of an executed copy whose code cells are the same, imports aside."""
     ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
     given = [cell for cell in ran if "injected-parameters" in cell["metadata"].get("tags", [])]
     ran = [cell for cell in ran if cell not in given]
@@ -111,10 +106,9 @@ def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
     inputs = {name: _inputs(parameters, home) for name, parameters in declared.items()}
     runs = []
     for name in TopologicalSorter({name: sorted(read.values()) for name, read in inputs.items()}).static_order():
-        given = HANDS.get(name, {})
+        given, notebook = HANDS.get(name, {}), str(_lessons(root)[name].relative_to(root))
         values = {key: parameter.default for key, parameter in declared[name].items()} | given
         own = {key: value for key, value in values.items() if key not in {"output_dir", *inputs[name]}}
-        notebook = str(_lessons(root)[name].relative_to(root))
         runs.append(PlannedRun(name, notebook, given, own, inputs[name], Resources()))
     return Plan("reference", OUTPUTS / "reference", tuple(runs)).only(names)
 
@@ -133,14 +127,10 @@ def _inputs(parameters: dict[str, Parameter], home: dict[str, str]) -> dict[str,
 def make_reference(root: Path = ROOT) -> list[str]:
     """Run what is missing or outdated and keep it; what has run in `outputs/reference` before is not run again.
 
-    Args:
-        root: the checkout, which must be the working directory.
-
-    Returns:
-        The lessons whose reference was made.
+    Returns the lessons whose kept run was made.
 
     Raises:
-        ValueError: outside the checkout.
+        ValueError: if the checkout, `root`, is not the working directory.
         RuntimeError: if a lesson fails; the others are kept.
     """
     if Path.cwd() != root.resolve():
@@ -169,12 +159,9 @@ def _make_example(root: Path, kept: Path) -> None:
     if not sweep.is_file():
         return
     plan = read_sweep(sweep)
-    hashes = {run.name: source_hash(run.notebook) for run in plan.runs}
-    records = [kept / name / RECORD_NAME for name in hashes]
-    if all(p.is_file() for p in records):
-        stored = [read_json(path, "record of a run", ["source_hash"])["source_hash"] for path in records]
-        if stored == list(hashes.values()):
-            return
+    records = [(run.notebook, kept / run.name / RECORD_NAME) for run in plan.runs]
+    if all(record.is_file() and is_current(notebook, record) for notebook, record in records):
+        return
     run_sweep(plan, redo=True)
     shutil.rmtree(kept, ignore_errors=True)
     for run in plan.runs:
@@ -207,15 +194,10 @@ def _replacing(kept: Path) -> Iterator[Path]:
 def keep_paper(folder: Path, kept: Path) -> list[str]:
     """Copy numbers and tables of a replay's finished runs, and those of the whole if all ran; all or nothing.
 
-    Args:
-        folder: of the profile, see `dkto.paper.replay.run_paper`.
-        kept: where they are kept; what was there of another replay goes.
-
-    Returns:
-        The names of the runs.
+    Returns the names of the runs. `kept` loses what was there of another replay.
 
     Raises:
-        FileNotFoundError: if no run has finished there.
+        FileNotFoundError: if no run has finished in `folder`, that of a profile of `dkto.paper.replay.run_paper`.
     """
     runs = list(results_of(folder)[0])
     if not runs:

@@ -18,7 +18,6 @@ from dkto.runs.table import (
     pivot_runs,
     plot_over_seeds,
     read_runs,
-    read_steps,
     varying_parameters,
 )
 
@@ -150,13 +149,3 @@ def test_the_difference_of_two_runs_is_what_differs_and_nothing_else(runs, tmp_p
     ]
     with pytest.raises(ValueError, match=r"two runs are compared, but .* hold 13"):
         diff_runs(runs, first)
-
-
-def test_step_records_of_all_trainings_below_a_folder(tmp_path):
-    for name in ("kto", "sft"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text('{"global_step": 1, "loss": 0.5}\n{"global_step": 2, "los')
-    steps = read_steps(tmp_path)
-    assert list(steps["training"]) == ["kto", "sft"] and list(steps["loss"]) == [0.5, 0.5]
-    with pytest.raises(ValueError, match=r"no metrics.jsonl below"):
-        read_steps(tmp_path / "none")
