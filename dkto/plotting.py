@@ -1,4 +1,4 @@
-"""Figures: each function takes axes or makes them, draws, and returns them; none calls show.
+"""Figures: each function takes axes (`ax`) or makes them, draws, and returns them; none calls show.
 
 Colour follows role everywhere: pretraining grey, desirable blue, undesirable vermilion, model samples
 black. Utilities have colours that no role has. Hues are safe for colour-blind readers (Okabe and Ito;
@@ -6,7 +6,8 @@ Tol for registered utilities), sizes meant for a notebook about 7 inches wide.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -45,6 +46,7 @@ NOTEBOOK_WIDTH = 7.0  # inches
 CAPTION_SIZE = 7.0  # points
 LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
 REWARD_AXIS = "implicit reward"
+GAINS = torch.linspace(-6, 6, 401, dtype=torch.float64)
 LEGEND = {"fontsize": "x-small", "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
 
 
@@ -57,6 +59,12 @@ def display_name(name: str) -> str:
     return (UTILITIES.get(name) or METHODS.get(name) or SimpleNamespace(title=name)).title
 
 
+def utility_colours(names: Iterable[str]) -> dict[str, str]:
+    """Colours of utilities by name; registered ones take spare colours in turn."""
+    registered = [name for name in names if name not in UTILITY_COLOURS]
+    return UTILITY_COLOURS | dict(zip(registered, cycle(REGISTERED_COLOURS), strict=False))
+
+
 def plot_utilities(
     utilities: Sequence[str | Utility] = PAPER_UTILITIES, x: Tensor | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -65,14 +73,12 @@ def plot_utilities(
     Args:
         utilities: names or `Utility` objects.
         x: (N,) gains and losses, in implicit reward; 401 points on [-6, 6] if left out.
-        ax: axes to draw on, made if left out.
     """
-    x = _default_range() if x is None else x
-    ax = _draw_curves([(u, u.value(x)) for u in map(get_utility, utilities)], x, ax)
-    ax.set_ylabel("utility U (no unit)")
+    x = GAINS if x is None else x
     most = 1.15 * float(x.abs().max())
-    _cut_off(ax, -most, most)
-    return ax
+    return _draw_curves(
+        [(u, u.value(x)) for u in map(get_utility, utilities)], x, ax, "utility U (no unit)", -most, most
+    )
 
 
 def plot_slopes(
@@ -80,29 +86,15 @@ def plot_slopes(
 ) -> Axes:
     """U', the weight with which the model learns from a sample (paper Figure 8); slopes above 2 are cut off.
 
-    Args:
-        utilities: names or `Utility` objects.
-        x: (N,) gains and losses, in implicit reward; 401 points on [-6, 6] if left out.
-        ax: axes to draw on, made if left out.
+    Arguments as of `plot_utilities`.
     """
-    x = _default_range() if x is None else x
-    ax = _draw_curves([(u, u.slope(x)) for u in map(get_utility, utilities)], x, ax)
-    ax.set_ylabel("slope U' (per unit of implicit reward)")
-    _cut_off(ax, -0.1, 2.0)
-    return ax
+    x, label = GAINS if x is None else x, "slope U' (per unit of implicit reward)"
+    return _draw_curves([(u, u.slope(x)) for u in map(get_utility, utilities)], x, ax, label, -0.1, 2.0)
 
 
-def weight_at(
-    x: Tensor,
-    liked: bool,
-    utility: str | Utility,
-    reference_point: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
+def weight_at(x: Tensor, liked: bool, utility: str | Utility, reference_point: float, **weights: float) -> Tensor:
     """`dkto.objective.losses.effective_weight` of liked, or of disliked, samples with implicit rewards x; as `x`."""
     labels, point = torch.full_like(x, liked, dtype=torch.bool), torch.tensor(reference_point, dtype=x.dtype)
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     return effective_weight(x, labels, point, utility, **weights)
 
 
@@ -117,18 +109,12 @@ def plot_sample_weights(
 ) -> Axes:
     """How hard a liked and a disliked sample pull on the denoising error (`dkto.objective.losses.effective_weight`).
 
-    Args:
-        utility: name or `Utility`.
-        x: (N,) implicit rewards; 401 points on [-6, 6] if left out.
-        ax: axes to draw on, made if left out.
-        reference_point: an implicit reward.
-        desirable_weight, undesirable_weight: class weights, no unit.
+    The rewards `x`, (N,), are 401 points on [-6, 6] if left out; the reference point is an implicit reward too.
     """
-    ax = _axes(ax)
-    utility = get_utility(utility)
-    x = _default_range() if x is None else x
+    ax, utility, x = _axes(ax), get_utility(utility), GAINS if x is None else x
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     for role, liked, label in (("desirable", True, "a liked sample"), ("undesirable", False, "a disliked sample")):
-        weight = weight_at(x, liked, utility, reference_point, desirable_weight, undesirable_weight)
+        weight = weight_at(x, liked, utility, reference_point, **weights)
         ax.plot(x, weight, color=COLOURS[role], lw=2, label=label)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":", label="reference point")
@@ -158,10 +144,8 @@ def plot_reward_weights(
     of the weight is scaled to the figure.
 
     Args:
-        rewards: (N,) implicit rewards.
-        is_desirable: (N,) bool.
+        rewards, is_desirable: (N,) implicit rewards and bools.
         utility: name or `Utility`.
-        ax: axes to draw on, made if left out.
         reference_point: an implicit reward.
         desirable_weight, undesirable_weight: class weights, no unit.
         limit: half width of the drawn range; rewards outside are counted in a note.
@@ -170,9 +154,10 @@ def plot_reward_weights(
     ax, x = _axes(ax), torch.linspace(-limit, limit, 401, dtype=torch.float64)
     edges = np.linspace(-limit, limit, 41)
     middles = torch.from_numpy((edges[:-1] + edges[1:]) / 2)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
 
     def weight(at: Tensor, liked: bool) -> np.ndarray:
-        return weight_at(at, liked, utility, reference_point, desirable_weight, undesirable_weight).numpy()
+        return weight_at(at, liked, utility, reference_point, **weights).numpy()
 
     largest, top = max(np.abs(weight(x, liked)).max() for liked in (True, False)), 0.05
     for role, liked, label in (("desirable", True, "liked"), ("undesirable", False, "disliked")):
@@ -204,10 +189,7 @@ def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[A
     Args:
         records: step records of `dkto.training.loop.train`; a key that a record lacks is skipped in that step.
         window: records under the running mean, 1 or more.
-        axes: two axes, made if left out.
-
-    Returns:
-        The two axes: loss, rewards.
+        axes: two axes, for loss and rewards, made if left out.
 
     Raises:
         ValueError: if there is no record, or not two axes.
@@ -254,8 +236,7 @@ def image_grid(
 
     Args:
         rows: equally long rows of PIL images or uint8 arrays (H, W, 3); one row per method, say.
-        row_labels: name of each row, or none.
-        column_labels: prompt of each column, or none.
+        row_labels, column_labels: name of each row and prompt of each column, or none.
         ax: axes to draw on, made as wide as a notebook at the most if left out.
 
     Raises:
@@ -293,14 +274,9 @@ def image_grid(
 
 
 def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = None) -> Axes:
-    """Win-rates with their intervals beside the line of equal chances.
+    """Win-rates, by label from top to bottom, with their intervals beside the line of equal chances.
 
-    Args:
-        results: label and win-rate of each row, from top to bottom.
-        ax: axes to draw on, made if left out.
-
-    Raises:
-        ValueError: if there is no result.
+    No result raises a ValueError.
     """
     if not results:
         raise ValueError("results must hold at least one win-rate, got none")
@@ -323,12 +299,7 @@ def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = Non
 def plot_preferences(results: Sequence[tuple[str, str, WinRate]], ax: Axes | None = None) -> Axes:
     """Who was preferred in blind comparisons, as bars (paper Figure 3), with the interval that the figure lacks.
 
-    Args:
-        results: ours, theirs and our win-rate, one for each opponent.
-        ax: axes to draw on, made if left out.
-
-    Raises:
-        ValueError: if there is no result.
+    Each result is ours, theirs and our win-rate. No result raises a ValueError.
     """
     if not results:
         raise ValueError("results must hold at least one comparison, got none")
@@ -336,10 +307,9 @@ def plot_preferences(results: Sequence[tuple[str, str, WinRate]], ax: Axes | Non
     ticks, labels = [], []
     for at, (ours, theirs, result) in enumerate(results):
         low, high = 100 * (result.rate - result.low), 100 * (result.high - result.rate)
-        sides = ((-0.2, ours, result.rate, "desirable", [[low], [high]]),)
-        sides += ((0.2, theirs, 1 - result.rate, "pretraining", [[high], [low]]),)
-        for shift, name, share, role, error in sides:
-            hatch = "" if role == "desirable" else "//"
+        left = (-0.2, ours, result.rate, "desirable", "", [[low], [high]])
+        right = (0.2, theirs, 1 - result.rate, "pretraining", "//", [[high], [low]])
+        for shift, name, share, role, hatch, error in (left, right):
             ax.bar(at + shift, 100 * share, 0.38, color=COLOURS[role], hatch=hatch, edgecolor="white")
             ax.errorbar(at + shift, 100 * share, error, color=COLOURS["model"], capsize=4, lw=1.4)
             ticks.append(at + shift)
@@ -355,21 +325,19 @@ def _axes(ax: Axes | None, width: float = 4.6, height: float = 3.2) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
-def _default_range() -> Tensor:
-    return torch.linspace(-6, 6, 401, dtype=torch.float64)
-
-
-def _draw_curves(curves: Sequence[tuple[Utility, Tensor]], x: Tensor, ax: Axes | None) -> Axes:
-    ax = _axes(ax)
-    registered = [utility.name for utility, _ in curves if utility.name not in UTILITY_COLOURS]
-    spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
+def _draw_curves(
+    curves: Sequence[tuple[Utility, Tensor]], x: Tensor, ax: Axes | None, label: str, low: float, high: float
+) -> Axes:
+    ax, colours = _axes(ax), utility_colours([utility.name for utility, _ in curves])
     for utility, y in curves:
         style = "--" if utility.name in DASHED else "-"
-        ax.plot(x, y, style, label=utility.title, color=(UTILITY_COLOURS | spare)[utility.name], lw=2)
+        ax.plot(x, y, style, label=utility.title, color=colours[utility.name], lw=2)
     ax.axvline(0, color="0.8", lw=0.8, zorder=0)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.set_xlabel("gain or loss (implicit reward − reference point)", fontsize="small")
+    ax.set_ylabel(label)
     ax.legend(**LEGEND)
+    _cut_off(ax, low, high)
     return ax
 
 

@@ -56,8 +56,8 @@ def format_headline(metrics: dict[str, float]) -> str:
         row = {"method": name}
         for title, measure, scale, digits in columns:
             values = [metrics.get(f"{measure}/{name}{end}") for end in ("", "/low", "/high")]
-            shown = [f"{scale * value:.{digits}f}" if value is not None else "-" for value in values]
-            row[title] = "-" if values[0] is None else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+            mean, *ends = [f"{scale * value:.{digits}f}" if value is not None else "-" for value in values]
+            row[title] = "-" if values[0] is None else f"{mean} [{', '.join(ends)}]"
         rows.append(row | {"diverged": int(metrics[f"diverged/{name}"])})
     return pd.DataFrame(rows).to_string(index=False)
 

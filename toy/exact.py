@@ -18,8 +18,7 @@ from toy.sampling import SAMPLERS
 from toy.schedule import Schedule
 from toy.world import DESIRABLE, ORIGIN, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
 
-REWARD_SLOPE = (0.0, 4.0)
-"""Gradient of log p_desirable - log p_undesirable in model units: 20 y is 4 z_y."""
+REWARD_SLOPE = (0.0, 4.0)  # gradient of log p_desirable - log p_undesirable in model units: 20 y is 4 z_y
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,7 @@ def output_law(denoiser: AffineDenoiser, schedule: Schedule, sampler: str = "anc
         x' = scale * (x - gain * (slope x + offset)) + std * noise
 
     Compare a trained model with this law, not with its target: with few steps the spread is a few percent short.
-
-    Args:
-        denoiser: affine.
-        schedule: noise levels.
-        sampler: "ancestral" or "ddim".
-
-    Raises:
-        ValueError: for another sampler.
+    The sampler is "ancestral" or "ddim"; another one raises a ValueError.
     """
     check_name("sampler", sampler, SAMPLERS)
     mean, variance = torch.zeros(2, dtype=torch.float64), 1.0
@@ -77,10 +69,6 @@ def dpo_optimum(schedule: Schedule, beta: float) -> AffineDenoiser:
 
     With shared noise and timestep the reward difference of a pair is linear in the points' difference, and this
     shift makes it the difference of the true rewards. It grows as 1/sqrt(abar) towards pure noise.
-
-    Args:
-        schedule: noise levels.
-        beta: reward scale, > 0.
     """
     reference = exact_denoiser(Gaussian((0.0, 0.0), 1.0), schedule)
     abar = schedule.alphas_cumprod
@@ -90,11 +78,9 @@ def dpo_optimum(schedule: Schedule, beta: float) -> AffineDenoiser:
 
 @dataclass(frozen=True)
 class PolicyOptimum:
-    """The best Gaussian policy with exact likelihoods, in paper units.
+    """The best Gaussian policy with exact likelihoods: mean and std of each coordinate in paper units.
 
-    Attributes:
-        mean, std: of each coordinate.
-        reference_point: in units of the log-likelihood ratio; what was given, or the best where it was free.
+    The reference point, in units of the log-likelihood ratio, is the given one, or the best where it was free.
     """
 
     mean: tuple[float, float]
@@ -130,9 +116,9 @@ def policy_optimum(
     def loss_of(parameters: Tensor) -> Tensor:
         chosen, rejected = (beta * _log_ratio(points, parameters) for points, _ in (liked, disliked))
         if objective == "dpo":
-            gap = chosen[:, None] - rejected[None]
+            gap = (chosen[:, None] - rejected[None])[..., None]
             weight = liked[1][:, None] * disliked[1][None]
-            right, wrong = (dpo_loss(sign * gap[..., None], torch.zeros_like(gap)[..., None]) for sign in (1, -1))
+            right, wrong = (dpo_loss(sign * gap, torch.zeros_like(gap)) for sign in (1, -1))
             return (weight * ((1 - flip_rate) * right + flip_rate * wrong)).sum()
         point = beta * (parameters[4] if free else torch.tensor(float(reference_point), dtype=torch.float64))
         total = torch.zeros((), dtype=torch.float64)
@@ -140,13 +126,11 @@ def policy_optimum(
             (chosen, liked, True, desirable_fraction),
             (rejected, disliked, False, 1 - desirable_fraction),
         ):
+            shifted = rewards - point  # the point is subtracted here so that it may be optimised
             for label, chance in ((truth, 1 - flip_rate), (not truth, flip_rate)):
                 if chance and share:
-                    shifted = rewards - point  # the point is subtracted here so that it may be optimised
                     labels = torch.full(shifted.shape, label)
-                    losses = kto_loss(
-                        shifted, labels, torch.zeros((), dtype=torch.float64), objective, reduction="none"
-                    )
+                    losses = kto_loss(shifted, labels, total.new_zeros(()), objective, reduction="none")
                     total = total + share * chance * (weight * losses).sum()
         return total
 

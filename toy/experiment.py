@@ -24,29 +24,17 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Experiment:
-    """Trained and measured methods; "base", the pretrained model, is the first of them.
+    """Trained and measured methods; "base", the pretrained model, is the first of them."""
 
-    Attributes:
-        methods: by name, without the base.
-        seeds: S.
-        recipe: sizes and rates.
-        points: (1 + K, S, N, 2) samples in paper units, base first.
-        measures: each (1 + K, S), see `toy.measures.measure_points`; "pair_accuracy" etc. are NaN for the base.
-        policy: K x S members, method after method.
-        reference: S members.
-        records: of the tuning, (K, S) each.
-        seconds: wall time of training and sampling, and of measuring.
-    """
-
-    methods: Mapping[str, Method]
-    seeds: Sequence[int]
+    methods: Mapping[str, Method]  # K, without the base
+    seeds: Sequence[int]  # S
     recipe: Recipe
-    points: Tensor
-    measures: Mapping[str, Tensor]
-    policy: Ensemble
-    reference: Ensemble
-    records: Sequence[Record]
-    seconds: Mapping[str, float]
+    points: Tensor  # (1 + K, S, N, 2) samples in paper units, base first
+    measures: Mapping[str, Tensor]  # (1 + K, S) each, see `measure_points`; "pair_accuracy" etc. are NaN for the base
+    policy: Ensemble  # K x S members, method after method
+    reference: Ensemble  # S members
+    records: Sequence[Record]  # of the tuning
+    seconds: Mapping[str, float]  # wall time of training and sampling ("ensemble"), and of measuring ("measures")
 
     @property
     def names(self) -> list[str]:
@@ -64,12 +52,7 @@ class Experiment:
         return has_diverged(self.measures)
 
     def estimate(self, measure: str, method: str) -> Estimate:
-        """A measure of a method over seeds.
-
-        Raises:
-            KeyError: if there is no such measure.
-            ValueError: if there is no such method.
-        """
+        """A measure of a method over seeds; a KeyError for an unknown measure, a ValueError for an unknown method."""
         row = self.names.index(method)
         return over_seeds(self.measures[measure][row], self.diverged[row], bounds_of(measure))
 
@@ -82,14 +65,9 @@ class Experiment:
 
     def table(self, measures: Sequence[str] = ("kl", "undesirable_share", "off_manifold_share")) -> pd.DataFrame:
         """Estimates as text, a row a method, with the number of diverged seeds in a column of its own."""
-        rows = {
-            name: {
-                **{measure: self.text(measure, name) for measure in measures},
-                "diverged": f"{int(self.diverged[row].sum())} of {len(self.seeds)}",
-            }
-            for row, name in enumerate(self.names)
-        }
-        return pd.DataFrame(rows).T
+        rows = [[self.text(measure, name) for measure in measures] for name in self.names]
+        lost = [f"{int(row.sum())} of {len(self.seeds)}" for row in self.diverged]
+        return pd.DataFrame(rows, self.names, [*measures]).assign(diverged=lost)
 
     def metrics(self, measures: Sequence[str]) -> dict[str, float]:
         """Flat names for `metrics.json`: "kl/sft", "kl/sft/low", "kl/sft/high" and so on, "diverged/sft".
@@ -107,12 +85,10 @@ class Experiment:
 
     def model(self, method: str, seed: int | None = None) -> Ensemble:
         """Trained members of a method, of all seeds or of one."""
-        if method == BASE:
-            members, source = list(range(len(self.seeds))), self.reference
-        else:
-            first = list(self.methods).index(method) * len(self.seeds)
-            members, source = list(range(first, first + len(self.seeds))), self.policy
-        return source.select(members if seed is None else [members[list(self.seeds).index(seed)]])
+        source = self.reference if method == BASE else self.policy
+        first = 0 if method == BASE else list(self.methods).index(method) * len(self.seeds)
+        members = range(first, first + len(self.seeds))
+        return source.select(list(members) if seed is None else [members[list(self.seeds).index(seed)]])
 
 
 def run_experiment(
@@ -128,11 +104,9 @@ def run_experiment(
         methods: by name; "base" is always there and must not be among them.
         seeds: distinct.
         recipe: sizes and rates.
-        processes: single-thread processes that share the seeds; 1 works in the calling process.
+        processes: single-thread processes that share the seeds; 1 works in the calling process. The numbers depend on
+            it only by rounding.
         record_every: steps between records of the tuning.
-
-    Returns:
-        The experiment; its numbers do not depend on `processes` but by rounding.
 
     Raises:
         ValueError: if there is no method or seed, a seed comes twice, or "base" is among the methods.
@@ -152,9 +126,14 @@ def run_experiment(
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(len(jobs), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             parts = list(pool.map(_work, *zip(*jobs, strict=True)))
-    measuring = max(part["seconds/measures"] for part in parts)
+    measuring = max(part.pop("seconds") for part in parts)
     seconds = {"ensemble": time.perf_counter() - start - measuring, "measures": measuring}
-    return _joined(dict(methods), seeds, recipe, parts, seconds)
+    found, architecture = _joined(parts), Architecture(recipe.num_train_timesteps, recipe.width)
+    policy, reference = (Ensemble(architecture, found[name].flatten(0, 1)) for name in ("policy", "reference"))
+    records = [Record(step, *values) for step, values in found["records"].items()]
+    return Experiment(
+        dict(methods), list(seeds), recipe, found["points"], found["measures"], policy, reference, records, seconds
+    )
 
 
 def seconds_one_by_one(methods: Mapping[str, Method], seeds: int, recipe: Recipe = SMALL) -> float:
@@ -164,8 +143,7 @@ def seconds_one_by_one(methods: Mapping[str, Method], seeds: int, recipe: Recipe
     process on one thread, which is faster for models this small than two. Measuring is left out, as in
     `Experiment.seconds["ensemble"]`.
     """
-    warm = Recipe(**{**vars(recipe), "pretrain_steps": 2, "max_train_steps": 2, "num_samples": 100})
-    _one_by_one(methods, warm)
+    _one_by_one(methods, recipe.replace(pretrain_steps=2, max_train_steps=2, num_samples=100))
     start = time.perf_counter()
     _one_by_one(methods, recipe)
     return seeds * (time.perf_counter() - start)
@@ -195,52 +173,24 @@ def _work(methods: dict[str, Method], seeds: list[int], recipe: Recipe, record_e
     points = to_paper_units(torch.cat([base, tuned]))
     start = time.perf_counter()
     measures = measure_points(points)
-    accuracies = held_out_rewards(policy, reference, schedule, labels).accuracies()
-    shape = (len(methods), len(seeds))
-    for name, values in accuracies.items():
-        nothing = torch.full((1, len(seeds)), torch.nan)
-        measures[_accuracy_name(name)] = torch.cat([nothing, values.float().view(shape)])
+    shape, nothing = (len(methods), len(seeds)), torch.full((1, len(seeds)), torch.nan)
+    for name, values in held_out_rewards(policy, reference, schedule, labels).accuracies().items():
+        kind, draw, once = name.partition("/")
+        measures[f"{kind}_accuracy{draw}{once}"] = torch.cat([nothing, values.float().view(shape)])
     return {
         "points": points.numpy(),
         "measures": {name: values.double().numpy() for name, values in measures.items()},
         "policy": policy.parameters.unflatten(0, shape).numpy(),
-        "reference": reference.parameters.numpy(),
-        "records": [(record.global_step, *(part.numpy() for part in record[1:])) for record in records],
-        "seconds/measures": time.perf_counter() - start,
+        "reference": reference.parameters[None].numpy(),
+        "records": {record.global_step: [part.numpy() for part in record[1:]] for record in records},
+        "seconds": time.perf_counter() - start,
     }
 
 
-def _accuracy_name(definition: str) -> str:
-    kind, _, draw = definition.partition("/")
-    return f"{kind}_accuracy" + (f"/{draw}" if draw else "")
-
-
-def _joined(
-    methods: dict[str, Method], seeds: Sequence[int], recipe: Recipe, parts: list[dict], seconds: dict[str, float]
-) -> Experiment:
-    def over_parts(name: str, axis: int) -> Tensor:
-        return torch.from_numpy(np.concatenate([part[name] for part in parts], axis))
-
-    architecture = Architecture(recipe.num_train_timesteps, recipe.width)
-    measures = {
-        name: torch.from_numpy(np.concatenate([part["measures"][name] for part in parts], 1))
-        for name in parts[0]["measures"]
-    }
-    records = [
-        Record(
-            steps[0][0],
-            *(torch.from_numpy(np.concatenate(values, 1)) for values in zip(*(s[1:] for s in steps), strict=True)),
-        )
-        for steps in zip(*(part["records"] for part in parts), strict=True)
-    ]
-    return Experiment(
-        methods,
-        list(seeds),
-        recipe,
-        over_parts("points", 1),
-        measures,
-        Ensemble(architecture, over_parts("policy", 1).flatten(0, 1)),
-        Ensemble(architecture, over_parts("reference", 0)),
-        records,
-        seconds,
-    )
+def _joined(parts: Sequence) -> dict | list | Tensor:
+    """What several processes found, side by side: dictionaries and lists entry by entry, arrays along their seeds."""
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], list):
+        return [_joined(entries) for entries in zip(*parts, strict=True)]
+    return torch.from_numpy(np.concatenate(parts, 1))

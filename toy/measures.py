@@ -17,11 +17,9 @@ from dkto.objective.accuracy import implicit_accuracy
 from dkto.objective.losses import denoising_error, reference_point
 from toy.network import Ensemble, one_thread, stream
 from toy.schedule import Schedule
-from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian, gaussian_kl, preference_reward
+from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, gaussian_kl, preference_reward
 
-DIVERGED_KL = 1e3
-"""Nats above which a member counts as diverged: 45 standard deviations off, or non-finite points."""
-
+DIVERGED_KL = 1e3  # nats above which a member counts as diverged: 45 standard deviations off, or non-finite points
 ACCURACY_PAIRS = 1024
 ACCURACY_TIMESTEPS = 12
 DIRECTIONS = 16
@@ -29,15 +27,9 @@ LAGS = 64
 
 
 def fitted_kl(points: Tensor) -> Tensor:
-    """KL in nats from the Gaussian fitted to the points to the desirable distribution.
+    """KL in nats from the Gaussian fitted to points (..., N, 2) to the desirable distribution, (...) float64.
 
-    Blind to any shape that is not Gaussian. Below 0.05 it is an order of magnitude.
-
-    Args:
-        points: (..., N, 2), N >= 3.
-
-    Returns:
-        (...) float64; NaN where a point is not finite.
+    Blind to any shape that is not Gaussian. Below 0.05 it is an order of magnitude. NaN where a point is not finite.
     """
     points = points.double()
     mean = points.mean(-2)
@@ -48,55 +40,44 @@ def fitted_kl(points: Tensor) -> Tensor:
     return gaussian_kl(mean, safe, DESIRABLE).masked_fill(broken, math.nan)
 
 
-def sliced_wasserstein(points: Tensor, target: Gaussian = DESIRABLE) -> Tensor:
-    """Sliced Wasserstein-2 distance to a round Gaussian, in paper units.
+def sliced_wasserstein(points: Tensor) -> Tensor:
+    """Sliced Wasserstein-2 distance of points (..., N, 2) to the desirable distribution, (...) in paper units.
 
         sqrt( mean over directions and order statistics of (sorted projection - the Gaussian's quantile)^2 )
 
     The Gaussian's side is its exact quantiles, not a second sample; 16 directions, evenly spaced over half a turn.
-
-    Args:
-        points: (..., N, 2).
-        target: in the same units.
-
-    Returns:
-        (...) float64; NaN where a point is not finite.
+    NaN where a point is not finite.
     """
     angle = torch.arange(DIRECTIONS, dtype=torch.float64) * math.pi / DIRECTIONS
     directions = torch.stack([angle.cos(), angle.sin()])  # (2, directions)
     count = points.shape[-2]
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    centred = points.double() - torch.tensor(target.mean, dtype=torch.float64)
+    centred = points.double() - torch.tensor(DESIRABLE.mean, dtype=torch.float64)
     projections = np.sort((centred @ directions).transpose(-1, -2).contiguous().numpy(), axis=-1)
-    gap = torch.from_numpy(projections) - target.std * quantiles
-    return gap.square().mean((-1, -2)).sqrt()
+    return (torch.from_numpy(projections) - DESIRABLE.std * quantiles).square().mean((-1, -2)).sqrt()
 
 
-def energy_distance(points: Tensor, target: Gaussian = DESIRABLE) -> Tensor:
-    """Energy distance to a round Gaussian, 2 E|X - Y| - E|X - X'| - E|Y - Y'|, in paper units.
+def energy_distance(points: Tensor) -> Tensor:
+    """Energy distance to the desirable distribution, 2 E|X - Y| - E|X - X'| - E|Y - Y'|, in paper units.
 
     The two terms with the Gaussian are exact (E|x - Y| is a Rice mean); E|X - X'| is the mean over the pairs of points
     at 64 distances in the sample's order, unbiased since points are independent.
 
     Args:
-        points: (..., N, 2), N > 64.
-        target: in the same units.
+        points: (..., N, 2); a ValueError unless N > 64.
 
     Returns:
         (...) float64, may be slightly negative; NaN where a point is not finite.
-
-    Raises:
-        ValueError: if there are too few points.
     """
     if points.shape[-2] <= LAGS:
         raise ValueError(f"points must be more than {LAGS}, got {points.shape[-2]}")
     points = points.double()
-    offset = ((points - torch.tensor(target.mean, dtype=torch.float64)) / target.std).square().sum(-1) / 2
+    offset = ((points - torch.tensor(DESIRABLE.mean, dtype=torch.float64)) / DESIRABLE.std).square().sum(-1) / 2
     # mean of a Rice variable: sqrt(pi/2) L_{1/2}(-q) with q = offset, written with scaled Bessel functions
     bessel = [torch.from_numpy(f(offset.numpy() / 2)) for f in (special.i0e, special.i1e)]
-    cross = target.std * math.sqrt(math.pi / 2) * ((1 + offset) * bessel[0] + offset * bessel[1]).mean(-1)
+    cross = DESIRABLE.std * math.sqrt(math.pi / 2) * ((1 + offset) * bessel[0] + offset * bessel[1]).mean(-1)
     within = torch.stack([(points - points.roll(lag, -2)).norm(dim=-1).mean(-1) for lag in range(1, LAGS + 1)]).mean(0)
-    return 2 * cross - within - target.std * math.sqrt(math.pi)
+    return 2 * cross - within - DESIRABLE.std * math.sqrt(math.pi)
 
 
 def undesirable_rate(points: Tensor) -> Tensor:
@@ -110,9 +91,9 @@ def off_manifold_rate(points: Tensor) -> Tensor:
     return _share(torch.minimum(*distances) > 3, points)
 
 
-def normal_points(count: int, dimensions: int, seed: int = 0) -> Tensor:
+def normal_points(count: int, dimensions: int) -> Tensor:
     """Scrambled Sobol points of N(0, I), (count, dimensions) float64: a sample that covers its distribution evenly."""
-    uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0).draw(count, dtype=torch.float64)
     return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
 
 
@@ -136,18 +117,14 @@ class Rewards:
         "sample_centred" measures from the clamped mean over the test set.
         """
         found = {}
-        for suffix, chosen, rejected in (
-            ("", self.chosen, self.rejected),
-            ("/one_draw", self.chosen_once, self.rejected_once),
-        ):
+        once = self.chosen_once, self.rejected_once
+        for suffix, (chosen, rejected) in {"": (self.chosen, self.rejected), "/one_draw": once}.items():
             both = torch.cat([chosen, rejected], dim=-1)
             liked = (torch.arange(both.shape[-1]) < chosen.shape[-1]).expand_as(both)
-            point = reference_point(both)
             found[f"pair{suffix}"] = implicit_accuracy(chosen, definition="pair", rejected_reward=rejected)
             found[f"sample{suffix}"] = implicit_accuracy(both, liked, definition="sample")
-            found[f"sample_centred{suffix}"] = implicit_accuracy(
-                both, liked, definition="sample_centred", reference_point=point
-            )
+            centred = {"definition": "sample_centred", "reference_point": reference_point(both)}
+            found[f"sample_centred{suffix}"] = implicit_accuracy(both, liked, **centred)
         return found
 
 
@@ -160,17 +137,16 @@ def held_out_rewards(
         policy: K x S members, method after method.
         reference: S members.
         schedule: noise levels.
-        labels: K labels that the policies are told.
+        labels: K labels that the policies get.
         pairs: of the test set, a power of 2.
     """
-    seeds = reference.members
-    dtype = policy.parameters.dtype
+    seeds, dtype = reference.members, policy.parameters.dtype
     normal = normal_points(pairs, 4)
     sides = DESIRABLE.model_units().place(normal[:, :2]), UNDESIRABLE.model_units().place(normal[:, 2:])
     clean = torch.cat(sides)[None].to(dtype)  # (1, 2 pairs, 2)
     noise = torch.randn(ACCURACY_TIMESTEPS, pairs, 2, generator=stream(0, "accuracy noise")).to(dtype)
-    length = schedule.num_train_timesteps
-    timesteps = [int((i + 0.5) * length / ACCURACY_TIMESTEPS) for i in range(ACCURACY_TIMESTEPS)]
+    every = schedule.num_train_timesteps
+    timesteps = [int((i + 0.5) * every / ACCURACY_TIMESTEPS) for i in range(ACCURACY_TIMESTEPS)]
     when = torch.arange(pairs) % ACCURACY_TIMESTEPS  # the one timestep of each pair
     total = torch.zeros(policy.members, 2, pairs, dtype=dtype)
     once = torch.zeros_like(total)
@@ -182,8 +158,8 @@ def held_out_rewards(
                 expected = [_error(reference, seed, noisy, timestep, drawn) for seed in range(seeds)]
                 for member in range(policy.members):
                     label = torch.tensor([labels[member // seeds]])
-                    gap = expected[member % seeds] - _error(policy, member, noisy, timestep, drawn, label)
-                    gap = gap.view(2, pairs)
+                    error = _error(policy, member, noisy, timestep, drawn, label)
+                    gap = (expected[member % seeds] - error).view(2, pairs)
                     total[member] += gap / (2 * len(timesteps))
                     if sign == 1:
                         once[member] += torch.where(when == index, gap, 0)
@@ -192,27 +168,18 @@ def held_out_rewards(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure over seeds.
+    """A measure over seeds."""
 
-    Attributes:
-        mean: over the seeds that did not diverge; NaN if all did.
-        low, high: ends of the 95 % interval of that mean (Student's t); NaN with fewer than two seeds.
-        n: seeds in the mean.
-        diverged: seeds left out of it.
-    """
-
-    mean: float
-    low: float
+    mean: float  # over the seeds that did not diverge; NaN if all did
+    low: float  # to high: the 95 % interval of that mean (Student's t); NaN with fewer than two seeds
     high: float
-    n: int
-    diverged: int = 0
+    n: int  # seeds in the mean
+    diverged: int = 0  # seeds left out of it
 
     def __str__(self) -> str:
-        lost = f", {self.diverged} of {self.n + self.diverged} seeds diverged" if self.diverged else ""
-        if not self.n and not self.diverged:
-            return "-"
         if not self.n:
-            return f"all {self.diverged} seeds diverged"
+            return f"all {self.diverged} seeds diverged" if self.diverged else "-"
+        lost = f", {self.diverged} of {self.n + self.diverged} seeds diverged" if self.diverged else ""
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}] n={self.n}{lost}"
 
 
@@ -232,25 +199,16 @@ def over_seeds(
         diverged: (S,) which seeds diverged; those with a value that is not finite always count as such.
         bounds: between which the measure lies, (0, 1) for a rate; the interval ends there at the latest.
 
-    Returns:
-        The estimate.
-
     >>> str(over_seeds([1.0, 2.0, 3.0, float("nan")]))
     '2 [-0.484, 4.48] n=3, 1 of 4 seeds diverged'
     """
     values = np.asarray(values, dtype=np.float64)
-    lost = ~np.isfinite(values)
-    if diverged is not None:
-        lost |= np.asarray(diverged, dtype=bool)
-    kept = values[~lost]
-    if not len(kept):
-        return Estimate(math.nan, math.nan, math.nan, 0, int(lost.sum()))
-    mean = float(kept.mean())
-    if len(kept) < 2:
-        return Estimate(mean, math.nan, math.nan, 1, int(lost.sum()))
-    half = float(stats.t.ppf(0.975, len(kept) - 1) * kept.std(ddof=1) / math.sqrt(len(kept)))
-    low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
-    return Estimate(mean, low, high, len(kept), int(lost.sum()))
+    kept = values[np.isfinite(values) & ~np.asarray(False if diverged is None else diverged, dtype=bool)]
+    mean, low, high = float(kept.mean()) if len(kept) else math.nan, math.nan, math.nan
+    if len(kept) > 1:
+        half = float(stats.t.ppf(0.975, len(kept) - 1) * kept.std(ddof=1) / math.sqrt(len(kept)))
+        low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    return Estimate(mean, low, high, len(kept), len(values) - len(kept))
 
 
 def measure_points(points: Tensor) -> dict[str, Tensor]:
@@ -261,10 +219,8 @@ def measure_points(points: Tensor) -> dict[str, Tensor]:
         "off_manifold_share": off_manifold_rate(points),
         "sliced_wasserstein": sliced_wasserstein(points),
         "energy_distance": energy_distance(points),
-        "mean_x": points[..., 0].double().mean(-1),
-        "mean_y": points[..., 1].double().mean(-1),
-        "std_x": points[..., 0].double().std(-1),
-        "std_y": points[..., 1].double().std(-1),
+        **{f"mean_{axis}": points[..., i].double().mean(-1) for i, axis in enumerate("xy")},
+        **{f"std_{axis}": points[..., i].double().std(-1) for i, axis in enumerate("xy")},
     }
 
 

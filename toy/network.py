@@ -21,8 +21,7 @@ INPUTS = 2 + 1 + TIME_FEATURES  # the point, the label (0, or +1 and -1 in CSFT)
 
 def stream(seed: int, purpose: str) -> torch.Generator:
     """The random stream of one seed for one purpose; streams of other seeds or purposes are independent of it."""
-    words = [seed, *purpose.encode()]
-    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
@@ -39,13 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of one noise predictor: 2-D point, label and time in, 2-D noise out, SiLU between.
-
-    Attributes:
-        num_train_timesteps: T of the schedule.
-        width: units of each hidden layer.
-        depth: hidden layers.
-    """
+    """Shape of one noise predictor: 2-D point, label and time in, `depth` hidden layers of `width`, 2-D noise out."""
 
     num_train_timesteps: int
     width: int = 32
@@ -59,8 +52,7 @@ class Architecture:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer."""
-        widths = [INPUTS, *[self.width] * self.depth, 2]
-        return list(pairwise(widths))
+        return list(pairwise([INPUTS, *[self.width] * self.depth, 2]))
 
     @property
     def count(self) -> int:
@@ -101,13 +93,7 @@ class Ensemble:
     def initial(
         cls, architecture: Architecture, seeds: Sequence[int], dtype: torch.dtype = torch.float32
     ) -> "Ensemble":
-        """Fresh members, one a seed: uniform within 1/sqrt(inputs); the last layer starts near zero.
-
-        Args:
-            architecture: of every member.
-            seeds: one for each member.
-            dtype: float32 to train fast, float64 to compare.
-        """
+        """Fresh members, one a seed: uniform within 1/sqrt(inputs); the last layer starts near zero."""
         rows = []
         for seed in seeds:
             generator = stream(seed, "initial weights")
@@ -132,30 +118,12 @@ class Ensemble:
         return Ensemble(self.architecture, self.parameters[members].clone())
 
     def inputs(self, noisy: Tensor, timesteps: Tensor, label: Tensor | None = None) -> Tensor:
-        """What the first layer reads.
-
-        Args:
-            noisy: (..., B, 2) points.
-            timesteps: (..., B) int64.
-            label: (..., B), or None for 0.
-
-        Returns:
-            (..., B, 19).
-        """
+        """What the first layer reads, (..., B, 19): points (..., B, 2), timesteps and labels (..., B), None for 0."""
         label = torch.zeros_like(noisy[..., :1]) if label is None else label[..., None].to(noisy)
         return torch.cat([noisy, label, self._time[timesteps]], dim=-1)
 
     def __call__(self, noisy: Tensor, timestep: int, label: Tensor | None = None) -> Tensor:
-        """Predicted noise at one timestep, as a sampler asks for it.
-
-        Args:
-            noisy: (M, B, 2) points.
-            timestep: the same for all.
-            label: (M,) label of each member, or None for 0.
-
-        Returns:
-            (M, B, 2).
-        """
+        """Predicted noise (M, B, 2) of points (M, B, 2) at one timestep; `label` is (M,), or None for 0."""
         (weight, bias), *rest = self._layers
         hidden = torch.baddbmm(self._bias_at(timestep, label), noisy, weight[:, :2])
         for weight, bias in rest:
@@ -163,14 +131,7 @@ class Ensemble:
         return hidden
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Predicted noise, and what `backward` needs.
-
-        Args:
-            inputs: (M, B, 19), see `inputs`.
-
-        Returns:
-            (M, B, 2), and for each layer what it read and what its activation read.
-        """
+        """Predicted noise (M, B, 2), and for each layer what it read and what its activation read, for `backward`."""
         read, hidden, trace = inputs, inputs, []
         for layer, (weight, bias) in enumerate(self._layers):
             if layer:
@@ -180,14 +141,9 @@ class Ensemble:
         return hidden, trace
 
     def backward(self, trace: list[tuple[Tensor, Tensor]], output_gradient: Tensor) -> Tensor:
-        """Gradient of a loss by every parameter, from its gradient by the predicted noise.
+        """Gradient of a loss by every parameter, (M, P), from its gradient by the predicted noise, (M, B, 2).
 
-        Args:
-            trace: of `forward`.
-            output_gradient: (M, B, 2).
-
-        Returns:
-            (M, P), which is also kept in `gradient`.
+        `trace` comes from `forward`; the result is also kept in `gradient`.
         """
         if self.gradient is None:
             self.gradient = torch.empty_like(self.parameters)
@@ -198,8 +154,7 @@ class Ensemble:
             weight.copy_(torch.bmm(read.mT, upstream))
             torch.sum(upstream, dim=1, keepdim=True, out=bias)
             if layer:
-                upstream = torch.bmm(upstream, self._layers[layer][0].mT)
-                upstream = torch.ops.aten.silu_backward(upstream, before)
+                upstream = torch.ops.aten.silu_backward(torch.bmm(upstream, self._layers[layer][0].mT), before)
         return self.gradient
 
     def _bias_at(self, timestep: int, label: Tensor | None) -> Tensor:

@@ -18,7 +18,6 @@ from dkto.objective.methods import OFFLINE, Errors, Felt, method_loss
 from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
-OBJECTIVES = OFFLINE
 SHARED = ("utility", "estimator", "clamp")  # settings that methods of one call of a loss have in common
 NUMBERS = ("beta", "desirable_weight", "undesirable_weight")  # those that each of them has of its own
 TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
@@ -51,7 +50,7 @@ class Method:
     flip_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        check_name("objective", self.objective, OBJECTIVES)
+        check_name("objective", self.objective, OFFLINE)
         check_name("estimator", self.estimator, TOY_ESTIMATORS)
         get_utility(self.utility)
         for name in ("beta", "desirable_weight", "undesirable_weight"):
@@ -67,23 +66,20 @@ class Method:
         return 1.0 if self.objective == "csft" else 0.0
 
 
-_KTO_FAMILY = ("loss_averse", "risk_seeking", "kahneman_tversky")
+KTO_FAMILY = ("loss_averse", "risk_seeking", "kahneman_tversky")
 
 METHODS: dict[str, Method] = {
     "sft": Method("sft", desirable_fraction=1.0),
     "csft": Method("csft", desirable_fraction=0.5),
     "dpo": Method("dpo"),
-    **{name: Method(utility=name) for name in _KTO_FAMILY},
-    **{f"{name}@0.5": Method(utility=name, desirable_fraction=0.5) for name in _KTO_FAMILY},
+    **{name: Method(utility=name) for name in KTO_FAMILY},
+    **{f"{name}@0.5": Method(utility=name, desirable_fraction=0.5) for name in KTO_FAMILY},
 }
 """The methods of the headline figure by name; "@0.5" marks half of the samples desirable instead of 0.8."""
 
 
 def get_method(name: str, **changes: object) -> Method:
-    """A method of the headline by name, with other settings where asked.
-
-    Raises:
-        ValueError: for an unknown name; the sentence names the nearest and lists the known ones.
+    """A method of the headline by name, with other settings where asked; an unknown name raises a ValueError.
 
     >>> get_method("kahneman_tversky", beta=3.0).beta
     3.0
@@ -130,13 +126,7 @@ def drawing_of(method: Method) -> tuple[bool, float, float]:
 def draw_samples(
     drawing: tuple[bool, float, float], draws: Draws, classes: tuple[Gaussian, Gaussian] = (DESIRABLE, UNDESIRABLE)
 ) -> Samples:
-    """Samples for a way of drawing (paper 4.3): classes by a coin, then labels flipped by another.
-
-    Args:
-        drawing: of `drawing_of`.
-        draws: of one step.
-        classes: what is desirable and what is not, in paper units.
-    """
+    """Samples for a way of drawing (`drawing_of`, paper 4.3): classes by a coin, then labels flipped by another."""
     pairs, desirable_fraction, flip_rate = drawing
     liked, disliked = (gaussian.model_units() for gaussian in classes)
     if pairs:
@@ -163,16 +153,10 @@ def independent_samples(draws: Draws) -> Samples:
 
 
 class Objective(NamedTuple):
-    """Methods that go through one call of a loss function: they differ in numbers alone.
+    """Methods that go through one call of a loss function: they differ in numbers alone, (G, 1) each."""
 
-    Attributes:
-        method: one of them, for what they share.
-        rows: which methods of the ensemble they are, (G,).
-        beta, desirable_weight, undesirable_weight: (G, 1) numbers of each.
-    """
-
-    method: Method
-    rows: Tensor
+    method: Method  # one of them, for what they share
+    rows: Tensor  # which methods of the ensemble they are, (G,)
     beta: Tensor
     desirable_weight: Tensor
     undesirable_weight: Tensor
@@ -197,11 +181,8 @@ def group_methods(methods: Sequence[Method], dtype: torch.dtype = torch.float32)
 def loss_of(objective: Objective, errors: Errors, is_desirable: Tensor) -> Felt:
     """The loss of each member, by `dkto.objective.methods.method_loss`, and what it felt: (G, S) and (G, S, B).
 
-    Args:
-        objective: of `group_methods`.
-        errors: (G, S, B) denoising errors of its methods; `unrelated`, those on `independent_samples`, only for the
-            estimator "independent".
-        is_desirable: (G, S, B) bool, as labelled.
+    Errors and the labels as training sees them are (G, S, B). Only the estimator "independent" reads
+    `errors.unrelated`, the errors on `independent_samples`.
     """
     method, shape = objective.method, errors.policy.shape[:-1]
     settings = {name: getattr(method, name) for name in SHARED}
@@ -226,14 +207,7 @@ def error_weights(
         gradient of the loss = sum over the batch of weight_i * gradient of policy_error_i
 
     Taken by autograd through `dkto.objective.losses`, so every utility that is registered works; for "kto" it equals
-    beta * effective_weight / B.
-
-    Args:
-        objectives: of `group_methods`, covering all K methods.
-        policy_error, reference_error, is_desirable, independent_gap: (K, S, B), see `loss_of`.
-
-    Returns:
-        (K, S, B) weights, and what each objective felt.
+    beta * effective_weight / B. The objectives (`group_methods`) cover all K methods; tensors are (K, S, B).
     """
     with torch.enable_grad():
         errors = policy_error.detach().requires_grad_(True)

@@ -48,15 +48,13 @@ def key_of(method: Method) -> str:
     >>> key_of(Method("dpo", beta=10.0))
     'dpo beta=10 flip=0'
     """
+    flip = f"flip={method.flip_rate:g}"
     if method.objective == "sft":
-        return f"sft flip={method.flip_rate:g}"
+        return f"sft {flip}"
     if method.objective == "dpo":
-        return f"dpo beta={method.beta:g} flip={method.flip_rate:g}"
-    clamp = "yes" if method.clamp else "no"
-    return (
-        f"{method.utility} beta={method.beta:g} gamma={method.desirable_fraction:g} "
-        f"clamp={clamp} flip={method.flip_rate:g}"
-    )
+        return f"dpo beta={method.beta:g} {flip}"
+    gamma, clamp = f"gamma={method.desirable_fraction:g}", "yes" if method.clamp else "no"
+    return f"{method.utility} beta={method.beta:g} {gamma} clamp={clamp} {flip}"
 
 
 class Playground(Instrument):
@@ -90,33 +88,19 @@ class Playground(Instrument):
             policy = self._reference.copy(len(methods))
             run(tune(policy, self._reference, self._schedule, list(methods.values()), [seed], recipe))
             self.points |= dict(zip(methods, self._sample(policy, [0.0] * len(methods)), strict=True))
-        super().__init__(
-            clouds={key: _bytes(points) for key, points in self.points.items()},
-            means={"desirable": list(DESIRABLE.mean), "undesirable": list(UNDESIRABLE.mean)},
-            world={
-                "pretraining": [*PRETRAINING.mean, PRETRAINING.std],
-                "std": DESIRABLE.std,
-                "start": {"desirable": list(DESIRABLE.mean), "undesirable": list(UNDESIRABLE.mean)},
-                "low": list(NEAREST),
-                "high": list(FARTHEST),
-            },
-            choices={
-                "method": ["sft", "dpo", *PAPER_UTILITIES],
-                "titles": {name: method_label(name, None) for name in ("sft", "dpo", *PAPER_UTILITIES)},
-                "beta": list(BETAS),
-                "gamma": list(GAMMAS),
-                "flip": list(FLIPS),
-            },
-        )
+        means = {"desirable": list(DESIRABLE.mean), "undesirable": list(UNDESIRABLE.mean)}
+        world = {"pretraining": [*PRETRAINING.mean, PRETRAINING.std], "std": DESIRABLE.std, "start": means}
+        world |= {"low": list(NEAREST), "high": list(FARTHEST)}
+        titles = {name: method_label(name, None) for name in ("sft", "dpo", *PAPER_UTILITIES)}
+        choices = {"method": list(titles), "titles": titles}
+        choices |= {"beta": list(BETAS), "gamma": list(GAMMAS), "flip": list(FLIPS)}
+        clouds = {key: _bytes(points) for key, points in self.points.items()}
+        super().__init__(clouds=clouds, means=means, world=world, choices=choices)
 
     def train(self, method: Method, means: dict[str, Sequence[float]] | None = None) -> Tensor:
         """Tune one model now, and show its cloud on the way; the Gaussians move to `means` if given.
 
-        Returns:
-            (N, 2) points in paper units.
-
-        Raises:
-            ValueError: if a place lies outside of [-0.5, 1.5] x [0, 2].
+        Returns (N, 2) points in paper units. A place outside of [-0.5, 1.5] x [0, 2] raises a ValueError.
         """
         means = {role: [float(x) for x in (means or self.means)[role]] for role in ("desirable", "undesirable")}
         classes = _placed(means, "desirable"), _placed(means, "undesirable")
@@ -128,31 +112,19 @@ class Playground(Instrument):
                 steps = tune(policy, self._reference, self._schedule, [method], [self._seed], self._recipe, **options)
                 for record in steps:
                     points = self._sample(policy, [method.label])[0]
-                    self.trained = {
-                        "key": key_of(method),
-                        "step": record.global_step,
-                        "points": _bytes(points),
-                        "means": means,
-                    }
+                    about = {"key": key_of(method), "step": record.global_step, "means": means}
+                    self.trained = about | {"points": _bytes(points)}
         finally:
             self.busy = False
         self.points["trained"] = points
         return points
 
     def figure(self, keys: Sequence[str]) -> Figure:
-        """Clouds of some settings side by side, static.
-
-        Args:
-            keys: of `points`: "base", the grid's, or "trained".
-
-        Raises:
-            KeyError: for another key.
-        """
+        """Clouds side by side, static: "base", "trained" or keys of the grid; another one raises a KeyError."""
         figure, axes = plt.subplots(1, len(keys), figsize=(2.6 * len(keys), 3.0), layout="constrained", squeeze=False)
         for ax, key in zip(axes[0], keys, strict=True):
             if key not in self.points:
-                some = ", ".join([*self.points][:4])
-                raise KeyError(f"no cloud {key!r} among {len(self.points)}, such as {some}")
+                raise KeyError(f"no cloud {key!r} among {len(self.points)}, such as {', '.join([*self.points][:4])}")
             ax.scatter(*self.points[key].T, s=2, color=COLOURS["model"], alpha=0.3, lw=0)
             for role, mean in self.means.items():
                 ax.add_patch(Circle(mean, 2 * DESIRABLE.std, fill=False, ec=COLOURS[role], lw=1.6))

@@ -1,10 +1,9 @@
-"""Figures of the laboratory: axes in, axes out; roles and utilities keep the colours of `dkto.plotting`.
+"""Figures of the laboratory: axes (`ax`) in or made, axes out; roles and utilities keep the colours of `dkto.plotting`.
 
-Clouds share limits and equal aspect, so that panels can be compared by eye; marks of methods differ in shape
-as well as in colour.
+Clouds share limits and equal aspect, so that panels can be compared by eye; marks of methods differ in shape too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,31 +21,21 @@ from toy.measures import Estimate
 from toy.world import ROLES, UNIT, undesirable_share
 
 LIMITS = {"x": (-0.25, 1.25), "y": (0.05, 1.75)}
-METHOD_COLOURS = {
+METHOD_COLOURS = UTILITY_COLOURS | {
     "base": COLOURS["pretraining"],
     "sft": "#44AA99",
     "csft": "#117733",
     "dpo": "#661100",
-    **UTILITY_COLOURS,
 }
-METHOD_MARKS = {
-    "base": "s",
-    "sft": "v",
-    "csft": "^",
-    "dpo": "D",
-    "loss_averse": "P",
-    "risk_seeking": "X",
-    "kahneman_tversky": "o",
-}
+METHOD_MARKS = {"base": "s", "sft": "v", "csft": "^", "dpo": "D"}
+METHOD_MARKS |= {"loss_averse": "P", "risk_seeking": "X", "kahneman_tversky": "o"}
 BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
 
 
 def method_label(name: str, desirable_fraction: float | None = 0.8) -> str:
     """A method's name for a figure: "kahneman_tversky@0.5" is "Kahneman-Tversky, γ = 0.5".
 
-    Args:
-        name: key of the experiment; a part after "@" is the desirable fraction.
-        desirable_fraction: shown for the utilities where the name has none; None leaves it out.
+    The fraction is shown for a utility whose name has none; None leaves it out.
     """
     stem, _, fraction = name.partition("@")
     label = display_name(stem)
@@ -65,18 +54,14 @@ def method_mark(name: str) -> str:
     return METHOD_MARKS.get(name.partition("@")[0], "*")
 
 
-def plot_world(ax: Axes | None = None, *, legend: bool = False, roles: Sequence[str] = tuple(ROLES)) -> Axes:
+def plot_world(ax: Axes | None = None, *, legend: bool = False) -> Axes:
     """The distributions as circles of 2 standard deviations, and the line below which the undesirable is more likely.
 
-    Args:
-        ax: axes to draw on, made if left out.
-        legend: name the circles.
-        roles: which of the three distributions.
+    The legend names the circles.
     """
     ax = plt.subplots(figsize=(3.6, 3.9), layout="constrained")[1] if ax is None else ax
-    for role in roles:
+    for role, gaussian in ROLES.items():
         style = ":" if role == "pretraining" else "-"
-        gaussian = ROLES[role]
         circle = Circle(gaussian.mean, 2 * gaussian.std, fill=False, ec=COLOURS[role], lw=1.6, ls=style, zorder=3)
         circle.set_label(f"{role}, 2σ")
         ax.add_patch(circle)
@@ -90,21 +75,15 @@ def plot_world(ax: Axes | None = None, *, legend: bool = False, roles: Sequence[
     return ax
 
 
-def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note: str = "", shown: int = 1500) -> Axes:
-    """Samples of one model over the world.
+def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note: str = "") -> Axes:
+    """Samples of one model, (N, 2) in paper units, over the world; the first 1500 are drawn.
 
-    Args:
-        points: (N, 2) in paper units; points outside the frame are counted in its corner, those not finite too.
-        ax: axes to draw on, made if left out.
-        title: above the axes.
-        note: text at the top of the frame.
-        shown: at most so many points are drawn.
+    Points outside the frame, or not finite, are counted in its corner. The note is text at the top of the frame.
     """
     ax = plot_world(ax)
-    drawn = points[:shown].double().numpy()
-    inside = np.ones(len(drawn), dtype=bool)
-    for axis, limits in enumerate((LIMITS["x"], LIMITS["y"])):
-        inside &= (drawn[:, axis] >= limits[0]) & (drawn[:, axis] <= limits[1])
+    drawn = points[:1500].double().numpy()
+    low, high = np.array([LIMITS["x"], LIMITS["y"]]).T
+    inside = ((drawn >= low) & (drawn <= high)).all(axis=1)
     ax.scatter(*drawn[inside].T, s=2, color=COLOURS["model"], alpha=0.25, lw=0, zorder=2, rasterized=True)
     ax.set_title(title, fontsize="small")
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
@@ -116,31 +95,18 @@ def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note:
 
 
 def plot_clouds(experiment: Experiment, names: Sequence[str], seed: int, columns: int = 5) -> Figure:
-    """Panels of one seed's samples, each with its estimates over all seeds.
-
-    Args:
-        experiment: measured methods.
-        names: which, in order.
-        seed: whose samples are drawn.
-        columns: panels a row.
-    """
+    """Panels of one seed's samples, `columns` a row, each with its estimates over all seeds."""
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.0 * columns, 2.75 * rows),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    options = {"layout": "constrained", "sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, figsize=(2.0 * columns, 2.75 * rows), **options)
     place = list(experiment.seeds).index(seed)
     for ax, name in zip(axes.flat, names, strict=False):
+        row = experiment.names.index(name)
         note = f"KL {_with_half(experiment.estimate('kl', name), 3)}"
         note += f"\nundesirable {_with_half(experiment.estimate('undesirable_share', name), 2, 100)} %"
-        lost = int(experiment.diverged[experiment.names.index(name)].sum())
+        lost = int(experiment.diverged[row].sum())
         note += f"\n{lost} of {len(experiment.seeds)} seeds diverged" if lost else ""
-        plot_cloud(experiment.points[experiment.names.index(name), place], ax, title=method_label(name), note=note)
+        plot_cloud(experiment.points[row, place], ax, title=method_label(name), note=note)
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax in axes.flat:
@@ -163,7 +129,6 @@ def plot_estimates(
 
     Args:
         estimates: by method, from top to bottom.
-        ax: axes to draw on, made if left out.
         label: of the measure, with its unit.
         log: logarithmic axis.
         scale: factor on the values, 100 for percent.
@@ -196,11 +161,6 @@ def plot_tradeoff(experiment: Experiment, names: Sequence[str], ax: Axes | None 
 
     Lines join the two desirable fractions of one utility. Below and left is better, but the share of the desirable
     distribution itself (dotted) is what SFT aims at: only preference objectives go left of it.
-
-    Args:
-        experiment: measured methods.
-        names: which.
-        ax: axes to draw on, made if left out.
     """
     ax = plt.subplots(figsize=(NOTEBOOK_WIDTH, 4.2), layout="constrained")[1] if ax is None else ax
     places = {}
@@ -209,32 +169,17 @@ def plot_tradeoff(experiment: Experiment, names: Sequence[str], ax: Axes | None 
         if not kl.n:
             continue
         places[name] = (100 * share.mean, kl.mean)
-        open_mark = {"mfc": "white"} if "@" in name else {}
-        ax.errorbar(
-            *places[name],
-            xerr=_bars(share, 100),
-            yerr=_bars(kl, 1),
-            fmt=method_mark(name),
-            color=method_colour(name),
-            ms=7,
-            label=method_label(name),
-            **open_mark,
-        )
+        look = {"fmt": method_mark(name), "color": method_colour(name), "ms": 7, "label": method_label(name)}
+        look |= {"mfc": "white"} if "@" in name else {}
+        ax.errorbar(*places[name], xerr=_bars(share, 100), yerr=_bars(kl, 1), **look)
     for name, place in places.items():
         stem = name.partition("@")[0]
         if stem != name and stem in places:
             ax.plot(*zip(places[stem], place, strict=True), color=method_colour(name), lw=0.8, alpha=0.6, zorder=0)
-    ax.axvline(100 * undesirable_share(ROLES["desirable"]), color=COLOURS["desirable"], ls=":", lw=1.2)
-    ax.annotate(
-        "the desirable distribution itself",
-        (100 * undesirable_share(ROLES["desirable"]), 1),
-        (3, -3),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        va="top",
-        fontsize="x-small",
-        color=COLOURS["desirable"],
-    )
+    itself, colour = 100 * undesirable_share(ROLES["desirable"]), COLOURS["desirable"]
+    ax.axvline(itself, color=colour, ls=":", lw=1.2)
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    ax.annotate("the desirable distribution itself", (itself, 1), (3, -3), **place, fontsize="x-small", color=colour)
     ax.set_yscale("log")
     ax.set_xlabel("undesirable share (% of samples)")
     ax.set_ylabel("KL to desirable (nats)")
@@ -255,7 +200,6 @@ def plot_sweep(
 
     Args:
         curves: by method, estimates by value of the setting.
-        ax: axes to draw on, made if left out.
         label: of the measure, with its unit.
         setting: of the horizontal axis.
         scale: factor on the measure.
@@ -264,16 +208,14 @@ def plot_sweep(
     ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1] if ax is None else ax
     for name, estimates in curves.items():
         kept = {value: e for value, e in estimates.items() if e.n}
-        x = list(kept)
-        mean, low, high = (
-            np.array([scale * getattr(e, end) for e in kept.values()]) for end in ("mean", "low", "high")
-        )
+        x = np.array(list(kept))
+        mean, low, high = scale * np.array([(e.mean, e.low, e.high) for e in kept.values()]).reshape(-1, 3).T
         colour = method_colour(name)
         ax.plot(x, mean, marker=method_mark(name), ms=4.5, lw=1.5, color=colour, label=method_label(name, None))
         low = np.maximum(low, mean / 10) if log[1] else low  # an end below zero has no place on a logarithmic axis
         ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-        lost = [place for place, (_, e) in enumerate(kept.items()) if e.diverged]
-        ax.plot([x[i] for i in lost], mean[lost], "o", ms=10, mfc="none", color=colour)
+        lost = np.array([e.diverged > 0 for e in kept.values()], dtype=bool)
+        ax.plot(x[lost], mean[lost], "o", ms=10, mfc="none", color=colour)
     ax.set_xscale("log" if log[0] else "linear")
     ax.set_yscale("log" if log[1] else "linear")
     values = sorted({value for estimates in curves.values() for value in estimates})
@@ -290,7 +232,6 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
     Args:
         rewards: (len(y), len(x)).
         x, y: coordinates in paper units.
-        ax: axes to draw on, made if left out.
         label: of the colour bar, with its unit.
     """
     ax = plot_world(ax)
@@ -313,39 +254,21 @@ def plot_field(points: Tensor, arrows: Tensor, ax: Axes | None = None, *, longes
     Args:
         points: (N, 2) in paper units.
         arrows: (N, 2) displacement of the denoised point, paper units.
-        ax: axes to draw on, made if left out.
         longest: length in paper units that is drawn as 0.25; panels that are compared share it.
-        title: above the axes.
     """
     ax = plot_world(ax)
     scaled = arrows / longest * 0.25
-    ax.quiver(
-        *points.T.numpy(),
-        *scaled.T.numpy(),
-        angles="xy",
-        scale_units="xy",
-        scale=1,
-        width=0.006,
-        color="0.15",
-        zorder=4,
-    )
+    look = {"width": 0.006, "color": "0.15", "zorder": 4}
+    ax.quiver(*points.T.numpy(), *scaled.T.numpy(), angles="xy", scale_units="xy", scale=1, **look)
     ax.set_title(title, fontsize="small")
     return ax
 
 
-def save_animation(draw: object, frames: Sequence, path: str | Path, figure: Figure, per_second: int = 6) -> Path:
-    """Write a GIF, whole or not at all: `draw(frame)` clears and redraws the figure's axes.
-
-    Args:
-        draw: called with each frame.
-        frames: what it is called with.
-        path: ends in .gif.
-        figure: that is drawn on.
-        per_second: frames a second.
-    """
+def save_animation(draw: Callable, frames: Sequence, path: str | Path, figure: Figure) -> Path:
+    """Write a GIF of 6 frames a second, whole or not at all: `draw(frame)` clears and redraws the figure's axes."""
     path = Path(path)
     part = path.with_name("part." + path.name)
-    FuncAnimation(figure, draw, frames=frames).save(part, writer=PillowWriter(fps=per_second))
+    FuncAnimation(figure, draw, frames=frames).save(part, writer=PillowWriter(fps=6))
     part.replace(path)
     return path
 
@@ -368,8 +291,4 @@ def _with_half(estimate: Estimate, digits: int, scale: float = 1.0) -> str:
     if not estimate.n:
         return "–"
     half = scale * (estimate.high - estimate.mean)
-    return (
-        f"{scale * estimate.mean:.{digits}g} ± {half:.1g}"
-        if np.isfinite(half)
-        else f"{scale * estimate.mean:.{digits}g}"
-    )
+    return f"{scale * estimate.mean:.{digits}g}" + (f" ± {half:.1g}" if np.isfinite(half) else "")

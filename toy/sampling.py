@@ -21,16 +21,13 @@ def starting_noise(seeds: Sequence[int], num_samples: int, dtype: torch.dtype = 
 
 
 def ancestral(noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noise: Callable[[int], Tensor]) -> Tensor:
-    """Ancestral (DDPM) sampling with the posterior's variance.
+    """Ancestral (DDPM) sampling with the posterior's variance, to (..., 2) points in model units.
 
     Args:
         noise_pred: takes noisy points (..., 2) and a timestep, gives the predicted noise.
         schedule: noise levels.
         start: (..., 2) draws of N(0, I).
         step_noise: gives (..., 2) draws of N(0, I) for each timestep t > 0.
-
-    Returns:
-        (..., 2) points in model units.
     """
     sample = start
     for timestep in reversed(range(schedule.num_train_timesteps)):
@@ -40,14 +37,7 @@ def ancestral(noise_pred: NoisePred, schedule: Schedule, start: Tensor, step_noi
 
 
 def ddim(noise_pred: NoisePred, schedule: Schedule, start: Tensor) -> Tensor:
-    """Deterministic (DDIM, eta = 0) sampling over every timestep.
-
-    Args:
-        noise_pred, schedule, start: as in `ancestral`.
-
-    Returns:
-        (..., 2) points in model units.
-    """
+    """Deterministic (DDIM, eta = 0) sampling over every timestep; arguments and points as of `ancestral`."""
     sample = start
     for timestep in reversed(range(schedule.num_train_timesteps)):
         sample = schedule.ddim_step(noise_pred(sample, timestep), timestep, sample)
@@ -62,21 +52,17 @@ def sample_ensemble(
     labels: Sequence[float] | None = None,
     sampler: str = "ancestral",
 ) -> Tensor:
-    """Points of every method of every seed; methods of one seed share all noise.
+    """Points of every method of every seed, (K, S, N, 2) in model units; methods of one seed share all noise.
+
+    A member that diverged has points that are NaN or infinite.
 
     Args:
         policy: K x S members, method after method.
         schedule: noise levels.
         seeds: S.
         num_samples: N of each member.
-        labels: K labels that the networks are told (+1: CSFT's "good"), or None for 0.
-        sampler: "ancestral" or "ddim".
-
-    Returns:
-        (K, S, N, 2) in model units, with NaN or infinity where a member diverged.
-
-    Raises:
-        ValueError: for another sampler.
+        labels: K labels that the networks get (+1: CSFT's "good"), or None for 0.
+        sampler: "ancestral" or "ddim"; another one raises a ValueError.
     """
     check_name("sampler", sampler, SAMPLERS)
     labels = [0.0] * (policy.members // len(seeds)) if labels is None else labels
@@ -84,20 +70,16 @@ def sample_ensemble(
     with one_thread():
         for number, seed in enumerate(seeds):
             start = starting_noise([seed], num_samples, policy.parameters.dtype)
-            noise = _step_noise(seed, schedule, num_samples, start.dtype) if sampler == "ancestral" else None
+            if sampler == "ddim":
+                draw = partial(ddim, schedule=schedule, start=start)
+            else:
+                shape, generator = (schedule.num_train_timesteps, *start.shape), stream(seed, "sampling noise")
+                noise = torch.randn(shape, generator=generator).to(start.dtype)
+                draw = partial(ancestral, schedule=schedule, start=start, step_noise=noise.__getitem__)
             columns = []
             for row, label in enumerate(labels):
                 # one member at a time: its activations stay in a core's cache
                 member = policy.select([row * len(seeds) + number])
-                predict = partial(member, label=torch.tensor([label]))
-                if noise is None:
-                    columns.append(ddim(predict, schedule, start)[0])
-                else:
-                    columns.append(ancestral(predict, schedule, start, noise.__getitem__)[0])
+                columns.append(draw(partial(member, label=torch.tensor([label])))[0])
             rows.append(torch.stack(columns))
     return torch.stack(rows, dim=1)
-
-
-def _step_noise(seed: int, schedule: Schedule, num_samples: int, dtype: torch.dtype) -> Tensor:
-    generator = stream(seed, "sampling noise")
-    return torch.randn(schedule.num_train_timesteps, 1, num_samples, 2, generator=generator).to(dtype)

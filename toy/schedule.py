@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-SMALLEST_LAST = 1e-3
-"""Below this last `alphas_cumprod` the preference objectives ask for huge shifts of the noise prediction."""
+SMALLEST_LAST = 1e-3  # below it the preference objectives ask for huge shifts of the noise prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +26,10 @@ class Schedule:
     """
 
     betas: Tensor
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor = field(init=False)
 
-    def __init__(self, betas: Tensor) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas < 1)).all()):
@@ -43,7 +42,7 @@ class Schedule:
                 f"the last alphas_cumprod is {last:.2g}, below {SMALLEST_LAST:g}: the optimum of Diffusion-DPO shifts "
                 "the noise prediction by an amount that grows as 1/sqrt(alphas_cumprod), here "
                 f"{last**-0.5:.0f} times, so preference objectives blow up; end the schedule earlier",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @property
@@ -52,15 +51,12 @@ class Schedule:
         return len(self.betas)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy samples: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+        """Noisy samples (..., 2) from clean ones: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
 
         Args:
             original_samples: (..., 2) clean points.
             noise: (..., 2) draws of N(0, I).
             timesteps: (...) int64 in [0, T).
-
-        Returns:
-            (..., 2).
         """
         abar = self.alphas_cumprod.to(original_samples.device)
         signal = abar.sqrt().to(original_samples.dtype)[timesteps][..., None]
@@ -72,30 +68,14 @@ class Schedule:
 
             x_{t-1} = scale * (x_t - gain * eps_theta) + std * noise,   see `ancestral_coefficients`
 
-        Args:
-            model_output: (..., 2) predicted noise.
-            timestep: t in [0, T).
-            sample: (..., 2) x_t.
-            noise: (..., 2) draws of N(0, I); not looked at in the last step, t = 0.
-
-        Returns:
-            (..., 2) prev_sample.
+        All are (..., 2): the predicted noise, x_t, and draws of N(0, I), which the last step, t = 0, leaves out.
         """
         scale, gain, std = self.ancestral_coefficients(timestep)
         mean = scale * (sample - gain * model_output)
         return mean if timestep == 0 else mean + std * noise
 
     def ddim_step(self, model_output: Tensor, timestep: int, sample: Tensor) -> Tensor:
-        """One deterministic step (DDIM, eta = 0), from x_t to the previous sample.
-
-        Args:
-            model_output: (..., 2) predicted noise.
-            timestep: t in [0, T).
-            sample: (..., 2) x_t.
-
-        Returns:
-            (..., 2) prev_sample.
-        """
+        """One deterministic step (DDIM, eta = 0), from x_t to the previous sample; shapes as in `step`."""
         scale, gain = self.ddim_coefficients(timestep)
         return scale * (sample - gain * model_output)
 
@@ -119,15 +99,8 @@ class Schedule:
 def linear_schedule(num_train_timesteps: int = 50, last_beta: float | None = None) -> Schedule:
     """Noise variances that rise linearly by a factor of 100; by default as far as one pass of diffusion needs.
 
-    The default `last_beta`, 10 / T, ends near alphas_cumprod = 0.005 whatever T: small enough that sampling may
-    start from pure noise, large enough that the preference objectives stay bounded.
-
-    Args:
-        num_train_timesteps: T, 20 or more with the default end.
-        last_beta: in (0, 1); the first one is a hundredth of it.
-
-    Warns:
-        UserWarning: see `Schedule`.
+    The default `last_beta`, 10 / T, ends near alphas_cumprod = 0.005 whatever T from 20 on: small enough that
+    sampling may start from pure noise, large enough that the preference objectives stay bounded. Warns as `Schedule`.
 
     >>> linear_schedule(50).alphas_cumprod[-1].round(decimals=4)
     tensor(0.0044, dtype=torch.float64)

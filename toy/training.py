@@ -69,33 +69,18 @@ class Recipe:
 
 
 SMALL = Recipe()
-FULL = Recipe(
-    num_train_timesteps=100,
-    width=64,
-    batch_size=256,
-    pretrain_steps=3000,
-    max_train_steps=2000,
-    learning_rate=1e-4,
-)
+FULL = Recipe(100, width=64, batch_size=256, pretrain_steps=3000, max_train_steps=2000, learning_rate=1e-4)
 RECIPES = {"small": SMALL, "full": FULL}
 
 
 class Record(NamedTuple):
-    """One step of training, for K methods of S seeds; pretraining has K = 1.
+    """One step of training, (K, S) for K methods of S seeds; pretraining has K = 1. NaN is what a method lacks."""
 
-    Attributes:
-        global_step: optimiser steps done.
-        loss: (K, S), no unit for preference objectives, mean squared error for SFT and CSFT.
-        reward_desirable, reward_undesirable: (K, S) mean implicit reward of each class as labelled;
-            NaN where a method has no reward.
-        reference_point: (K, S) implicit reward; NaN where a method has none.
-    """
-
-    global_step: int
-    loss: Tensor
-    reward_desirable: Tensor
+    global_step: int  # optimiser steps done
+    loss: Tensor  # no unit for preference objectives, mean squared error for SFT and CSFT
+    reward_desirable: Tensor  # mean implicit reward of the class as labelled
     reward_undesirable: Tensor
-    reference_point: Tensor
+    reference_point: Tensor  # an implicit reward
 
 
 def draw_steps(
@@ -118,21 +103,13 @@ def draw_steps(
 def pretrain(
     ensemble: Ensemble, schedule: Schedule, seeds: Sequence[int], recipe: Recipe = SMALL, record_every: int = 100
 ) -> Iterator[Record]:
-    """Teach fresh members the pretraining distribution (paper eq. 3); they hold averaged weights at the end.
+    """Teach fresh members, one a seed, the pretraining distribution (paper eq. 3), in place.
 
-    Args:
-        ensemble: one member a seed; changed in place.
-        schedule: noise levels.
-        seeds: of the data.
-        recipe: sizes and rates.
-        record_every: steps between records.
-
-    Yields:
-        A record of every `record_every`-th step and of the last one.
+    Yields a record of every `record_every`-th step and of the last one; then the members hold averaged weights.
     """
     optimizer = torch.optim.Adam([ensemble.parameters], lr=recipe.pretrain_learning_rate, fused=True)
     averaged = ensemble.parameters.clone()
-    draws = draw_steps(seeds, "pretraining", recipe.batch_size, schedule.num_train_timesteps, ensemble.parameters.dtype)
+    draws = draw_steps(seeds, "pretraining", recipe.batch_size, schedule.num_train_timesteps, averaged.dtype)
     nothing = torch.full((1, len(seeds)), math.nan)
     for step in range(recipe.pretrain_steps):
         batch = next(draws)
@@ -170,11 +147,8 @@ def tune(
         methods: K of them.
         seeds: S, of the data.
         recipe: sizes and rates.
-        record_every: steps between records.
+        record_every: steps between records; the last step has one too.
         classes: the desirable and the undesirable distribution, in paper units.
-
-    Yields:
-        A record of every `record_every`-th step and of the last one.
 
     Raises:
         ValueError: if the ensembles do not have that many members.
@@ -230,12 +204,7 @@ def _errors(ensemble: Ensemble, read: Tensor, noise: Tensor) -> Tensor:
 
 
 def _independent_gap(
-    policy: Ensemble,
-    reference: Ensemble,
-    schedule: Schedule,
-    batch: Draws,
-    rows: list[int],
-    shape: tuple[int, int, int],
+    policy: Ensemble, reference: Ensemble, schedule: Schedule, batch: Draws, rows: list[int], shape: tuple[int, ...]
 ) -> Tensor:
     """Reference minus policy error on fresh pretraining samples, (K, S, B); 0 for the methods that do not ask."""
     samples = independent_of(batch)
@@ -243,10 +212,9 @@ def _independent_gap(
     members = [row * shape[1] + seed for row in rows for seed in range(shape[1])]
     asked, _ = policy.select(members).forward(read.repeat(len(rows), 1, 1))
     noise = samples.noise.expand(len(rows), *samples.noise.shape)
+    policy_error = denoising_error(asked.view(noise.shape), noise, batch_dims=3)
     gap = torch.zeros(shape, dtype=read.dtype)
-    gap[rows] = _errors(reference, read[None], samples.noise[None]) - denoising_error(
-        asked.view(noise.shape), noise, batch_dims=3
-    )
+    gap[rows] = _errors(reference, read[None], samples.noise[None]) - policy_error
     return gap
 
 

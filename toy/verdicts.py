@@ -7,59 +7,42 @@ on its side; the settings where it does and does not are listed from the runs.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from dkto.plotting import display_name
 from toy.experiment import BASE, Experiment
-from toy.measures import Estimate, bounds_of, over_seeds
+from toy.measures import Estimate, over_seeds
+from toy.objectives import KTO_FAMILY
 
 RIVALS = ("loss_averse", "risk_seeking", "dpo")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting at which claims are tried.
+    """One setting at which claims are tried."""
 
-    Attributes:
-        name: as the card shows it, "gamma 0.8".
-        experiment: that holds the runs.
-        names: the experiment's name of each method, by canonical name; a method that was not run is missing.
-    """
-
-    name: str
-    experiment: Experiment
-    names: Mapping[str, str]
-
-    def value(self, measure: str, method: str) -> np.ndarray:
-        """A measure of each seed, NaN where it diverged."""
-        row = self.experiment.names.index(self.names[method])
-        values = self.experiment.measures[measure][row].double().numpy().copy()
-        values[self.experiment.diverged[row].numpy()] = np.nan
-        return values
+    name: str  # as the card shows it, "gamma 0.8"
+    experiment: Experiment  # that holds the runs
+    names: Mapping[str, str]  # the experiment's name of each method, by canonical name; one that was not run is missing
 
     def estimate(self, measure: str, method: str) -> Estimate:
         """A measure over seeds."""
-        return over_seeds(self.value(measure, method), bounds=bounds_of(measure))
+        return self.experiment.estimate(measure, self.names[method])
 
     def gap(self, measure: str, method: str, other: str) -> Estimate:
         """Difference of two methods, seed by seed (they share data and noise)."""
-        return over_seeds(self.value(measure, method) - self.value(measure, other))
+        first, second = (self.experiment.names.index(self.names[name]) for name in (method, other))
+        values, diverged = self.experiment.measures[measure].double(), self.experiment.diverged
+        return over_seeds(values[first] - values[second], diverged[first] | diverged[second])
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper and how it is tried.
+    """A sentence of the paper and how it is tried."""
 
-    Attributes:
-        text: what the paper says.
-        needs: canonical methods.
-        trial: gives our measure as text and whether the claim holds, for one setting.
-    """
-
-    text: str
-    needs: tuple[str, ...]
-    trial: Callable[[Setting], tuple[str, bool]]
+    text: str  # what the paper says
+    needs: tuple[str, ...]  # canonical methods
+    trial: Callable[[Setting], tuple[str, bool]]  # our measure as text and whether the claim holds, for one setting
 
 
 def _dpo_leaves(setting: Setting) -> tuple[str, bool]:
@@ -107,32 +90,21 @@ CLAIMS = (
 def verdict_card(settings: Sequence[Setting]) -> pd.DataFrame:
     """One row a claim: verdict, our measure at every setting, and where it changes.
 
-    Args:
-        settings: the first is the paper's own; a claim skips settings that lack a method it needs.
-
-    Returns:
-        Columns claim, verdict ("holds", "holds when ...", "does not hold", "not tried"), measure, changes.
-
-    Raises:
-        ValueError: if there is no setting.
+    A claim skips settings that lack a method it needs. The columns are claim, verdict ("holds", "holds when ...",
+    "does not hold", "not tried"), measure and changes. No setting raises a ValueError.
     """
     if not settings:
         raise ValueError("settings must hold at least one setting, got none")
     rows = []
     for claim in CLAIMS:
-        tried = [s for s in settings if set(claim.needs) <= set(s.names)]
-        trials = {setting.name: claim.trial(setting) for setting in tried}
+        trials = {s.name: claim.trial(s) for s in settings if set(claim.needs) <= set(s.names)}
         held = [name for name, (_, holds) in trials.items() if holds]
         failed = [name for name in trials if name not in held]
-        if not trials:
-            verdict, changes = "not tried", ""
-        elif not failed:
-            verdict, changes = "holds", "at none of the settings tried"
-        elif not held:
-            verdict, changes = "does not hold", "at none of the settings tried"
+        if held and failed:
+            verdict, changes = f"holds when {', '.join(held)}", f"fails at {', '.join(failed)}"
         else:
-            verdict = f"holds when {', '.join(held)}"
-            changes = f"fails at {', '.join(failed)}"
+            verdict = "holds" if held else "does not hold" if failed else "not tried"
+            changes = "at none of the settings tried" if trials else ""
         measure = "; ".join(f"{name}: {text}" for name, (text, _) in trials.items())
         rows.append({"claim": claim.text, "verdict": verdict, "measure": measure, "changes": changes})
     return pd.DataFrame(rows)
@@ -140,10 +112,9 @@ def verdict_card(settings: Sequence[Setting]) -> pd.DataFrame:
 
 def headline_settings(experiment: Experiment) -> list[Setting]:
     """The two settings of the headline: gamma 0.8, the paper's choice, and 0.5, at which DPO's pairs are drawn."""
-    shared = [BASE, "sft", "csft", "dpo"]
-    family = ("loss_averse", "risk_seeking", "kahneman_tversky")
+    shared = {name: name for name in (BASE, "sft", "csft", "dpo")}
     return [
-        Setting(f"γ = {label}", experiment, {name: name for name in shared} | {name: name + suffix for name in family})
+        Setting(f"γ = {label}", experiment, shared | {name: name + suffix for name in KTO_FAMILY})
         for label, suffix in (("0.8", ""), ("0.5", "@0.5"))
     ]
 

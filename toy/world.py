@@ -18,12 +18,7 @@ UNIT = 0.2
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(mean, std^2 I) in the plane.
-
-    Attributes:
-        mean: two coordinates.
-        std: standard deviation of each coordinate, > 0; the paper gives variances, 0.04 and 0.01.
-    """
+    """N(mean, std^2 I) in the plane; the paper gives variances, 0.04 and 0.01."""
 
     mean: tuple[float, float]
     std: float
@@ -49,9 +44,8 @@ class Gaussian:
         >>> DESIRABLE.model_units()
         Gaussian(mean=(-1.0, 0.0), std=0.5)
         """
-        return Gaussian(
-            tuple(round((m - o) / UNIT, 12) for m, o in zip(self.mean, ORIGIN, strict=True)), self.std / UNIT
-        )
+        mean = (round((m - o) / UNIT, 12) for m, o in zip(self.mean, ORIGIN, strict=True))
+        return Gaussian(tuple(mean), self.std / UNIT)
 
 
 PRETRAINING = Gaussian((0.5, 0.8), 0.2)
@@ -90,9 +84,6 @@ def exact_noise_pred(gaussian: Gaussian, noisy: Tensor, alphas_cumprod: Tensor) 
         gaussian: in the units of `noisy`.
         noisy: (..., 2) noisy points x_t.
         alphas_cumprod: abar_t, broadcasts against (...).
-
-    Returns:
-        (..., 2) expected noise.
     """
     abar = alphas_cumprod[..., None]
     shifted = noisy - abar.sqrt() * noisy.new_tensor(gaussian.mean)
@@ -100,17 +91,11 @@ def exact_noise_pred(gaussian: Gaussian, noisy: Tensor, alphas_cumprod: Tensor) 
 
 
 def gaussian_kl(mean: Tensor, covariance: Tensor, target: Gaussian) -> Tensor:
-    """KL(N(mean, covariance) || target) in nats.
+    """KL(N(mean, covariance) || target) in nats, of means (..., 2) and covariances (..., 2, 2).
 
         ( trace(C)/s^2 + |mean - m|^2/s^2 - 2 - log det(C)/s^4 ) / 2
 
-    Args:
-        mean: (..., 2).
-        covariance: (..., 2, 2).
-        target: in the same units.
-
-    Returns:
-        (...); NaN where a covariance is not positive.
+    NaN where a covariance is not positive.
 
     >>> eye = torch.eye(2, dtype=torch.float64)
     >>> gaussian_kl(torch.tensor(PRETRAINING.mean, dtype=torch.float64), 0.2**2 * eye, DESIRABLE).round(decimals=4)
@@ -137,25 +122,18 @@ def bayes_accuracy(definition: str) -> float:
         pair    P(r(x_w) > r(x_l)) = Phi(d / (sqrt(2) s))      d: distance of the means, s: their std
         sample  P(r(x) > 0 | desirable) = Phi(d / (2 s))
 
-    Raises:
-        ValueError: for another definition.
+    Another definition raises a ValueError.
 
     >>> round(bayes_accuracy("pair"), 4), round(bayes_accuracy("sample"), 4)
     (0.9214, 0.8413)
     """
-    distance = math.dist(DESIRABLE.mean, UNDESIRABLE.mean) / DESIRABLE.std
     divisors = {"pair": math.sqrt(2), "sample": 2.0}
     check_name("definition", definition, divisors)
-    return _normal_cdf(distance / divisors[definition])
+    return _normal_cdf(math.dist(DESIRABLE.mean, UNDESIRABLE.mean) / DESIRABLE.std / divisors[definition])
 
 
-BASE_KL = float(
-    gaussian_kl(
-        torch.tensor(PRETRAINING.mean, dtype=torch.float64),
-        PRETRAINING.std**2 * torch.eye(2, dtype=torch.float64),
-        DESIRABLE,
-    )
-)
+_MEAN = torch.tensor(PRETRAINING.mean, dtype=torch.float64)
+BASE_KL = float(gaussian_kl(_MEAN, PRETRAINING.std**2 * torch.eye(2, dtype=torch.float64), DESIRABLE))
 """KL(pretraining || desirable) = 3.6137 nats: what no tuning costs."""
 
 

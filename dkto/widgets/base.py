@@ -49,10 +49,9 @@ def style(name: str, folder: Path = FOLDER) -> str:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """A picture as PNG with nothing in it but pixels: no file name, no generator's note travels with it."""
-    bare = Image.fromarray(np.asarray(image.convert("RGB")))
+    """An image as PNG with nothing in it but pixels: no file name, no generator's note travels with it."""
     buffer = io.BytesIO()
-    bare.save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(np.asarray(image.convert("RGB"))).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 

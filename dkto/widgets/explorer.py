@@ -22,12 +22,12 @@ from dkto.objective.utilities import UTILITIES, define_utility, get_utility
 from dkto.plotting import (
     DASHED,
     NOTEBOOK_WIDTH,
-    REGISTERED_COLOURS,
     UTILITY_COLOURS,
     plot_reward_weights,
     plot_sample_weights,
     plot_slopes,
     plot_utilities,
+    utility_colours,
     weight_at,
 )
 from dkto.widgets.base import ROLE_COLOURS, Instrument, script, style
@@ -125,20 +125,12 @@ class Explorer(Instrument):
 
     def refresh(self) -> None:
         """Send every utility of `dkto.objective.UTILITIES` to the page, after one was registered in Python."""
-        registered = [name for name in UTILITIES if name not in UTILITY_COLOURS]
-        spare = {name: REGISTERED_COLOURS[i % len(REGISTERED_COLOURS)] for i, name in enumerate(registered)}
         x = torch.linspace(-TABLE_LIMIT, TABLE_LIMIT, TABLE_POINTS, dtype=torch.float64)
-        curves = []
+        curves, colours = [], utility_colours(UTILITIES)
         for name, utility in UTILITIES.items():
-            curve = {
-                "name": name,
-                "title": utility.title,
-                "formula": utility.formula,
-                "sign": utility.sign,
-                "colour": (UTILITY_COLOURS | spare)[name],
-                "dash": [6, 4] if name in DASHED else [],
-            }
-            if name in registered:
+            curve = {"name": name, "title": utility.title, "formula": utility.formula, "sign": utility.sign}
+            curve |= {"colour": colours[name], "dash": [6, 4] if name in DASHED else []}
+            if name not in UTILITY_COLOURS:
                 curve |= {"value": _samples(utility.value(x)), "slope": _samples(utility.slope(x)), "dash": [9, 3]}
             curves.append(curve)
         self.curves = curves
@@ -150,11 +142,7 @@ class Explorer(Instrument):
         self.utility = utility.name
 
     def set_rewards(self, rewards: ArrayLike, is_desirable: ArrayLike | None, *, source: str = "given rewards") -> None:
-        """Show rewards at the present `beta` under the slope.
-
-        Raises:
-            ValueError: as the class.
-        """
+        """Show rewards at the present `beta` under the slope; a ValueError as of the class."""
         rewards, labels = np.asarray(rewards, dtype=np.float64), np.asarray(is_desirable)
         if rewards.ndim != 1 or labels.shape != rewards.shape or labels.dtype != np.bool_:
             raise ValueError(
@@ -182,8 +170,7 @@ class Explorer(Instrument):
         for name, utility in UTILITIES.items():
             columns |= {f"U:{name}": utility.value(x), f"slope:{name}": utility.slope(x)}
         chances = {"liked": self.desirable_fraction, "disliked": 1 - self.desirable_fraction}
-        setting = {"utility": self.utility, "reference_point": self.reference_point, **self._weights()}
-        weights = {name: weight_at(x, name == "liked", **setting) for name in chances}
+        weights = {name: weight_at(x, name == "liked", self.utility, **self._weights()) for name in chances}
         columns |= {f"weight:{name}": weight for name, weight in weights.items()}
         columns |= {f"drawn:{name}": weight * chances[name] for name, weight in weights.items()}
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
@@ -195,12 +182,11 @@ class Explorer(Instrument):
         plot_utilities(list(UTILITIES), x, axes[0, 0])
         plot_slopes(list(UTILITIES), x, axes[0, 1])
         axes[0, 1].get_legend().remove()
-        options = {"reference_point": self.reference_point, **self._weights()}
-        plot_sample_weights(self.utility, x, axes[1, 0], **options)
+        plot_sample_weights(self.utility, x, axes[1, 0], **self._weights())
         rewards, labels = self.rewards()
         if len(rewards):
-            options["title"] = self.source
-            plot_reward_weights(rewards, labels, self.utility, axes[1, 1], limit=self.largest_reward, **options)
+            options = {"limit": self.largest_reward, "title": self.source, **self._weights()}
+            plot_reward_weights(rewards, labels, self.utility, axes[1, 1], **options)
         else:
             axes[1, 1].text(0.5, 0.5, "no rewards given", ha="center", transform=axes[1, 1].transAxes)
             axes[1, 1].set_axis_off()
@@ -208,7 +194,8 @@ class Explorer(Instrument):
         return figure
 
     def _weights(self) -> dict[str, float]:
-        return {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+        names = ("reference_point", "desirable_weight", "undesirable_weight")
+        return {name: getattr(self, name) for name in names}
 
     def _obey(self, message: dict) -> None:
         """The page sends a formula, or the text of a file with rewards."""
@@ -220,12 +207,9 @@ class Explorer(Instrument):
 
 
 def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Step records of a training to rewards, (N,), and labels, (N,) bool.
+    """Step records of a training to rewards, (N,), and labels, (N,) bool: the mean of each class in each step's batch.
 
-    One reward for each class and step: the mean over that class in that step's batch.
-
-    Raises:
-        ValueError: if no record holds a reward.
+    No reward in any record raises a ValueError.
     """
     keys = {"reward/desirable": True, "reward/undesirable": False}
     found = [(record[key], label) for record in records for key, label in keys.items() if key in record]
@@ -236,14 +220,9 @@ def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rewards in a file's text: CSV with the columns reward and liked, or a run's metrics.jsonl.
+    """(N,) rewards and (N,) bool labels of a file's text: CSV with reward and liked, or a run's metrics.jsonl.
 
-    Args:
-        text: what the file holds.
-        name: the file's name; its ending says which format it is.
-
-    Returns:
-        (N,) rewards and (N,) bool labels.
+    The ending of the file's name says which.
 
     Raises:
         ValueError: if the file is too long, of another format, lacks a column, or a row is no number or no like;

@@ -18,12 +18,7 @@ class Judge(Instrument):
     Keys, while the widget has the focus: the arrows choose, z takes the last answer back. The result, with
     the names of the methods, is sent to the page only when every question is answered.
 
-    Args:
-        study_dir: folder written by `dkto.evaluation.study.make_study`.
-        judge: one of its judges; goes on where that judge stopped.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: as `dkto.evaluation.study.StudySession`.
+    Arguments and errors are those of `dkto.evaluation.study.StudySession`; a judge goes on where they stopped.
     """
 
     _esm = script("judge")
@@ -83,14 +78,10 @@ class Judge(Instrument):
     def _result(self) -> dict:
         found = self.study_result()
         rows = [("all prompts", found.by_prompt), *found.styles.items()]
-        return {
-            "text": f"{found}; left was chosen in {found.left.mean:.0%} of the answers",
-            "head": ["", f"{found.methods[0]} preferred", "95 % interval", "prompts"],
-            "rows": [
-                [name, f"{rate.rate:.0%}", f"{rate.low:.0%} to {rate.high:.0%}", str(rate.n)] for name, rate in rows
-            ],
-            "chart": figure_bytes(self.figure()),
-        }
+        cells = [[name, f"{rate.rate:.0%}", f"{rate.low:.0%} to {rate.high:.0%}", str(rate.n)] for name, rate in rows]
+        head = ["", f"{found.methods[0]} preferred", "95 % interval", "prompts"]
+        text = f"{found}; left was chosen in {found.left.mean:.0%} of the answers"
+        return {"text": text, "head": head, "rows": cells, "chart": figure_bytes(self.figure())}
 
     def _obey(self, message: dict) -> None:
         if message.get("type") == "undo":

@@ -65,11 +65,7 @@ def append_event(path: Path, session: str, **event) -> None:
 
 
 def read_events(path: Path, session: str) -> list[dict]:
-    """A session's events, oldest first; a line that a crash cut is left out.
-
-    Raises:
-        ValueError: if a line is JSON but no event; the sentence names the line.
-    """
+    """A session's events, oldest first; a crash's cut line is left out, one that is JSON but no event a ValueError."""
     events = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
@@ -115,15 +111,11 @@ class LikeLog:
         number = {key: index for index, key in enumerate(zip(self._names, self._hashes, strict=True))}
         for event in read_events(self.path, session):
             index = number.get((event.get("image"), event.get("sha256")))
-            if index is not None:  # a picture of another list
+            if index is not None:  # else a picture of another list
                 self._apply(event["event"], index)
 
     def judge(self, index: int, judgement: str) -> None:
-        """Write down what is thought of a picture; a second judgement of the same picture replaces the first.
-
-        Raises:
-            ValueError: for an unknown picture or judgement.
-        """
+        """Write down a judgement in place of an earlier one; an unknown picture or judgement raises a ValueError."""
         check_choice("judgement", judgement, JUDGEMENTS)
         if not 0 <= index < len(self.pictures):
             raise ValueError(f"picture must be 0 to {len(self.pictures) - 1}, got {index}")
@@ -131,10 +123,9 @@ class LikeLog:
 
     def undo(self) -> int | None:
         """Take the last judgement back; returns its picture, or None if there is none."""
-        if not self._history:
-            return None
-        index = self._history[-1]
-        self._write("undo", index)
+        index = self._history[-1] if self._history else None
+        if index is not None:
+            self._write("undo", index)
         return index
 
     def next_picture(self) -> int | None:
@@ -166,19 +157,12 @@ class LikeLog:
 
 @dataclass(frozen=True)
 class MergedLikes:
-    """The likes of several sessions.
+    """The likes of several sessions."""
 
-    Attributes:
-        table: one row for each judgement: a picture judged in two sessions has two rows.
-        sessions: how many likes and dislikes each session gave.
-        judged_twice: pictures that more than one session judged.
-        contradictions: those among them that one session liked and another disliked.
-    """
-
-    table: FeedbackTable
-    sessions: dict[str, int]
-    judged_twice: int
-    contradictions: int
+    table: FeedbackTable  # one row for each judgement: a picture judged in two sessions has two rows
+    sessions: dict[str, int]  # how many likes and dislikes each session gave
+    judged_twice: int  # pictures that more than one session judged
+    contradictions: int  # those among them that one session liked and another disliked
 
     def __str__(self) -> str:
         return (
@@ -196,24 +180,17 @@ def merge_likes(logs: Iterable[LikeLog]) -> MergedLikes:
     Raises:
         ValueError: if nobody liked or disliked anything.
     """
-    rows, sessions = [], {}
+    rows, sessions = [], Counter()
     opinions: dict[tuple[str, str], list[bool]] = {}
     for log in logs:
-        given = 0
-        for index, judgement in sorted(log.judgements.items()):
-            if judgement == "skip":
-                continue
-            picture, liked = log.pictures[index], judgement == "like"
+        given = {index: judgement == "like" for index, judgement in log.judgements.items() if judgement != "skip"}
+        for index, liked in sorted(given.items()):
+            picture = log.pictures[index]
             rows.append((picture.image, picture.prompt, liked))
             opinions.setdefault((log._hashes[index], picture.prompt), []).append(liked)
-            given += 1
-        sessions[log.session] = sessions.get(log.session, 0) + given
+        sessions[log.session] += len(given)
     if not rows:
         raise ValueError("nothing was liked or disliked yet")
     several = [given for given in opinions.values() if len(given) > 1]
-    return MergedLikes(
-        table=make_feedback(*zip(*rows, strict=True)),
-        sessions=sessions,
-        judged_twice=len(several),
-        contradictions=sum(len(set(given)) > 1 for given in several),
-    )
+    contradictions = sum(len(set(given)) > 1 for given in several)
+    return MergedLikes(make_feedback(*zip(*rows, strict=True)), dict(sessions), len(several), contradictions)

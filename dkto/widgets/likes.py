@@ -6,16 +6,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import traitlets
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import load_image
 from dkto.plotting import image_grid
 from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
-from dkto.widgets.likelog import LikeLog, Picture
+from dkto.widgets.likelog import JUDGEMENTS, LikeLog, Picture
 
 AHEAD = 6  # pictures that are sent before they are asked for
-VIEWS = ("single", "grid")
 
 
 class Likes(Instrument):
@@ -57,7 +57,7 @@ class Likes(Instrument):
         view: str = "single",
         page_size: int = 12,
     ) -> None:
-        check_choice("view", view, VIEWS)
+        check_choice("view", view, ("single", "grid"))
         if page_size < 1:
             raise ValueError(f"page_size must be 1 or more, got {page_size}")
         self.likes = LikeLog(pictures, path, session)
@@ -83,12 +83,10 @@ class Likes(Instrument):
         """The likes and dislikes so far; raises a ValueError if there is none."""
         return self.likes.feedback()
 
-    def figure(self, most: int = 16) -> Figure:
-        """The first judged pictures as a static figure: liked above, disliked below."""
-        groups = {
-            name: [i for i, given in self.likes.judgements.items() if given == name][: most // 2]
-            for name in ("like", "dislike")
-        }
+    def figure(self) -> Figure:
+        """The first judged pictures, 8 of each kind, as a static figure: liked above, disliked below."""
+        given = self.likes.judgements
+        groups = {name: [i for i in given if given[i] == name][:8] for name in ("like", "dislike")}
         groups = {name: rows for name, rows in groups.items() if rows}
         if not groups:
             figure, ax = plt.subplots(figsize=(6, 0.6))
@@ -98,16 +96,17 @@ class Likes(Instrument):
             figure, axes = plt.subplots(len(groups), 1, figsize=(7, 1.5 * len(groups)), layout="constrained")
             for ax, (name, rows) in zip([axes] if len(groups) == 1 else axes, groups.items(), strict=True):
                 images = [load_image(self.likes.pictures[i].image) for i in rows]
-                blank = images[0].copy()
-                blank.paste((255, 255, 255), (0, 0, *blank.size))
-                image_grid([images + [blank] * (most // 2 - len(images))], [f"{name}d"], ax=ax)
+                blank = Image.new("RGB", images[0].size, "white")
+                image_grid([images + [blank] * (8 - len(images))], [f"{name}d"], ax=ax)
         plt.close(figure)
         return figure
 
-    def _picture_bytes(self, index: int) -> bytes:
+    def _about(self, index: int) -> dict:
+        picture = self.likes.pictures[index]
         if index not in self._bytes:
-            self._bytes[index] = png_bytes(load_image(self.likes.pictures[index].image))
-        return self._bytes[index]
+            self._bytes[index] = png_bytes(load_image(picture.image))
+        about = {"index": index, "prompt": picture.prompt, "image": self._bytes[index]}
+        return about | {"judgement": self.likes.judgements.get(index, "")}
 
     def _show(self, at: int | None = None) -> None:
         """Send what the page shows: the next pictures, or one page of the grid."""
@@ -123,17 +122,8 @@ class Likes(Instrument):
             wanted = [] if start is None else [current, *later[: AHEAD - 1]]
         counts = self.likes.counts()
         with self.hold_sync():
-            self.shown = [
-                {
-                    "index": i,
-                    "prompt": self.likes.pictures[i].prompt,
-                    "judgement": self.likes.judgements.get(i, ""),
-                    "image": self._picture_bytes(i),
-                }
-                for i in wanted
-            ]
-            self.current = current
-            self.counts = {name: counts[name] for name in ("like", "dislike", "skip")}
+            self.shown = [self._about(i) for i in wanted]
+            self.current, self.counts = current, {name: counts[name] for name in JUDGEMENTS}
 
     def _obey(self, message: dict) -> None:
         if message.get("type") == "undo":

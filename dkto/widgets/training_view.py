@@ -29,12 +29,7 @@ from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
 POLL_SECONDS = 0.5
 MOST_POINTS = 600  # points of a curve that are sent to the page
 MOST_SAMPLES = 6  # rows of sample pictures that are kept on the page
-SERIES = {
-    "loss": "loss",
-    "desirable": "reward/desirable",
-    "undesirable": "reward/undesirable",
-    "reference_point": "reference_point",
-}
+SERIES = ("loss", "reward/desirable", "reward/undesirable", "reference_point")  # the page knows the last part
 
 
 class TrainingView(Instrument):
@@ -87,11 +82,7 @@ class TrainingView(Instrument):
             self._finish()
 
     def start(self) -> None:
-        """Start the training, or let it go on from its last checkpoint. Returns at once.
-
-        Raises:
-            RuntimeError: if it runs already.
-        """
+        """Start the training, or let it go on from its last checkpoint. Returns at once; a RuntimeError if it runs."""
         if self._thread is not None and self._thread.is_alive():
             raise RuntimeError("the training runs already")
         self.message, self.can_start = "", False
@@ -115,8 +106,7 @@ class TrainingView(Instrument):
 
     def figure(self) -> Figure:
         """Loss and rewards as a static figure."""
-        path = Path(self.config.output_dir) / "metrics.jsonl"
-        records = read_records(path) if path.exists() else []
+        records = self._records()
         figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
         if records:
             plot_training(records, axes=axes)
@@ -152,29 +142,30 @@ class TrainingView(Instrument):
         self._read()
         before_it_listened = self.process.returncode == -signal.SIGTERM and self.state == "stopping"
         if self.process.returncode and not before_it_listened:
-            self._fail()
-        elif not RunFolder(self.config).is_finished():
+            log = Path(self.config.output_dir) / "train.log"
+            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            raise RuntimeError(f"training ended with code {self.process.returncode}: {last} (see {log})")
+        if not RunFolder(self.config).is_finished():
             self.state = "stopped"
         else:
             self._finish()
             self.state = "finished"
 
-    def _fail(self) -> None:
-        log = Path(self.config.output_dir) / "train.log"
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"training ended with code {self.process.returncode}: {last} (see {log})")
+    def _records(self) -> list[dict]:
+        path = Path(self.config.output_dir) / "metrics.jsonl"
+        return read_records(path) if path.exists() else []
 
     def _read(self) -> None:
         """Send the curves if the records have grown."""
-        path = Path(self.config.output_dir) / "metrics.jsonl"
-        records = read_records(path) if path.exists() else []
+        records = self._records()
         if not records or records[-1]["global_step"] == self.step:
             return
         curves = {}
-        for name, key in SERIES.items():
+        for key in SERIES:
             points = [(r["global_step"], r[key]) for r in records if key in r and np.isfinite(r[key])]
             points = points[:: max(1, len(points) // MOST_POINTS)]
-            curves[name] = [list(column) for column in zip(*points, strict=True)] if points else [[], []]
+            columns = [list(column) for column in zip(*points, strict=True)]
+            curves[key.removeprefix("reward/")] = columns or [[], []]
         with self.hold_sync():
             self.curves, self.step, self.updates = curves, records[-1]["global_step"], self.updates + 1
 

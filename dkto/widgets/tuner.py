@@ -19,15 +19,8 @@ from dkto.widgets.training_view import TrainingView
 from dkto.world.users import SimulatedUser
 
 SHOWN = 6  # prompts of the before/after grid
-QUICK = {
-    "beta": 100.0,
-    "learning_rate": 1e-3,
-    "warmup_steps": 5,
-    "max_train_steps": 60,
-    "batch_size": 16,
-    "lora_rank": 8,
-    "checkpoint_every": 30,
-}
+QUICK = {"beta": 100.0, "learning_rate": 1e-3, "warmup_steps": 5, "max_train_steps": 60}
+QUICK |= {"batch_size": 16, "lora_rank": 8, "checkpoint_every": 30}
 
 
 class Tuner(TrainingView):
