@@ -142,12 +142,14 @@ def evaluate(
     scorers: Scorers = ("world_fidelity",),
 ) -> None:
     """Win-rate of one folder of images over others: median image per prompt, ties half, Wilson interval."""
+    from dkto.evaluation.scoring import score_all
     from dkto.evaluation.win_rates import win_rate_table
 
     paths = (ours, *theirs)
     alike = len({path.name for path in paths}) < len(set(paths))
     names = [str(path) if alike else path.name for path in paths]
-    print(win_rate_table(dict(zip(names, paths, strict=True)), names[0], names[1:], scorers).to_string(index=False))
+    scores = score_all(dict(zip(names, paths, strict=True)), scorers)
+    print(win_rate_table(scores, [(names[0], other) for other in names[1:]]).to_string(index=False))
 
 
 def run(

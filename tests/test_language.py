@@ -12,8 +12,7 @@ PAGES += [*(ROOT / "papermill_runs").glob("*.md"), *(ROOT / "notebooks").glob("*
 PAGES += [ROOT / "tests" / "benchmarks" / "README.md", *(ROOT / "dkto" / "world").rglob("README.md")]
 NOTEBOOKS = [path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
 # their prose is rewritten with their code; one that has become plain is struck from the list
-NOT_YET = {"50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid"}
-NOT_YET |= {"54_published_checkpoints"}
+NOT_YET: set[str] = set()
 LONGEST = 35
 # what is retired, and what to say instead
 RETIRED = {

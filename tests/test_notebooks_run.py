@@ -364,7 +364,7 @@ def slow(*values):
         slow("50_win_rate_tables", {"user": "likes_bleu"}, "user must be one of balanced, .*got 'likes_bleu'"),
         ("51_ablations", {"scorer": "world_utilty"}, "unknown scorer 'world_utilty'; did you mean 'world_utility'"),
         slow("50_win_rate_tables", {"guidance_scales": []}, "guidance_scales must hold at least one"),
-        ("53_qualitative_grid", {"lesson_dir": "nowhere"}, "lesson_dir nowhere holds no pictures: run the notebook"),
+        ("53_qualitative_grid", {"lesson_dir": "nowhere"}, "lesson_dir nowhere holds no images: run the notebook"),
         slow("51_ablations", {"partitions": []}, "partitions must name at least one rule"),
         ("52_a_specific_user", {"prompt_set": "neutral"}, "scorer world_fidelity judges the small world alone: prompt"),
         slow("52_a_specific_user", {"systems": ["kto", "d3po"]}, "alignprop and d3po learn from a scorer"),

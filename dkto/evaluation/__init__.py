@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "generate": ["generate_all", "generate_images", "image_path", "read_manifest"],
+        "generate": ["check_comparable", "generate_all", "generate_images", "image_path", "read_manifest"],
         "metrics": ["median_of_images", "paired_bootstrap", "wilson_interval", "win_rate"],
         "monitors": ["monitor_table"],
         "scorers": ["check_scorers", "register_scorer", "score"],
@@ -13,7 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "study": ["StudySession", "make_study"],
         "study_answers": ["study_result"],
         "win_rates": [
-            "check_comparable",
             "compare",
             "flat_metrics",
             "mean_scores",

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 
 from dkto.common.files import claim, read_json, write_png
 from dkto.common.processes import worker_pool
@@ -157,6 +155,38 @@ def read_manifest(folder: str | Path) -> dict:
             got = f"{found[key]!r:.80}" if key in found else "nothing"
             raise ValueError(f"{path} is no manifest of generated images: {key} must be {expected}, got {got}")
     return found
+
+
+def check_comparable(folders: Mapping[str, str | Path]) -> dict:
+    """Check that all methods drew the same prompts, number of images and seeds.
+
+    Returns:
+        The manifest of the first.
+
+    Raises:
+        FileNotFoundError: if a folder holds no images.
+        ValueError: if one of the three differs (the sentence names it, and the first prompt that differs), or there is
+            no method.
+    """
+    if not folders:
+        raise ValueError("folders must hold at least one method, got none")
+    manifests = {name: read_manifest(folder) for name, folder in folders.items()}
+    first_name, first = next(iter(manifests.items()))
+    for name, other in manifests.items():
+        differs = [key for key in ("prompts", "images_per_prompt", "seed") if first[key] != other[key]]
+        if differs:
+            where = _first_difference(first["prompts"], other["prompts"]) if differs[0] == "prompts" else ""
+            raise ValueError(
+                f"{folders[first_name]} and {folders[name]} cannot be compared: {', '.join(differs)} differ{where}"
+            )
+    return first
+
+
+def _first_difference(ours: list[str], theirs: list[str]) -> str:
+    if len(ours) != len(theirs):
+        return f" ({len(ours)} and {len(theirs)} prompts)"
+    row = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+    return f" (first at prompt {row}: {ours[row]!r} and {theirs[row]!r})"
 
 
 _MANIFEST_HOLDS: dict[str, tuple[Callable[[object], bool], str]] = {

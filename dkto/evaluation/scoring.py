@@ -1,9 +1,9 @@
 """Scores of generated images as files beside them: `<folder>/scores/<scorer>.parquet`, only missing ones computed.
 
-A row holds prompt and image number, the score, and the size and time of change of the image file: a picture
-that was drawn again is scored again, one that was deleted keeps its score. Beside them `<scorer>.json` says which model
-gave them, and for which prompts, seeds and weights the pictures were drawn: scores of others are refused. Whatever a
-scorer returned before it failed stays on disk, and what another process wrote meanwhile is kept.
+A row holds prompt and image number, the score, and the size and time of change of the image file: an image that was
+drawn again is scored again, one that was deleted keeps its score. Beside them `<scorer>.json` says which model gave
+them, and for which prompts, seeds and weights the images were drawn: scores of others are refused. Whatever a scorer
+returned before it failed stays on disk, and what another process wrote meanwhile is kept.
 """
 
 import fcntl
@@ -22,10 +22,11 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.files import read_json, write_atomically, write_json
+from dkto.common.names import check_name
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
 from dkto.data.images import load_image
-from dkto.evaluation.generate import image_path, read_manifest
+from dkto.evaluation.generate import check_comparable, image_path, read_manifest
 from dkto.evaluation.scorers import (
     Scorer,
     check_finite,
@@ -40,29 +41,38 @@ COLUMNS = ("prompt", "image", "score", "bytes", "changed")
 SECONDS_BETWEEN_WRITES = 2.0
 
 
+class Scores(dict[tuple[str, str], np.ndarray]):
+    """(P, n) scores by (method, scorer name): P prompts, n images each, the same prompts and noise for every method."""
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, in the order in which they were given."""
+        return list(dict.fromkeys(method for method, _ in self))
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of the scorers, in the order in which they were given."""
+        return list(dict.fromkeys(scorer for _, scorer in self))
+
+    def __missing__(self, key: tuple[str, str]) -> np.ndarray:
+        for what, name, known in zip(("method", "scorer"), key, (self.methods, self.scorers), strict=True):
+            check_name(what, name, known, KeyError)
+        raise KeyError(f"no scores of {key[0]!r} by {key[1]!r}")
+
+
 def score_images(
     folder: str | Path, scorer: str | Scorer, *, num_processes: int = 1, batch_size: int = 64
 ) -> np.ndarray:
-    """Scores of a folder written by `generate_images`, computed where they are not on disk yet.
+    """(P, n) scores of one folder by one scorer: P prompts, n images each; see `score_all`.
 
     Args:
-        folder: holds manifest.json and the images.
-        scorer: a name in `dkto.evaluation.scorers.SCORERS`, or a scorer.
+        folder: written by `generate_images`.
+        scorer: a name, or a scorer.
         num_processes: workers, each with a scorer of its own on one thread.
         batch_size: images handed to the scorer at once.
-
-    Returns:
-        (P, n): P prompts, n images each.
-
-    Raises:
-        FileNotFoundError: if the manifest or an image without a score is missing; nothing is scored then.
-        KeyError: if no scorer has that name.
-        ValueError: if the scorer fails its checks (the sentence names the image of a value that is not finite), or the
-            scores on disk come from another model or of other pictures; what was scored before stays on disk.
     """
-    folder = Path(folder)
     options = {"num_processes": num_processes, "batch_size": batch_size}
-    return score_all({folder.name: folder}, [scorer], **options)[folder.name, scorer_name(scorer)]
+    return score_all({"it": folder}, [scorer], **options)["it", scorer_name(scorer)]
 
 
 def score_all(
@@ -71,29 +81,31 @@ def score_all(
     *,
     num_processes: int = 1,
     batch_size: int = 64,
-) -> dict[tuple[str, str], np.ndarray]:
-    """`score_images` for several methods and scorers with one set of workers.
+) -> Scores:
+    """Scores of folders written by `generate_images`, computed where they are not on disk yet.
 
     Args:
-        folders: image folder of each method by its name.
-        scorers: names of scorers, or scorers.
-        num_processes, batch_size: as in `score_images`.
-
-    Returns:
-        (P, n) scores by (method, scorer name).
+        folders: image folder (manifest.json and images) of each method by its name.
+        scorers: names in `dkto.evaluation.scorers.SCORERS`, or scorers.
+        num_processes, batch_size: as in `score_images`, for all folders and scorers together.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as `score_images`; also if two scorers have one name.
+        FileNotFoundError: if a manifest or an image without a score is missing; nothing is scored then.
+        KeyError: if no scorer has that name.
+        ValueError: if two scorers have one name, the folders were drawn for different prompts, numbers of images or
+            seeds, a scorer fails its checks (the sentence names the image of a value that is not finite), or the
+            scores on disk come from another model or of other images; what was scored before stays on disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_comparable(folders)
     scorers = _distinct(scorers)
-    tables = [_Table.open(name, Path(folder), scorer) for scorer in scorers for name, folder in folders.items()]
-    tasks = []
-    for index, table in enumerate(tables):
-        missing, scorer = table.missing, get_scorer(table.scorer)
-        for start in range(0, len(missing), batch_size):
-            tasks.append(_Task(index, scorer, table.folder, table.prompts, missing[start : start + batch_size]))
+    tables = {(name, scorer_name(s)): _Table(Path(folder), s) for s in scorers for name, folder in folders.items()}
+    tasks = [
+        _Task(key, get_scorer(table.scorer), table.folder, table.prompts, table.missing[start : start + batch_size])
+        for key, table in tables.items()
+        for start in range(0, len(table.missing), batch_size)
+    ]
     if tasks:
         bar = progress(total=sum(len(task.keys) for task in tasks), desc="scoring", unit="image")
         try:
@@ -102,9 +114,9 @@ def score_all(
                 bar.update(len(values))
         finally:
             bar.close()
-            for table in tables:
+            for table in tables.values():
                 table.write()
-    return {(table.method, scorer_name(table.scorer)): table.scores() for table in tables}
+    return Scores({key: table.scores() for key, table in tables.items()})
 
 
 def _distinct(scorers: Sequence[str | Scorer]) -> list[str | Scorer]:
@@ -122,57 +134,52 @@ def _distinct(scorers: Sequence[str | Scorer]) -> list[str | Scorer]:
 
 @dataclass(frozen=True)
 class _Task:
-    table: int
+    table: tuple[str, str]
     scorer: str | Scorer
     folder: Path
     prompts: list[str]
     keys: list[tuple[int, int]]
 
+    @property
+    def paths(self) -> list[Path]:
+        return [image_path(self.folder, *key) for key in self.keys]
+
 
 class _Table:
     """The scores of one folder by one scorer: what is on disk and still holds, and what is new."""
 
-    def __init__(self, method: str, folder: Path, scorer: str | Scorer) -> None:
-        self.method, self.folder, self.scorer = method, folder, scorer
+    def __init__(self, folder: Path, scorer: str | Scorer) -> None:
+        self.folder, self.scorer = folder, scorer
         manifest = read_manifest(folder)
         self.prompts: list[str] = manifest["prompts"]
-        self.images_per_prompt: int = manifest["images_per_prompt"]
+        self.shape = len(self.prompts), manifest["images_per_prompt"]
+        self.keys = list(np.ndindex(self.shape))  # (prompt number, image number)
         drawn = {key: manifest.get(key) for key in ("system", "weights", "prompts", "images_per_prompt", "seed")}
-        pictures = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
-        self.about = {**describe(get_scorer(scorer)), "pictures": pictures}  # once: it may hash a model's weights
+        images = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
+        self.about = {**describe(get_scorer(scorer)), "pictures": images}  # once: it may hash a model's weights
         self.path = folder / "scores" / f"{scorer_name(scorer)}.parquet"
-        self.rows: dict[tuple[int, int], tuple[float, int, int]] = {}
-        self.written, self.last_write = 0, time.monotonic()
-
-    @classmethod
-    def open(cls, method: str, folder: Path, scorer: str | Scorer) -> "_Table":
-        table = cls(method, folder, scorer)
-        table.rows = table._stored()
-        for key in table.missing:
-            path = image_path(folder, *key)
+        self.rows = self._stored()
+        self.written, self.last_write = len(self.rows), time.monotonic()
+        self.missing = [key for key in self.keys if key not in self.rows]
+        for path in (image_path(folder, *key) for key in self.missing):
             if not path.exists():
                 raise FileNotFoundError(f"image {path} does not exist")
-        table.written = len(table.rows)
-        return table
 
     def _stored(self) -> dict[tuple[int, int], tuple[float, int, int]]:
-        """Rows on disk that still hold: of pictures that have not changed, or are gone."""
+        """Rows on disk that still hold: of images that have not changed, or are gone."""
         self._check_source()
         if not self.path.exists():
             return {}
         frame = pd.read_parquet(self.path)[list(COLUMNS)]
-        stamps = {key: _stamp(image_path(self.folder, *key)) for key in self._keys()}
+        stamps = {key: _stamp(image_path(self.folder, *key)) for key in self.keys}
         return {
             (prompt, image): (value, *stamp)
             for prompt, image, value, *stamp in frame.itertuples(index=False, name=None)
             if (prompt, image) in stamps and stamps[prompt, image] in (None, tuple(stamp))
         }
 
-    def _keys(self) -> list[tuple[int, int]]:
-        return [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
-
     def _check_source(self) -> None:
-        """A folder's scores come from one model and are of one set of pictures; others are not mixed in.
+        """A folder's scores come from one model and are of one set of images; others are not mixed in.
 
         A hash of weights that is not known here is None and stands for any; one that is stored is kept.
         """
@@ -204,10 +211,6 @@ class _Table:
             )
         self.about |= {key: stored[key] for key in unknown & stored.keys() if self.about[key] is None}
 
-    @property
-    def missing(self) -> list[tuple[int, int]]:
-        return [key for key in self._keys() if key not in self.rows]
-
     def add(self, keys: Sequence[tuple[int, int]], values: np.ndarray) -> None:
         for key, value in zip(keys, values, strict=True):
             if np.isfinite(value):
@@ -228,8 +231,7 @@ class _Table:
         self.written, self.last_write = len(self.rows), time.monotonic()
 
     def scores(self) -> np.ndarray:
-        values = np.array([self.rows[key][0] for key in self._keys()], dtype=np.float64)
-        return values.reshape(len(self.prompts), self.images_per_prompt)
+        return np.array([self.rows[key][0] for key in self.keys], dtype=np.float64).reshape(self.shape)
 
 
 @contextmanager
@@ -256,22 +258,18 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarr
     """Tasks with their values as they come; the first failure is raised when nothing runs any more."""
     if workers < 2:
         for task in tasks:
-            values = _score_chunk(task)
-            yield task, values
-            _check(task, values)
+            yield task, (values := _score_chunk(task))
+            check_finite(task.scorer, values, task.paths)
         return
     for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
         _check_it_travels(scorer)
     with worker_pool(workers) as pool:
         waiting = {pool.submit(_score_chunk, task): task for task in tasks}
         failure = None
-        for done in as_completed(waiting):
-            if done.cancelled():
-                continue
+        for done, task in ((done, waiting[done]) for done in as_completed(waiting) if not done.cancelled()):
             try:
-                values = done.result()
-                yield waiting[done], values
-                _check(waiting[done], values)
+                yield task, (values := done.result())
+                check_finite(task.scorer, values, task.paths)
             except Exception as error:
                 if failure is None:
                     failure = error
@@ -279,10 +277,6 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarr
                         future.cancel()
         if failure is not None:
             raise failure
-
-
-def _check(task: _Task, values: np.ndarray) -> None:
-    check_finite(task.scorer, values, [image_path(task.folder, *key) for key in task.keys])
 
 
 def _check_it_travels(scorer: str | Scorer) -> None:
@@ -298,5 +292,4 @@ def _check_it_travels(scorer: str | Scorer) -> None:
 
 def _score_chunk(task: _Task) -> np.ndarray:
     """Values as the scorer returns them, those that are not finite among them."""
-    images = [load_image(image_path(task.folder, *key)) for key in task.keys]
-    return raw_scores(task.scorer, images, [task.prompts[p] for p, _ in task.keys])
+    return raw_scores(task.scorer, [load_image(path) for path in task.paths], [task.prompts[p] for p, _ in task.keys])

@@ -1,25 +1,26 @@
-"""Settings chosen with equal budgets: every method gets the same number of tries, judged on validation prompts.
+"""Settings from a search with equal budgets: every method gets the same number of tries, judged on validation prompts.
 
     dkto paper-search --output-dir papermill_runs/outputs/search --keep papermill_runs/paper_settings.json
 
-The grids hold the same number of settings for each method. A try that was trained is kept; the winner is the
-one with the highest mean of the user's own measure on validation prompts that no test prompt is among. Every try is
-judged at its own best guidance scale, as the tables judge every system: what does best at one scale may not do best
-where it counts.
+The grids hold the same number of settings for each method. A try that was trained is kept; the winner has the highest
+mean of the user's own measure on validation prompts, none of them a test prompt. Every try is judged at its own best
+guidance scale, as the tables judge every method: what does best at one scale may not do best where it counts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
+from dkto.common.files import write_json
+from dkto.common.names import check_choice
 from dkto.evaluation.scorers import WORLD_SCORERS
 from dkto.models import SMALL_WORLD
 from dkto.models.system import System
-from dkto.paper.pool import TASTES, check_user, compare_pool, likes_of, make_pool
+from dkto.paper.pool import TASTES, compare_pool, likes_of, make_pool
 from dkto.paper.search_config import SearchConfig
-from dkto.paper.train_all import make_config, run_configs, sampled_as, share_data, sweep_guidance, write_settings
+from dkto.paper.train_all import common_settings, make_config, run_configs, share_data, sweep_guidance, systems_of
 from dkto.world.scenes import prompts_for
 
 GUIDANCE_SCALES = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
@@ -40,7 +41,7 @@ GRIDS: dict[str, list[dict[str, object]]] = {
     "alignprop": _crossed(_ADAPTER_RATES, "backprop_steps", (1, 3)),
     "d3po": _crossed(_ADAPTER_RATES, "beta", (100.0, 10.0)),
 }
-"""Tries by method; the variants of KTO and the controls take its settings (`dkto.paper.train_all.SHARES_SETTINGS`).
+"""Tries by method; variants and controls take the settings of their method (`dkto.paper.train_all.COMPARED`).
 
 One rule makes them all: three learning rates about a factor of three apart, the same three for every method that trains
 the whole network and ten times as much for those that train LoRA, crossed with two values of the one other setting
@@ -69,24 +70,33 @@ def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
     return next(iter(counts.values()))
 
 
-def online_settings(online_steps: int, reward: str, model: str = SMALL_WORLD) -> dict[str, dict[str, object]]:
-    """What AlignProp and D3PO are always told: how many steps, the reward, and on the small world short chains.
+def online_settings(
+    online_steps: int, reward: str, model: str = SMALL_WORLD, found: Mapping[str, Mapping[str, object]] | None = None
+) -> dict[str, dict[str, object]]:
+    """What AlignProp and D3PO always get: how many steps, the reward, and on the small world short chains.
 
     Batches, guidance and chains of the small world are not those of another model, which keeps the defaults of
     `dkto.training.OnlineConfig` where its own settings file says nothing.
 
     AlignProp needs a reward with a gradient: the user's measure if it has one. Of the small world's rules those that
     have none (fidelity, utility) give way to the part that has, `world_aesthetics`.
+
+    Args:
+        online_steps: of each.
+        reward: scorer of what the user likes.
+        model: the one that is trained.
+        found: settings by method from a search, which come on top; those of other methods are handed on.
     """
     without = reward in WORLD_SCORERS and not hasattr(WORLD_SCORERS[reward], "score_pixels")
     differentiable = "world_aesthetics" if without else reward
     shared = {"max_train_steps": online_steps, "warmup_steps": 0}
-    found = {"alignprop": {**shared, "reward": differentiable}, "d3po": {**shared, "reward": reward}}
+    own = {"alignprop": {**shared, "reward": differentiable}, "d3po": {**shared, "reward": reward}}
     if model == SMALL_WORLD:
-        found["alignprop"] |= {"sampling_steps": 8, "batch_size": 16}
-        found["d3po"] |= {"sampling_steps": 8, "batch_size": 48, "guidance": 1.0, "chain_steps": 4}
-        found["d3po"] |= {"gradient_checkpointing": False}  # its memory is small, its time is not
-    return found
+        own["alignprop"] |= {"sampling_steps": 8, "batch_size": 16}
+        own["d3po"] |= {"sampling_steps": 8, "batch_size": 48, "guidance": 1.0, "chain_steps": 4}
+        own["d3po"] |= {"gradient_checkpointing": False}  # its memory is small, its time is not
+    found = found or {}
+    return {name: {**own.get(name, {}), **found.get(name, {})} for name in {**own, **found}}
 
 
 def search_settings(
@@ -111,57 +121,42 @@ def search_settings(
         raise ValueError(f"tries must be in [1, {known}], the length of the grids, got {config.tries}")
     about = {"ranges": RANGES} if grids is GRIDS else {}
     grids = {method: list(settings)[: config.tries] for method, settings in grids.items()}
-    check_user(config.user)
-    scorer, folder = TASTES[config.user], Path(config.output_dir)
+    check_choice("user", config.user, TASTES)
+    scorer, folder, seed = TASTES[config.user], Path(config.output_dir), config.seed
     base = System(steps=config.sampling_steps)
-    validation = prompts_for("validation", config.validation_prompts, config.seed)
-    drawing = {"images_per_prompt": config.images_per_prompt, "seed": config.seed, "num_processes": config.processes}
-    unguided = System(guidance=1.0, steps=config.sampling_steps)
+    validation = prompts_for("validation", config.validation_prompts, seed)
+    drawing = {"seed": seed, "num_processes": config.processes}
     pool = make_pool(
-        prompts_for("train", config.pool_prompts, config.seed),
+        prompts_for("train", config.pool_prompts, seed),
         folder / "pool",
         pictures_per_prompt=config.pictures_per_prompt,
-        base=unguided,
-        seed=config.seed,
-        num_processes=config.processes,
+        base=replace(base, guidance=1.0),
+        **drawing,
     )
-    table = likes_of(compare_pool(pool, scorer, seed=config.seed))
-    data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=config.seed)
-    common = {"max_train_steps": config.train_steps, "batch_size": config.batch_size, "seed": config.seed}
-    common |= {"warmup_steps": min(10, config.train_steps), "checkpoint_every": CHECKPOINT_EVERY}
+    table = likes_of(compare_pool(pool, scorer, seed=seed))
+    data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=seed)
+    common = common_settings(SMALL_WORLD, config.train_steps, config.batch_size, seed)
     online = online_settings(config.online_steps, scorer)
-    runs = {
-        (method, number): make_config(
-            method, data, folder / "tries" / f"{method}-{number}", {**common, **online.get(method, {}), **settings}
-        )
-        for method, settings_list in grids.items()
-        for number, settings in enumerate(settings_list)
-    }
-    run_configs(list(runs.values()), config.processes)
-    systems = {
-        f"{method}-{number}": sampled_as({method: run.output_dir}, [method], base)[method]
-        for (method, number), run in runs.items()
-    }
-    swept = sweep_guidance(
-        {"base": base, **systems}, GUIDANCE_SCALES, validation, scorer, folder / "guidance", **drawing
-    )
-    rows = [
-        {
-            "method": method,
-            "settings": dict(grids[method][number]),
-            "score": float(swept.loc[f"{method}-{number}"].max()),
-            "guidance": float(swept.loc[f"{method}-{number}"].idxmax()),
-        }
-        for method, number in runs
-    ]
+    tries = {f"{method}-{number}": (method, tried) for method in grids for number, tried in enumerate(grids[method])}
+    configs = {}
+    for name, (method, tried) in tries.items():
+        given = {**common, "checkpoint_every": CHECKPOINT_EVERY, **online.get(method, {}), **tried}
+        configs[name] = make_config(method, data, folder / "tries" / name, given)
+    systems = systems_of(run_configs(configs, config.processes), base)
+    scored = {"images_per_prompt": config.images_per_prompt, **drawing}
+    swept = sweep_guidance(systems, GUIDANCE_SCALES, validation, scorer, folder / "guidance", **scored)
+    rows = []
+    for name, (method, tried) in tries.items():
+        at_best = {"score": float(swept.loc[name].max()), "guidance": float(swept.loc[name].idxmax())}
+        rows.append({"method": method, "settings": dict(tried), **at_best})
     table = pd.DataFrame(rows)
     best = table.loc[table.groupby("method")["score"].idxmax()].set_index("method")
     table["chosen"] = [row.settings is best.loc[row.method, "settings"] for row in table.itertuples()]
-    chosen = {name: best.loc[name, "settings"] for name in grids}
     about |= {**asdict(config), "output_dir": str(config.output_dir), "scorer": scorer, "model": SMALL_WORLD}
-    about |= {
-        "tried": table.to_dict("records"),
-        "guidance_scores": {f"{k:g}": float(v) for k, v in swept.loc["base"].items()},
-    }
-    write_settings(keep, chosen, float(swept.loc["base"].idxmax()), about)
+    about["tried"] = table.to_dict("records")
+    about["guidance_scores"] = {f"{scale:g}": float(value) for scale, value in swept.loc["base"].items()}
+    chosen = {name: best.loc[name, "settings"] for name in grids}
+    Path(keep).parent.mkdir(parents=True, exist_ok=True)
+    found = {"settings": chosen, "guidance": float(swept.loc["base"].idxmax()), "search": about}
+    write_json(Path(keep), found)
     return table

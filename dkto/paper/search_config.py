@@ -1,4 +1,4 @@
-"""What a search of settings is told; read by the command line without loading any model."""
+"""The sizes of a search of settings; read by the command line without loading any model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,13 @@ class SearchConfig:
     """How settings are searched on the small world."""
 
     output_dir: Path = Path("papermill_runs/outputs/search")
-    """Pool, tries and pictures land here; called again, it goes on."""
+    """Pool, tries and images land here; called again, it goes on."""
     user: str = "balanced"
     """Simulated user, a name in dkto.paper.pool.TASTES."""
     pool_prompts: int = 200
-    """Training prompts whose pictures the user compares."""
+    """Training prompts whose images the user compares."""
     pictures_per_prompt: int = 8
-    """Pictures of each that he is shown."""
+    """Images of each that the user sees."""
     tries: int = 6
     """Settings tried of each method, from the start of its grid; the same number for all."""
     train_steps: int = 120
@@ -27,9 +27,9 @@ class SearchConfig:
     validation_prompts: int = 40
     """Prompts on which tries are judged."""
     images_per_prompt: int = 1
-    """Pictures of each."""
+    """Images of each."""
     sampling_steps: int = 15
-    """DPM-Solver++ steps of judged pictures."""
+    """DPM-Solver++ steps of judged images."""
     processes: int = 2
     """Processes that train and draw."""
     seed: int = 100

@@ -1,25 +1,17 @@
-"""Every system that the paper compares, and its controls: offline ones on the same pictures for the same steps.
+"""Every method that the paper compares, and its controls, trained alike: the same images for the same steps.
 
-    base, base_best_guidance      the model as it is; at the guidance scale that the user likes best
-    sft, sft_all                  liked pictures only (eq. 3); every picture, no preference: a control
-    csft                          every picture, the like written into the prompt (5.1.2)
-    dpo                           Diffusion-DPO on the comparisons (eq. 8)
-    kto, kto_loss_averse, kto_risk_seeking    Diffusion-KTO with each utility (4.2)
-    kto_shuffled                  kto on likes dealt out at random: a control
-    alignprop, d3po               draw their own pictures while they train, for fewer steps (`dkto.training.online`)
-
-Settings (learning rate, beta ...) come per system from a search with the same number of tries for each
+Settings (learning rate, beta ...) come by method from a search with the same number of tries for each
 (`dkto.paper.search`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dkto.common.files import read_json, write_atomically, write_json
+from dkto.common.files import read_json, write_atomically
 from dkto.common.names import check_name, not_known
 from dkto.data.encode import prepare_feedback
 from dkto.data.feedback import FeedbackTable, make_feedback
@@ -27,31 +19,49 @@ from dkto.evaluation.generate import generate_all
 from dkto.evaluation.scoring import score_all
 from dkto.models import SMALL_WORLD
 from dkto.models.system import System
-from dkto.objective.methods import CSFT_PREFIXES
-from dkto.training.config import OnlineConfig, RunConfig, TrainConfig
-from dkto.training.launch import run_trainings
-from dkto.training.loop import run_training
+from dkto.objective.methods import CSFT_PREFIXES, METHODS, ONLINE
+from dkto.training import OnlineConfig, RunConfig, TrainConfig, run_training, run_trainings
 
-OFFLINE = {
-    "sft": {"objective": "sft"},
-    "sft_all": {"objective": "sft_all"},
-    "csft": {"objective": "csft"},
-    "dpo": {"objective": "dpo"},
-    "kto": {"objective": "kto"},
-    "kto_loss_averse": {"objective": "kto", "utility": "loss_averse"},
-    "kto_risk_seeking": {"objective": "kto", "utility": "risk_seeking"},
-    "kto_shuffled": {"objective": "kto"},
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of the comparison.
+
+    Attributes:
+        method: what trains it, a name in `dkto.objective.METHODS`; "" if nothing is trained.
+        fixed: settings that make it a variant.
+        shuffled: whether it is trained on shuffled likes.
+        like: whose settings of a search it takes: a variant or control with its own would not isolate one thing.
+        control: whether a win over it, and not over the base alone, is needed.
+    """
+
+    method: str = ""
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    shuffled: bool = False
+    like: str = ""
+    control: bool = False
+
+
+COMPARED: dict[str, Compared] = {
+    "base": Compared(),  # the model as it is
+    "base_best_guidance": Compared(control=True),  # at the guidance scale that the user likes best
+    "sft": Compared("sft"),  # liked images only (eq. 3)
+    "sft_all": Compared("sft_all", like="sft", control=True),  # every image, no preference
+    "csft": Compared("csft"),  # every image, the like written into the prompt (5.1.2)
+    "dpo": Compared("dpo"),  # on the comparisons (eq. 8)
+    "kto": Compared("kto"),
+    "kto_loss_averse": Compared("kto", {"utility": "loss_averse"}, like="kto"),  # 4.2
+    "kto_risk_seeking": Compared("kto", {"utility": "risk_seeking"}, like="kto"),
+    "kto_shuffled": Compared("kto", shuffled=True, like="kto", control=True),
+    "alignprop": Compared("alignprop"),  # the last two draw their own images while they train, for fewer steps
+    "d3po": Compared("d3po"),
 }
-ONLINE = ("alignprop", "d3po")
-UNTRAINED = ("base", "base_best_guidance")
-SYSTEMS = (*UNTRAINED, *OFFLINE, *ONLINE)
-CONTROLS = ("base_best_guidance", "sft_all", "kto_shuffled")
-SHARES_SETTINGS = {"kto_loss_averse": "kto", "kto_risk_seeking": "kto", "kto_shuffled": "kto", "sft_all": "sft"}
-"""Variants of a method and controls are trained with that method's settings, else they would not isolate one thing."""
+UNTRAINED = tuple(name for name, row in COMPARED.items() if not row.method)
+CONTROLS = tuple(name for name, row in COMPARED.items() if row.control)
 
 
 def controls_first(names: Iterable[str]) -> list[str]:
-    """The base and the controls before all other systems, which keep their order.
+    """The base and the controls before all others, which keep their order.
 
     >>> controls_first(["sft", "kto_shuffled", "base"])
     ['base', 'kto_shuffled', 'sft']
@@ -61,18 +71,18 @@ def controls_first(names: Iterable[str]) -> list[str]:
     return [*first, *(name for name in names if name not in first)]
 
 
-def check_systems(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
+def check_methods(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
     """The names, each known and once.
 
     Args:
-        names: of `SYSTEMS`.
+        names: of `COMPARED`.
         needed: those that must be among them.
 
     Raises:
         ValueError: for another name (the sentence names the nearest), one that comes twice, or one that is lacking.
     """
     for name in names:
-        check_name("system", name, SYSTEMS)
+        check_name("method", name, COMPARED)
     if len(set(names)) < len(names):
         raise ValueError(f"systems must be named once each, got {', '.join(names)}")
     for name in needed:
@@ -81,212 +91,182 @@ def check_systems(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]
     return list(names)
 
 
-@dataclass(frozen=True)
-class SharedData:
-    """One user's feedback, encoded for every system.
-
-    Attributes:
-        likes, pairs, shuffled: prepared folders of single likes, of comparisons, and of likes dealt out at random.
-        prompts_file: the training prompts, for systems that sample while they train.
-    """
-
-    likes: Path
-    pairs: Path
-    shuffled: Path
-    prompts_file: Path
-
-    def folder(self, system: str) -> Path:
-        """The prepared folder that a system is trained on."""
-        return {"dpo": self.pairs, "kto_shuffled": self.shuffled}.get(system, self.likes)
-
-
 def share_data(
-    table: FeedbackTable,
-    folder: str | Path,
-    model: str,
-    names: Sequence[str] = SYSTEMS,
-    *,
-    seed: int = 0,
-) -> SharedData:
-    """Encode one user's feedback for some systems; what is on disk is kept.
+    table: FeedbackTable, folder: str | Path, model: str, names: Sequence[str] = tuple(COMPARED), *, seed: int = 0
+) -> Path:
+    """Encode one user's feedback for some methods; what is on disk is kept.
 
     Args:
         table: likes, and comparisons or pair numbers if "dpo" is among the names.
-        folder: prepared data land here.
+        folder: prepared data (`likes`, `pairs`, `shuffled`) and `prompts.txt` land here, see `source_of`.
         model: "small-world", a pipeline folder, or a hub id.
-        names: the systems that will be trained; for "csft" every style of `CSFT_PREFIXES` is encoded,
+        names: of `COMPARED`, those that will be trained; for "csft" every style of `CSFT_PREFIXES` is encoded,
             so that the settings of a training may choose.
         seed: of the shuffled likes.
 
+    Returns:
+        The folder.
+
     Raises:
-        ValueError: if "dpo" is asked for without comparisons, or an online system with a prompt of several lines.
+        ValueError: if "dpo" is asked for without comparisons, or an online method with a prompt of several lines.
     """
-    folder, names = Path(folder), check_systems(names)
+    folder, names = Path(folder), check_methods(names)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(table.prompts))
     broken = [prompt for prompt in prompts if not prompt.strip() or set(prompt) & {"\n", "\r"}]
     if broken and set(names) & set(ONLINE):
         raise ValueError(
-            f"systems that draw while they learn take one prompt a line, but {broken[0]!r} is empty or has a line break"
+            f"methods that draw while they train take one prompt a line, but {broken[0]!r} is empty or has a line break"
         )
-    data = SharedData(folder / "likes", folder / "pairs", folder / "shuffled", folder / "prompts.txt")
     for style in CSFT_PREFIXES if "csft" in names else [None]:
-        prepare_feedback(table, data.likes, model, csft=style)
+        prepare_feedback(table, folder / "likes", model, csft=style)
     if "dpo" in names:
-        prepare_feedback(pairs_of(table), data.pairs, model)
+        prepare_feedback(pairs_of(table), folder / "pairs", model)
     if "kto_shuffled" in names:
-        prepare_feedback(table.shuffled_likes(seed), data.shuffled, model)
+        prepare_feedback(table.shuffled_likes(seed), folder / "shuffled", model)
     text = "\n".join(prompts) + "\n"  # last: a folder of other feedback was refused before anything in it changes
-    write_atomically(data.prompts_file, lambda part: part.write_text(text, encoding="utf-8"))
-    return data
+    write_atomically(folder / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def source_of(name: str, data: Path) -> Path:
+    """What one of `COMPARED` is trained on, in the folder of `share_data`: encoded feedback, or the prompts."""
+    draws = METHODS[COMPARED[name].method].draws
+    if draws in ("own", "pairs"):
+        return data / {"own": "prompts.txt", "pairs": "pairs"}[draws]
+    return data / ("shuffled" if COMPARED[name].shuffled else "likes")
 
 
 def pairs_of(table: FeedbackTable) -> FeedbackTable:
-    """Two rows for each comparison, the chosen picture liked and the other disliked, with a number of its own.
+    """Two rows for each comparison, the chosen image liked and the other disliked, with a number of its own.
 
-    A picture that is liked in one comparison and disliked in another stands in both, as Diffusion-DPO needs it.
+    An image that is liked in one comparison and disliked in another is in both, as Diffusion-DPO needs it.
 
     Raises:
         ValueError: if the table holds no comparison.
     """
     rows = table.pairs.reshape(-1)
     if not len(rows):
-        raise ValueError("system 'dpo' needs comparisons, but no two of the pictures were compared")
+        raise ValueError("method 'dpo' needs comparisons, but no two of the images were compared")
     images, prompts = [table.images[row] for row in rows], [table.prompts[row] for row in rows]
     return make_feedback(images, prompts, [True, False] * (len(rows) // 2), np.repeat(np.arange(len(rows) // 2), 2))
 
 
-def make_config(name: str, data: SharedData, output_dir: Path, settings: Mapping[str, object]) -> RunConfig:
-    """The training of one system.
+def common_settings(model: str, train_steps: int, batch_size: int, seed: int) -> dict[str, object]:
+    """What every training of an experiment has: short ones warm up over at most 10 steps."""
+    steps = {"max_train_steps": train_steps, "warmup_steps": min(10, train_steps)}
+    return {"model": model, "batch_size": batch_size, "seed": seed, **steps}
+
+
+def settings_of(name: str, own: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """The settings of one of `COMPARED`: those of the method whose variant it is, then its own.
+
+    >>> settings_of("kto_shuffled", {"kto": {"beta": 5.0}})
+    {'beta': 5.0}
+    """
+    return {**own.get(COMPARED[name].like, {}), **own.get(name, {})}
+
+
+def make_config(name: str, data: Path, output_dir: Path, settings: Mapping[str, object]) -> RunConfig:
+    """The training of one of `COMPARED`.
 
     Args:
-        name: a trained one of `SYSTEMS`.
-        data: what it is trained on.
+        name: of one that is trained.
+        data: folder of `share_data`.
         output_dir: its run's folder.
         settings: fields of `TrainConfig` or `OnlineConfig`; those of the other are left out, so that one set
             (seed, batch size, steps) serves all.
 
     Raises:
-        ValueError: if a setting is a field of neither, or the system is not trained.
+        ValueError: if a setting is a field of neither, or nothing is trained under that name.
     """
+    row = COMPARED[name]
+    if not row.method:
+        trained = [each for each in COMPARED if each not in UNTRAINED]
+        raise ValueError(f"{name!r} is not trained; trained are: {', '.join(trained)}")
     known = {kind: {field.name for field in fields(kind)} for kind in (TrainConfig, OnlineConfig)}
     for key in settings:
-        if key not in known[TrainConfig] | known[OnlineConfig]:
+        if not any(key in names for names in known.values()):
             raise ValueError(f"settings of {name}: {key!r} is no setting of a training")
-    if name in ONLINE:
-        used = {key: value for key, value in settings.items() if key in known[OnlineConfig]}
-        return OnlineConfig(data.prompts_file, output_dir, **{**used, "objective": name})
-    if name not in OFFLINE:
-        raise ValueError(f"system {name!r} is not trained; trained are: {', '.join((*OFFLINE, *ONLINE))}")
-    used = {key: value for key, value in settings.items() if key in known[TrainConfig]}
-    return TrainConfig(data.folder(name), output_dir, **{**used, **OFFLINE[name]})
+    kind = OnlineConfig if row.method in ONLINE else TrainConfig
+    used = {key: value for key, value in settings.items() if key in known[kind]}
+    return kind(source_of(name, data), output_dir, **{**used, **row.fixed, "objective": row.method})
 
 
-def run_configs(configs: Sequence[RunConfig], processes: int) -> None:
-    """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process.
-
-    Those that draw while they learn take longest and begin first, so that none is left to run alone at the end.
-    """
-    costly_first = sorted(configs, key=lambda config: not isinstance(config, OnlineConfig))
-    if processes:
-        run_trainings(costly_first, processes=processes)
-        return
-    for config in costly_first:
-        run_training(config)
-
-
-def system_configs(
+def method_configs(
     names: Sequence[str],
-    data: SharedData,
-    output_dir: str | Path,
-    common: Mapping[str, object],
-    own: Mapping[str, Mapping[str, object]],
-) -> dict[str, RunConfig]:
-    """The trainings of systems, by name, for `run_configs`; those that have nothing to train are left out.
-
-    Args:
-        names: of `SYSTEMS`.
-        data: the pictures and likes that all share.
-        output_dir: run `name` lands in `output_dir/name`.
-        common: settings of all (steps, batch size, seed).
-        own: settings by system, or by the method whose variant it is (`SHARES_SETTINGS`).
-
-    Raises:
-        ValueError: if `own` has settings of a system that there is none of, or as `make_config`.
-    """
-    for name in own:
-        if name not in SYSTEMS:
-            raise ValueError(not_known(f"settings are given for {name!r}, which is no system", name, SYSTEMS))
-    configs = {}
-    for name in check_systems(names):
-        if name not in UNTRAINED:
-            mine = {**common, **settings_of(name, own)}
-            configs[name] = make_config(name, data, Path(output_dir) / name, mine)
-    return configs
-
-
-def settings_of(name: str, own: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """A system's settings: those of the method whose variant it is, then its own.
-
-    >>> settings_of("kto_shuffled", {"kto": {"beta": 5.0}})
-    {'beta': 5.0}
-    """
-    return {**own.get(SHARES_SETTINGS.get(name, name), {}), **own.get(name, {})}
-
-
-def train_systems(
-    names: Sequence[str],
-    data: SharedData,
-    output_dir: str | Path,
-    common: Mapping[str, object],
+    likes: FeedbackTable,
+    folder: str | Path,
     own: Mapping[str, Mapping[str, object]],
     *,
-    processes: int = 1,
-) -> dict[str, Path]:
-    """Train every system that has something to train, some side by side; finished runs are kept.
+    part: str = "",
+    model: str = SMALL_WORLD,
+    train_steps: int,
+    batch_size: int,
+    seed: int = 0,
+) -> dict[str, RunConfig]:
+    """Encode one user's feedback and plan the trainings on it, by name, for `run_configs`.
 
     Args:
-        names, data, output_dir, common, own: see `system_configs`.
-        processes: see `run_configs`.
+        names: of `COMPARED`; those that have nothing to train are left out.
+        likes: that all share, see `share_data`.
+        folder: data land in `folder/data/part`, run `name` in `folder/runs/part/name`.
+        own: settings by method.
+        part: name of this feedback, where an experiment has several.
+        model, train_steps, batch_size, seed: of all, see `common_settings`.
+
+    Raises:
+        ValueError: if `own` has settings of an unknown method, or as `share_data` and `make_config`.
+    """
+    for name in own:
+        if name not in COMPARED:
+            raise ValueError(not_known(f"settings are given for {name!r}, which is no method", name, COMPARED))
+    data = share_data(likes, Path(folder) / "data" / part, model, names, seed=seed)
+    common, place = common_settings(model, train_steps, batch_size, seed), Path(folder) / "runs" / part
+    trained = [name for name in names if COMPARED[name].method]
+    return {name: make_config(name, data, place / name, {**common, **settings_of(name, own)}) for name in trained}
+
+
+def run_configs(configs: Mapping[str, RunConfig], processes: int) -> dict[str, Path]:
+    """Run trainings, `processes` at a time on one thread each; 0 runs one after the other in this process.
+
+    Finished runs are kept, and one that comes under two names runs once. Those that draw while they train take
+    longest and begin first, so that none is left to run alone at the end.
 
     Returns:
-        The run's folder of each trained system.
+        The run's folder by name.
     """
-    configs = system_configs(names, data, output_dir, common, own)
-    run_configs(list(configs.values()), processes)
+    once = {config.output_dir: config for config in configs.values()}.values()
+    costly_first = sorted(once, key=lambda config: not isinstance(config, OnlineConfig))
+    if processes:
+        run_trainings(costly_first, processes=processes)
+    else:
+        for config in costly_first:
+            run_training(config)
     return {name: config.output_dir for name, config in configs.items()}
 
 
-def sampled_as(
-    runs: Mapping[str, Path],
-    names: Sequence[str],
-    base: System,
-    guidances: Mapping[str, float] | None = None,
-) -> dict[str, System]:
-    """How each system draws: CSFT asks for a good picture in the form it was trained with.
+def systems_of(runs: Mapping[str, Path], base: System) -> dict[str, System]:
+    """How the base and every trained method draw: CSFT asks for a good image in the form it was trained with.
 
     Args:
-        runs: folder of each trained system.
-        names: of `SYSTEMS`.
-        base: model, guidance, steps and precision.
-        guidances: guidance scale by system where it is not the base's; `base_best_guidance` needs one.
-
-    Raises:
-        ValueError: if `base_best_guidance` is asked for without its scale.
+        runs: folder of each training by name.
+        base: model, guidance, steps and precision of all.
     """
-    guidances = guidances or {}
-    drawn = {}
-    for name in check_systems(names):
-        sampling = {"guidance": guidances.get(name, base.guidance), "steps": base.steps, "precision": base.precision}
-        if name == "base":
-            drawn[name] = base
-        elif name == "base_best_guidance":
-            if name not in guidances:
-                raise ValueError("system 'base_best_guidance' needs a scale: sweep_guidance finds it")
-            drawn[name] = replace(base, **sampling)
-        else:
-            drawn[name] = System.of_run(runs[name], **sampling)
-    return drawn
+    sampling = {"guidance": base.guidance, "steps": base.steps, "precision": base.precision}
+    return {"base": base, **{name: System.of_run(run, **sampling) for name, run in runs.items()}}
+
+
+def at_best_guidance(systems: Mapping[str, System], sweep: pd.DataFrame) -> dict[str, System]:
+    """Every method at the scale where its mean is highest; the base stays, and its best is `base_best_guidance`.
+
+    Args:
+        systems: how each draws, the base among them.
+        sweep: from `sweep_guidance`; methods without a row there stay as they are.
+    """
+    best = {name: replace(systems[name], guidance=float(scale)) for name, scale in sweep.idxmax(axis=1).items()}
+    found = {"base": systems["base"], "base_best_guidance": best.pop("base")}
+    return found | {name: best.get(name, system) for name, system in systems.items() if name != "base"}
 
 
 def sweep_guidance(
@@ -307,7 +287,7 @@ def sweep_guidance(
         scales: guidance scales to try, the same for all.
         prompts: validation prompts.
         scorer: name of the user's measure.
-        output_dir: pictures land here.
+        output_dir: images land here.
         images_per_prompt, seed, num_processes: as in `dkto.evaluation.generate.generate_images`.
 
     Raises:
@@ -315,17 +295,16 @@ def sweep_guidance(
     """
     if not scales:
         raise ValueError("guidance scales must hold at least one, got none")
-    tried = {(n, scale): replace(system, guidance=scale) for n, system in systems.items() for scale in scales}
+    tried = {f"{name}-{s:g}": replace(system, guidance=s) for name, system in systems.items() for s in scales}
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "num_processes": num_processes}
-    named = {f"{name}-{scale:g}": system for (name, scale), system in tried.items()}
-    folders = generate_all(named, list(prompts), output_dir, **options)
+    folders = generate_all(tried, prompts, output_dir, **options)
     scores = score_all(folders, [scorer], num_processes=num_processes)
     rows = {name: {scale: float(scores[f"{name}-{scale:g}", scorer].mean()) for scale in scales} for name in systems}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def read_settings(path: str | Path) -> dict:
-    """A committed search result (`dkto.paper.search`): `settings` by system, `guidance`, and how they were found.
+    """A committed search result (`dkto.paper.search`): `settings` by method, `guidance`, and how they were found.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -371,11 +350,3 @@ def _at_ends(tried: Sequence[Mapping]) -> str:
                 found.setdefault(knob, []).append(str(method))
     told = "; ".join(f"{knob} of {', '.join(methods)}" for knob, methods in found.items())
     return f"Chosen at an end of the values tried, so that better ones may lie beyond: {told}." if told else ""
-
-
-def write_settings(path: str | Path, settings: Mapping, guidance: float, search: Mapping) -> Path:
-    """Keep a search result."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"settings": dict(settings), "guidance": guidance, "search": dict(search)})
-    return path

@@ -5,6 +5,7 @@ from PIL import Image
 from dkto.common.files import write_json
 from dkto.evaluation.generate import image_path
 from dkto.evaluation.monitors import folder_diversity, folder_drift, monitor_table
+from dkto.evaluation.scoring import Scores, score_all
 
 
 def red(images, prompts):
@@ -48,7 +49,9 @@ def test_one_picture_each_has_no_diversity(tmp_path):
 
 
 def test_the_hacked_scorer_is_found_and_the_honest_one_is_not_accused(folders):
-    table = monitor_table(folders, "base", [red, green], optimised={"hacked": "red", "honest": "red"})
+    table = monitor_table(
+        folders, score_all(folders, [red, green]), "base", optimised={"hacked": "red", "honest": "red"}
+    )
     assert table.loc["base", "drift"] == 0 and table.loc["hacked", "drift"] > table.loc["honest", "drift"]
     assert table.loc["base", "mean/green"] == 51 and table.loc["hacked", "mean/red"] == 255
     assert table.loc["hacked", ["rose", "fell", "reward_hacking"]].tolist() == [True, "green", True]
@@ -60,21 +63,24 @@ def test_neutral_prompts_have_a_column_of_their_own(folders, tmp_path):
     plain = [[(9, 9, 9)]] * 2
     neutral = {name: write(tmp_path / f"neutral-{name}", plain) for name in ("base", "honest")}
     neutral["hacked"] = write(tmp_path / "neutral-hacked", [[(60, 9, 9)]] * 2)
-    table = monitor_table(folders, "base", [red], neutral=neutral)
+    table = monitor_table(folders, score_all(folders, [red]), "base", neutral=neutral)
     assert table["neutral_drift"].tolist() == pytest.approx([0, 51 / 255 / 3, 0])
     assert "reward_hacking" not in table.columns
+
+
+SCORES = Scores({("base", "red"): np.zeros((4, 2))})
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda f: monitor_table(f, "bas", [red]), "base 'bas' is not among the methods: base, hacked, honest"),
+        (lambda f: monitor_table(f, SCORES, "bas"), "base 'bas' is not among the methods: base, hacked, honest"),
         (
-            lambda f: monitor_table(f, "base", [red], optimised={"hacked": "blue"}),
+            lambda f: monitor_table(f, SCORES, "base", optimised={"hacked": "blue"}),
             r"optimised\['hacked'\] is 'blue', which is not among the scorers: red",
         ),
         (
-            lambda f: monitor_table(f, "base", [red], neutral={"base": f["base"]}),
+            lambda f: monitor_table(f, SCORES, "base", neutral={"base": f["base"]}),
             "neutral has no folder for hacked, honest",
         ),
     ],

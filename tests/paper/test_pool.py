@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,28 +17,31 @@ PROMPTS = prompts_for("train", 40, seed=3)
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    return make_pool(PROMPTS, tmp_path_factory.mktemp("pool"), seed=1)
+    return make_pool(PROMPTS, tmp_path_factory.mktemp("pools") / "pool", seed=1)
 
 
 @pytest.fixture(scope="module")
 def utility(pool):
     """What the balanced user likes, by picture."""
-    images = [load_image(path) for path in pool.frame["image"]]
-    return dict(zip(pool.frame["image"], score("world_utility", images, list(pool.frame["prompt"])), strict=True))
+    images = [load_image(path) for path in pool["image"]]
+    return dict(zip(pool["image"], score("world_utility", images, list(pool["prompt"])), strict=True))
 
 
 def test_a_pool_holds_k_pictures_of_each_prompt_of_every_kind(pool):
-    assert len(pool) == 160 and (pool.frame.groupby("prompt").size() == 4).all()
-    assert set(pool.frame["finish"]) == {"brilliant", "middling", "bad"}
-    assert 0.55 < pool.frame["faithful"].mean() < 0.85
-    again = make_pool(PROMPTS, pool.folder, seed=1)
-    pd.testing.assert_frame_equal(again.frame, pool.frame)
+    assert len(pool) == 160 and (pool.groupby("prompt").size() == 4).all()
+    assert set(pool["finish"]) == {"brilliant", "middling", "bad"}
+    assert 0.55 < pool["faithful"].mean() < 0.85
+    folder = Path(pool["image"][0]).parents[1]
+    pd.testing.assert_frame_equal(make_pool(PROMPTS, folder, seed=1), pool)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "pool.parquet"), pool)
+    with pytest.raises(ValueError, match="holds a pool of another run"):
+        make_pool(PROMPTS[:5], folder, seed=1)
 
 
 def test_kinds_differ_where_they_should(pool):
-    values = {name: score(name, [load_image(p) for p in pool.frame["image"]], list(pool.frame["prompt"]))
+    values = {name: score(name, [load_image(p) for p in pool["image"]], list(pool["prompt"]))
               for name in ("world_aesthetics", "world_fidelity")}  # fmt: skip
-    frame = pool.frame.assign(**values)
+    frame = pool.assign(**values)
     finish = frame.groupby("finish")["world_aesthetics"].mean()
     assert finish["brilliant"] > finish["middling"] > finish["bad"]
     brilliant = frame[frame["finish"] == "brilliant"].groupby("faithful")["world_fidelity"].mean()
@@ -53,15 +58,14 @@ def test_one_thing_is_wrong_in_an_unfaithful_scene():
 
 
 def test_the_user_answers_by_bradley_terry(pool, utility):
-    def agreement(temperature, flip_rate=0.0):
-        votes = compare_pool(pool, "world_utility", temperature=temperature, flip_rate=flip_rate, seed=0)
+    def agreement(temperature):
+        votes = compare_pool(pool, "world_utility", temperature=temperature, seed=0)
         gap = votes["image_0"].map(utility) - votes["image_1"].map(utility)
         return float((np.sign(gap) == np.where(votes["label_0"] == 1, 1, -1))[gap != 0].mean())
 
     assert agreement(1e-6) == 1.0
     assert 0.75 < agreement(0.1) < 1.0
     assert agreement(1e6) == pytest.approx(0.5, abs=0.15)
-    assert agreement(1e-6, flip_rate=0.3) == pytest.approx(0.7, abs=0.12)
 
 
 def test_votes_become_likes_and_pairs_of_the_same_pictures(pool):
@@ -82,12 +86,11 @@ def test_the_preferred_picture_stays_and_the_next_one_is_held_against_it(pool, u
     votes = compare_pool(pool, "world_utility", temperature=1e-6, seed=2)
     votes["won"] = votes["image_0"].where(votes["label_0"] == 1, votes["image_1"])
     for prompt, shown in votes.groupby("prompt"):
-        pictures = pool.frame.loc[pool.frame["prompt"] == prompt, "image"]
+        pictures = pool.loc[pool["prompt"] == prompt, "image"]
         assert {*shown["image_0"], *shown["image_1"]} == {*pictures}
         for before, after in zip(shown["won"], shown[["image_0", "image_1"]].to_numpy()[1:], strict=False):
             assert before in after
         assert utility[shown["won"].iloc[-1]] == max(map(utility.get, pictures))
-    assert len(compare_pool(pool, "world_utility", comparisons=1)) == len(PROMPTS)
 
 
 def test_specific_users_and_their_contradictions(pool):
@@ -115,27 +118,17 @@ def test_the_red_user_likes_the_tinted_one_of_two(tmp_path, tiny_pipeline):
 
 def test_a_pool_with_pictures_of_the_base(tmp_path, tiny_pipeline):
     pool = make_pool(PROMPTS[:2], tmp_path, base=System(model=str(tiny_pipeline), steps=2))
-    assert (pool.frame["finish"] == "base").sum() == 2 and len(pool) == 8
+    assert (pool["finish"] == "base").sum() == 2 and len(pool) == 8
 
 
 def test_wrong_inputs_are_refused(pool, tmp_path):
     with pytest.raises(ValueError, match="pictures_per_prompt must be at least 2, got 1"):
         make_pool(PROMPTS, tmp_path, pictures_per_prompt=1)
-    with pytest.raises(ValueError, match=r"faithful_share must be in \[0, 1\], got 2"):
-        make_pool(PROMPTS, tmp_path, faithful_share=2)
-    with pytest.raises(ValueError, match="finish_shares must be 3 chances that sum to 1"):
-        make_pool(PROMPTS, tmp_path, finish_shares=(0.5, 0.5, 0.5))
-    with pytest.raises(ValueError, match="holds a pool of another run"):
-        make_pool(PROMPTS[:5], pool.folder, seed=1)
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         compare_pool(pool, "world_utility", temperature=0)
-    with pytest.raises(ValueError, match=r"flip_rate must be in \[0, 0.5\], got 0.6"):
-        compare_pool(pool, "world_utility", flip_rate=0.6)
-    with pytest.raises(ValueError, match=r"comparisons must be in \[1, 3\], got 7"):
-        compare_pool(pool, "world_utility", comparisons=7)
     with pytest.raises(ValueError, match=r"user must be one of likes_red, .*got 'nobody'"):
         ask(pool, "nobody")
-    with pytest.raises(ValueError, match=r"flip_rate must be in \[0, 0.5\], got 0.7"):
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 0.5\], got 0.7"):
         ask(pool, "likes_vivid", flip_rate=0.7)
     with pytest.raises(ValueError, match="the pool holds none: make it with tint_pool"):
         ask(pool, "likes_red")

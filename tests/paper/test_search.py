@@ -2,14 +2,18 @@ import json
 
 import pytest
 
+from dkto.objective import METHODS
 from dkto.paper.search import GRIDS, GUIDANCE_SCALES, RANGES, equal_budgets, online_settings, search_settings
 from dkto.paper.search_config import SearchConfig
-from dkto.paper.train_all import OFFLINE, ONLINE, SHARES_SETTINGS, read_settings, settings_origin
+from dkto.paper.train_all import COMPARED, read_settings, settings_origin
 
 
 def test_every_method_gets_the_same_number_of_tries():
     assert equal_budgets(GRIDS) == 6
-    assert {*GRIDS, *SHARES_SETTINGS} == {*OFFLINE, *ONLINE}
+    assert {*GRIDS} == {row.like or name for name, row in COMPARED.items() if row.method}, (
+        "each has its own, or another's"
+    )
+    assert {row.method for row in COMPARED.values() if row.method} == {*METHODS}
     with pytest.raises(ValueError, match="the same number of tries"):
         equal_budgets({"kto": [{}, {}], "sft": [{}]})
 
@@ -32,9 +36,16 @@ def test_alignprop_is_given_a_reward_that_has_a_gradient():
 
 def test_chains_and_batches_of_the_small_world_are_not_forced_on_another_model():
     assert online_settings(5, "world_utility")["d3po"]["guidance"] == 1.0
-    told = online_settings(5, "pickscore", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    given = online_settings(5, "pickscore", "stable-diffusion-v1-5/stable-diffusion-v1-5")
     shared = {"max_train_steps": 5, "warmup_steps": 0, "reward": "pickscore"}
-    assert told == {"alignprop": shared, "d3po": shared}
+    assert given == {"alignprop": shared, "d3po": shared}
+
+
+def test_what_a_search_found_comes_on_top_of_what_online_methods_always_get():
+    found = {"d3po": {"beta": 10.0, "guidance": 2.0}, "kto": {"beta": 5.0}}
+    given = online_settings(5, "world_utility", found=found)
+    assert given["d3po"] == online_settings(5, "world_utility")["d3po"] | found["d3po"]
+    assert given["kto"] == {"beta": 5.0} and given["alignprop"] == online_settings(5, "world_utility")["alignprop"]
 
 
 def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
@@ -50,9 +61,9 @@ def test_a_search_keeps_the_best_try_of_each_method(tmp_path):
         processes=0,
     )
     grids = {"sft": [{"learning_rate": 1e-9}, {"learning_rate": 1e-3}, {"learning_rate": 1.0}]}
-    table = search_settings(config, tmp_path / "settings.json", grids)
+    table = search_settings(config, tmp_path / "deep" / "settings.json", grids)
     assert len(table) == 2 and table["chosen"].sum() == 1
-    kept = read_settings(tmp_path / "settings.json")
+    kept = read_settings(tmp_path / "deep" / "settings.json")
     best = table.loc[table["score"].idxmax(), "settings"]
     assert kept["settings"] == {"sft": best} and "ranges" not in kept["search"]
     assert kept["search"]["tries"] == 2 and len(kept["search"]["tried"]) == 2

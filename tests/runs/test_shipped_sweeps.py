@@ -8,7 +8,7 @@ import pytest
 from dkto.data.prompts import PROMPT_SETS
 from dkto.objective.utilities import UTILITIES
 from dkto.paper.pool import TASTES
-from dkto.paper.train_all import SYSTEMS
+from dkto.paper.train_all import COMPARED
 from dkto.runs.runner import show_plan
 from dkto.runs.sweeps import read_sweep
 
@@ -43,7 +43,7 @@ def test_the_comment_says_what_to_expect_and_counts_the_runs_rightly(path, monke
 
 def test_names_that_a_notebook_would_look_up_are_known(monkeypatch):
     monkeypatch.chdir(ROOT)
-    known = {"prompt_set": PROMPT_SETS, "user": TASTES, "utility": UTILITIES, "opponent": SYSTEMS}
+    known = {"prompt_set": PROMPT_SETS, "user": TASTES, "utility": UTILITIES, "opponent": COMPARED}
     looked_up = set()
     for path in SWEEPS:
         for run in read_sweep(path).runs:
