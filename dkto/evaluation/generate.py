@@ -48,14 +48,11 @@ def generate_images(
     Args:
         system: model, adapter and sampler settings.
         prompts: P prompts.
-        output_dir: folder for images and manifest.
+        output_dir: folder for images and manifest; it is returned.
         images_per_prompt: n; the paper compares the median of 5.
         seed: of all starting noise; equal seeds compare methods on equal noise.
         batch_size: images per pass.
         num_processes: workers, each with its own copy of the pipeline on one thread.
-
-    Returns:
-        `output_dir`.
 
     Raises:
         ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
@@ -81,11 +78,8 @@ def generate_all(
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
-    for name, value, least in (
-        ("images_per_prompt", images_per_prompt, 1),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-    ):
+    numbers = (("images_per_prompt", images_per_prompt, 1), ("seed", seed, 0), ("batch_size", batch_size, 1))
+    for name, value, least in numbers:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     folders = {name: Path(output_dir) / name for name in systems}
@@ -105,19 +99,17 @@ def generate_all(
         wanted = [key for key in keys if not image_path(folder, *key).exists()]
         for start in range(0, len(wanted), CHUNK):
             tasks.append(_Task(system, prompts, folder, seed, batch_size, wanted[start : start + CHUNK]))
-    bar = progress(total=sum(len(task.wanted) for task in tasks), desc="drawing", unit="image")
-    for count in _perform(tasks, min(num_processes, len(tasks))):
-        bar.update(count)
-    bar.close()
+    with progress(total=sum(len(task.wanted) for task in tasks), desc="drawing", unit="image") as bar:
+        for count in _perform(tasks, min(num_processes, len(tasks))):
+            bar.update(count)
     return folders
 
 
 def _check_unclaimed(folder: Path) -> None:
     """Pictures without a manifest could be of anything: they are not taken for those that are asked for."""
     if not (folder / MANIFEST).exists() and any(folder.glob("p*-s*.png")):
-        raise ValueError(
-            f"{folder} holds images but no {MANIFEST} that says what they were drawn for: choose another folder"
-        )
+        missing = f"no {MANIFEST} that says what they were drawn for"
+        raise ValueError(f"{folder} holds images but {missing}: choose another folder")
 
 
 @dataclass(frozen=True)
@@ -158,10 +150,7 @@ def read_manifest(folder: str | Path) -> dict:
 
 
 def check_comparable(folders: Mapping[str, str | Path]) -> dict:
-    """Check that all methods drew the same prompts, number of images and seeds.
-
-    Returns:
-        The manifest of the first.
+    """Check that all methods drew the same prompts, number of images and seeds; returns the manifest of the first.
 
     Raises:
         FileNotFoundError: if a folder holds no images.

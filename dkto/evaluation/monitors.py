@@ -74,11 +74,7 @@ def _hacking(scores: Scores, method: str, base: str, optimised: str) -> dict:
 
 
 def folder_drift(folder: str | Path, base: str | Path) -> float:
-    """Mean absolute pixel distance between two folders' images of the same prompt and noise, in [0, 1].
-
-    Raises:
-        ValueError: if the folders were drawn for different prompts, numbers of images or seeds.
-    """
+    """Mean absolute pixel distance between two folders' images of the same prompt and noise, in [0, 1]."""
     check_comparable({"base": base, "method": folder})
     pairs = zip(_prompts_images(folder), _prompts_images(base), strict=True)
     return float(np.mean([drift(ours, theirs) for ours, theirs in pairs]))

@@ -63,14 +63,7 @@ class Scores(dict[tuple[str, str], np.ndarray]):
 def score_images(
     folder: str | Path, scorer: str | Scorer, *, num_processes: int = 1, batch_size: int = 64
 ) -> np.ndarray:
-    """(P, n) scores of one folder by one scorer: P prompts, n images each; see `score_all`.
-
-    Args:
-        folder: written by `generate_images`.
-        scorer: a name, or a scorer.
-        num_processes: workers, each with a scorer of its own on one thread.
-        batch_size: images handed to the scorer at once.
-    """
+    """(P, n) scores of one folder by one scorer: P prompts, n images each; see `score_all`."""
     options = {"num_processes": num_processes, "batch_size": batch_size}
     return score_all({"it": folder}, [scorer], **options)["it", scorer_name(scorer)]
 
@@ -87,7 +80,8 @@ def score_all(
     Args:
         folders: image folder (manifest.json and images) of each method by its name.
         scorers: names in `dkto.evaluation.scorers.SCORERS`, or scorers.
-        num_processes, batch_size: as in `score_images`, for all folders and scorers together.
+        num_processes: workers, each with scorers of its own on one thread.
+        batch_size: images handed to a scorer at once.
 
     Raises:
         FileNotFoundError: if a manifest or an image without a score is missing; nothing is scored then.

@@ -65,9 +65,6 @@ def make_study(
         chosen: by method, (P,) which image of each prompt is shown, such as the median one; the first unless given.
         seed: of the prompts drawn.
 
-    Returns:
-        `output_dir`.
-
     Raises:
         ValueError: if a style has too few prompts, `chosen` names no image of a prompt, or the folder holds another
             study.

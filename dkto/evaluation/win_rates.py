@@ -25,11 +25,7 @@ def medians(scores: Scores, method: str, scorer: str) -> np.ndarray:
 
 
 def compare(scores: Scores, ours: str, theirs: str, scorer: str) -> WinRate:
-    """Win-rate of one method over another: per prompt, the higher median score wins, ties count half.
-
-    Raises:
-        KeyError: if a method or the scorer is not in the table.
-    """
+    """Win-rate of one method over another: per prompt, the higher median score wins, ties count half."""
     return win_rate(medians(scores, ours, scorer), medians(scores, theirs, scorer))
 
 
@@ -83,26 +79,17 @@ def _by_style(styles: Sequence[str] | None, count: int) -> dict[str, np.ndarray]
     if len(styles) != count:
         raise ValueError(f"styles must name one style for each of {count} prompts, got {len(styles)}")
     if ALL in styles:
-        raise ValueError(
-            f"no style may be named {ALL!r}, the row of all prompts; prompt {list(styles).index(ALL)} has it"
-        )
+        place = list(styles).index(ALL)
+        raise ValueError(f"no style may be named {ALL!r}, the row of all prompts; prompt {place} has it")
     return every | {style: np.array([s == style for s in styles]) for style in dict.fromkeys(styles) if style}
 
 
 def _comparison(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     result = win_rate(ours, theirs)
     difference = paired_bootstrap(ours, theirs) if len(ours) > 1 else (float(ours[0] - theirs[0]), np.nan, np.nan)
-    return {
-        "win_rate": result.rate,
-        "low": result.low,
-        "high": result.high,
-        "n": result.n,
-        "wins": result.wins,
-        "ties": result.ties,
-        "losses": result.losses,
-        "sign_p": sign_test(ours, theirs),
-        **dict(zip(("mean_difference", "mean_low", "mean_high"), difference, strict=True)),
-    }
+    found = vars(result).copy()
+    found = {"win_rate": found.pop("rate"), **found, "sign_p": sign_test(ours, theirs)}
+    return found | dict(zip(("mean_difference", "mean_low", "mean_high"), difference, strict=True))
 
 
 def scorer_agreement(scores: Scores, ours: str, opponent: str, scorers: Sequence[str] | None = None) -> pd.DataFrame:

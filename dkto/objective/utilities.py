@@ -23,26 +23,17 @@ Sign = Literal["inside", "outside"]
 class Utility:
     """An increasing elementwise map with its slope.
 
-    Attributes:
-        name: key in `UTILITIES`.
-        value: U, elementwise, any shape; takes an implicit reward, gives a number without unit.
-        slope: U', elementwise.
-        sign: where the sign w of a sample (+1 liked, -1 disliked) stands in `dkto.objective.losses.kto_loss`:
-            "inside" the utility, U(w * x), or "outside" of it, w * U(x).
-        formula: U in plain text, for tables.
-        description: what kind of person feels like that, in one line.
-        definition: "name = formula" of a utility given as text: with it another process knows the utility too.
-        title: its name in labels and legends; the key unless given.
+    The sign w of a sample (+1 liked, -1 disliked) is "inside" the utility, U(w * x), or "outside" of it, w * U(x).
     """
 
-    name: str
-    value: Map
-    slope: Map
+    name: str  # key in `UTILITIES`
+    value: Map  # U, elementwise, any shape; takes an implicit reward, gives a number without unit
+    slope: Map  # U', elementwise
     sign: Sign = "inside"
-    formula: str = ""
-    description: str = ""
-    definition: str = ""
-    title: str = ""
+    formula: str = ""  # U in plain text, for tables
+    description: str = ""  # what kind of person feels like that, in one line
+    definition: str = ""  # "name = formula" of a utility given as text: with it another process knows the utility too
+    title: str = ""  # its name in labels and legends; the key unless given
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
@@ -169,9 +160,6 @@ def register_utility(
         formula: U in plain text, shown in tables.
         description: one line for tables.
         replace: allow a name that was registered before.
-
-    Returns:
-        The registered utility.
 
     Raises:
         ValueError: if the name is taken or no word, the sign unknown, or U or its slope fails a check.

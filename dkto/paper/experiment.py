@@ -30,19 +30,12 @@ NUMBERS = ("mean/", "drift", "neutral_drift", "diversity")  # columns of the mon
 
 @dataclass(frozen=True)
 class Feedback:
-    """One user's feedback and the prompts that nothing is trained on.
+    """One user's feedback and the prompts that nothing is trained on."""
 
-    Attributes:
-        likes: by the rule that made likes of comparisons, or by the share of contradictions.
-        liked: share of liked images by kind, to see what the user likes; empty for likes of a file.
-        judged: test prompts.
-        validation: prompts to choose a guidance scale on.
-    """
-
-    likes: dict[str | float, FeedbackTable]
-    liked: dict[str, float]
-    judged: PromptSet
-    validation: tuple[str, ...]
+    likes: dict[str | float, FeedbackTable]  # by the rule that made them of comparisons, or the share of contradictions
+    liked: dict[str, float]  # share of liked images by kind, to see what the user likes; empty for likes of a file
+    judged: PromptSet  # test prompts
+    validation: tuple[str, ...]  # prompts to choose a guidance scale on
 
     def grid(self, count: int = 8) -> Axes:
         """The first liked images above the first disliked ones."""
@@ -139,17 +132,11 @@ def simulated_feedback(
 
 @dataclass(frozen=True)
 class Judged:
-    """What every method drew from the same prompts and noise, and its scores, read once.
+    """What every method drew from the same prompts and noise, and its scores, read once."""
 
-    Attributes:
-        folders: images by method.
-        scores: by method and scorer.
-        neutral: images on neutral prompts by method, all at one guidance scale; None if none were drawn.
-    """
-
-    folders: dict[str, Path]
+    folders: dict[str, Path]  # images by method
     scores: Scores
-    neutral: dict[str, Path] | None
+    neutral: dict[str, Path] | None  # images on neutral prompts, all at one guidance scale; None if none were drawn
 
     def monitors(self, base: str = "base", optimised: Mapping[str, str] | None = None) -> pd.DataFrame:
         """Drift, spread and means, see `dkto.evaluation.monitors.monitor_table`."""
@@ -176,14 +163,11 @@ def judge_all(
 
     Args:
         systems: how each method draws.
-        prompts: test prompts.
-        scorers: names of scorers.
         folder: images land in `folder/images` and `folder/neutral`.
         images_per_prompt: n, of test prompts; neutral ones get one each.
         neutral: prompts that ask for nothing the user likes; their images show how far tuning alone moved a model.
         guidance: scale of all on neutral prompts.
-        seed: of the starting noise.
-        num_processes: workers that draw and score.
+        prompts, scorers, seed, num_processes: as in `generate_images` and `score_all`.
     """
     drawing = {"seed": seed, "num_processes": num_processes}
     folders = generate_all(systems, prompts, Path(folder) / "images", images_per_prompt=images_per_prompt, **drawing)
@@ -272,12 +256,9 @@ def flip_costs(scores: Scores, pairs: Mapping[str, tuple[str, str]], scorer: str
 
 
 def measures_of(rates: pd.DataFrame, monitors: pd.DataFrame, **tables: pd.DataFrame) -> dict[str, float]:
-    """Tables as the flat metrics of an experiment.
+    """Tables as the flat metrics of an experiment: `win_rate/...`, `drift/<method>` and so on.
 
-    Args:
-        rates: win-rates, `win_rate/...`.
-        monitors: become `drift/<method>` and so on.
-        tables: of three columns, a number and its interval, become `<keyword>/<row>` with /low and /high.
+    Others have three columns, a number and its interval, and become `<keyword>/<row>` with /low and /high.
     """
     found = flat_metrics(rates)
     for name, row in monitors.iterrows():

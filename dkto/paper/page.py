@@ -25,10 +25,8 @@ def _rate_key(opponent: str) -> str:
 def aims(metrics: Mapping[str, float]) -> pd.DataFrame:
     """What the replay should show, and whether its interval shows it: "reached", "not reached" or "not run"."""
     rows = [(f"kto wins over {opponent}", _rate_key(opponent), 0.5) for opponent in ("base", *CONTROLS)]
-    rows += [
-        (f"{name} raises its own reward on held-out prompts", f"reward_gain/{name}", 0.0)
-        for name in ("alignprop", "d3po")
-    ]
+    raises = "raises its own reward on held-out prompts"
+    rows += [(f"{name} {raises}", f"reward_gain/{name}", 0.0) for name in ("alignprop", "d3po")]
     table = []
     for what, key, line in rows:
         if key not in metrics:
@@ -58,9 +56,8 @@ def aims_sentence(metrics: Mapping[str, float]) -> str:
     parts.append(f"Not run in this profile: {'; '.join(absent)}." if absent else "")
     if {"orderings/yes", "orderings/no", "orderings/all"} <= metrics.keys():
         yes, no, every = (round(metrics[f"orderings/{name}"]) for name in ("yes", "no", "all"))
-        parts.append(
-            f"Orderings of the paper that were tried: {every}; {yes} hold, {no} do not, {every - yes - no} stay open."
-        )
+        held = f"{yes} hold, {no} do not, {every - yes - no} stay open"
+        parts.append(f"Orderings of the paper that were tried: {every}; {held}.")
     return " ".join(filter(None, parts))
 
 
@@ -83,16 +80,11 @@ def fidelity_sentences(monitors: pd.DataFrame, rates: pd.DataFrame) -> list[str]
     lost = tuned[tuned < fidelity["base"] - FIDELITY_LOSS].sort_values()
     winners = set(rates[(rates["opponent"] == "base") & (rates["low"] > 0.5)]["method"])
     sentences = []
-    for wins, told, warning in (
-        (
-            True,
-            "still win over the base",
-            " Their win-rates say that the measure rose, not that the pictures are better.",
-        ),
-        (False, "do not win over the base", ""),
-    ):
+    caution = " Their win-rates say that the measure rose, not that the images are better."
+    for wins, told, warning in ((True, "still win", caution), (False, "do not win", "")):
         named = ", ".join(f"{name} {value:.2f}" for name, value in lost.items() if (name in winners) == wins)
-        about = f"These lost the prompt while they were tuned and {told} ({FIDELITY}, base {fidelity['base']:.2f})"
+        about = f"These lost the prompt while they were tuned and {told} over the base "
+        about += f"({FIDELITY}, base {fidelity['base']:.2f})"
         sentences += [f"{about}: {named}.{warning}"] if named else []
     return sentences
 

@@ -99,12 +99,7 @@ def tint_pool(
 ) -> pd.DataFrame:
     """An image of each prompt drawn by the base, and the same one seen through a red filter (paper 6).
 
-    Args:
-        prompts: one image each.
-        folder: images and `pool.parquet`, the table, land here.
-        base: draws them.
-        seed: of the starting noise.
-        num_processes: workers that draw.
+    Images and `pool.parquet`, the table, land in the folder.
     """
     folder, rows = Path(folder), []
     drawn = _begin(folder, prompts, {"strength": RED_TINT}, base, seed, num_processes)
@@ -153,9 +148,6 @@ def compare_pool(pool: pd.DataFrame, scorer: str, *, temperature: float = 0.1, s
 
     Returns:
         Votes as `dkto.data.votes.likes_from_votes` takes them: image_0, image_1, prompt, label_0.
-
-    Raises:
-        ValueError: if the temperature is out of range.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")

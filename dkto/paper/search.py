@@ -59,11 +59,7 @@ RANGES = (
 
 
 def equal_budgets(grids: Mapping[str, Sequence[Mapping]]) -> int:
-    """The number of tries that every method gets.
-
-    Raises:
-        ValueError: if one gets more than another.
-    """
+    """The number of tries that every method gets; a ValueError if one gets more than another."""
     counts = {name: len(tries) for name, tries in grids.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise ValueError(f"every method must get the same number of tries, at least one; got {counts}")
@@ -126,13 +122,8 @@ def search_settings(
     base = System(steps=config.sampling_steps)
     validation = prompts_for("validation", config.validation_prompts, seed)
     drawing = {"seed": seed, "num_processes": config.processes}
-    pool = make_pool(
-        prompts_for("train", config.pool_prompts, seed),
-        folder / "pool",
-        pictures_per_prompt=config.pictures_per_prompt,
-        base=replace(base, guidance=1.0),
-        **drawing,
-    )
+    shown = {"pictures_per_prompt": config.pictures_per_prompt, "base": replace(base, guidance=1.0), **drawing}
+    pool = make_pool(prompts_for("train", config.pool_prompts, seed), folder / "pool", **shown)
     table = likes_of(compare_pool(pool, scorer, seed=seed))
     data = share_data(table, folder / "data", SMALL_WORLD, list(grids), seed=seed)
     common = common_settings(SMALL_WORLD, config.train_steps, config.batch_size, seed)

@@ -64,13 +64,7 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
 
 
 def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:
-    """Win-rates of a method over each opponent, from the `win_rates.csv` of one seed's tables.
-
-    Args:
-        folder: of the tables.
-        scorer: whose judgement counts.
-        method: the one that is held against the others.
-    """
+    """Win-rates of a method over each opponent by one scorer, from the `win_rates.csv` of one seed's tables."""
     table = pd.read_csv(Path(folder) / "win_rates.csv")
     return {
         row.opponent: WinRate(row.win_rate, row.low, row.high, row.n, row.wins, row.ties, row.losses)
@@ -91,10 +85,7 @@ def pool_values(kind: str, values: Sequence[float]) -> float:
 
 
 def pool_seeds(seeds: Mapping[str, Mapping[str, WinRate]]) -> dict[str, WinRate]:
-    """The mean over seeds with the widest interval, for every opponent that all seeds met.
-
-    Args:
-        seeds: win-rates by opponent, by seed.
+    """The mean over seeds with the widest interval, for every opponent that all seeds met; `seeds` is by seed.
 
     Raises:
         ValueError: if there is no seed.
@@ -122,34 +113,18 @@ def write_pooled(
 ) -> pd.DataFrame:
     """Leave `seeds.csv`, `orderings.csv`, `cards.csv` and `win_rates.png` of all seeds in a folder.
 
-    Args:
-        folder: where they land.
-        seeds: see `pool_seeds`.
-        scorer: its name, for the titles.
-        cost: what one seed took, for the reproduction cards.
-
-    Returns:
-        The orderings of the paper, see `dkto.paper.tables.orderings`.
+    `scorer` names the titles, `cost` is what one seed took. Returns the paper's orderings, see `dkto.paper.tables`.
     """
     folder, pooled = Path(folder), pool_seeds(seeds)
-    rows = [
-        {
-            "opponent": opponent,
-            **{f"seed {name}": found[opponent].rate for name, found in seeds.items()},
-            "win_rate": result.rate,
-            "low": result.low,
-            "high": result.high,
-            "n": result.n,
-            "ties": result.ties,
-        }
-        for opponent, result in pooled.items()
-    ]
+    rows = []
+    for opponent, result in pooled.items():
+        each = {f"seed {name}": found[opponent].rate for name, found in seeds.items()}
+        whole = {name: getattr(result, name) for name in ("low", "high", "n", "ties")}
+        rows.append({"opponent": opponent, **each, "win_rate": result.rate, **whole})
     order = orderings(pooled)
+    measured = f"{scorer}, mean over seeds, the widest interval"
     cards = ordering_cards(
-        order,
-        measured=f"{scorer}, mean over seeds, the widest interval",
-        seeds=f"{len(seeds)} ({', '.join(seeds)})",
-        cost=f"{cost}, each seed",
+        order, measured=measured, seeds=f"{len(seeds)} ({', '.join(seeds)})", cost=f"{cost}, each seed"
     )
     for name, frame in (("seeds", pd.DataFrame(rows)), ("orderings", order), ("cards", cards)):
         write_atomically(folder / f"{name}.csv", lambda part, frame=frame: frame.to_csv(part, index=False))

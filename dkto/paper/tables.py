@@ -83,53 +83,24 @@ def orderings(results: Mapping[str, WinRate], scorer: str = "pickscore") -> pd.D
         ours, theirs = results[opponent], float(paper[opponent])
         side = verdict(ours)
         holds = "open" if side == "open" else "yes" if (side == "above") == (theirs > 50) else "no"
-        rows.append(
-            {
-                "ordering": f"kto over {opponent}",
-                "paper, %": theirs,
-                "ours, %": 100 * ours.rate,
-                "low, %": 100 * ours.low,
-                "high, %": 100 * ours.high,
-                "n": ours.n,
-                "holds": holds,
-            }
-        )
+        rates = {"ours, %": 100 * ours.rate, "low, %": 100 * ours.low, "high, %": 100 * ours.high}
+        rows.append({"ordering": f"kto over {opponent}", "paper, %": theirs, **rates, "n": ours.n, "holds": holds})
     return pd.DataFrame(rows)
 
 
 def ordering_cards(order: pd.DataFrame, *, measured: str, seeds: str, cost: str) -> pd.DataFrame:
-    """A reproduction card for each ordering.
-
-    Args:
-        order: from `orderings`, under PickScore.
-        measured, seeds, cost: of all cards, see `reproduction_card`.
-    """
-    return pd.DataFrame(
-        [
-            reproduction_card(
-                claim=row["ordering"],
-                paper=f"{row['paper, %']:.1f} % (PickScore, Table 1)",
-                ours=f"{row['ours, %']:.0f} % [{row['low, %']:.0f}, {row['high, %']:.0f}]",
-                measured=measured,
-                seeds=seeds,
-                cost=cost,
-                verdict=row["holds"],
-            )
-            for row in order.to_dict("records")
-        ]
-    )
+    """A reproduction card for each of the `orderings` under PickScore; how it was measured is that of all."""
+    made, cards = {"measured": measured, "seeds": seeds, "cost": cost}, []
+    for row in order.to_dict("records"):
+        paper = f"{row['paper, %']:.1f} % (PickScore, Table 1)"
+        ours = f"{row['ours, %']:.0f} % [{row['low, %']:.0f}, {row['high, %']:.0f}]"
+        cards.append(reproduction_card(claim=row["ordering"], paper=paper, ours=ours, verdict=row["holds"], **made))
+    return pd.DataFrame(cards)
 
 
 def reproduction_card(
     *, claim: str, paper: str, ours: str, measured: str, seeds: str, cost: str, verdict: str
 ) -> dict[str, str]:
     """One claim of the paper and what became of it here, as a row of a table."""
-    return {
-        "claim": claim,
-        "paper": paper,
-        "ours": ours,
-        "how measured": measured,
-        "seeds": seeds,
-        "cost": cost,
-        "verdict": verdict,
-    }
+    found = {"claim": claim, "paper": paper, "ours": ours, "how measured": measured}
+    return found | {"seeds": seeds, "cost": cost, "verdict": verdict}

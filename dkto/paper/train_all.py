@@ -25,21 +25,13 @@ from dkto.training import OnlineConfig, RunConfig, TrainConfig, run_training, ru
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of the comparison.
+    """A row of the comparison."""
 
-    Attributes:
-        method: what trains it, a name in `dkto.objective.METHODS`; "" if nothing is trained.
-        fixed: settings that make it a variant.
-        shuffled: whether it is trained on shuffled likes.
-        like: whose settings of a search it takes: a variant or control with its own would not isolate one thing.
-        control: whether a win over it, and not over the base alone, is needed.
-    """
-
-    method: str = ""
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    shuffled: bool = False
-    like: str = ""
-    control: bool = False
+    method: str = ""  # what trains it, a name in `dkto.objective.METHODS`; "" if nothing is trained
+    fixed: Mapping[str, object] = field(default_factory=dict)  # settings that make it a variant
+    shuffled: bool = False  # whether it is trained on shuffled likes
+    like: str = ""  # whose settings it takes: a variant or control with its own would not isolate one thing
+    control: bool = False  # whether a win over it, and not over the base alone, is needed
 
 
 COMPARED: dict[str, Compared] = {
@@ -72,15 +64,7 @@ def controls_first(names: Iterable[str]) -> list[str]:
 
 
 def check_methods(names: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
-    """The names, each known and once.
-
-    Args:
-        names: of `COMPARED`.
-        needed: those that must be among them.
-
-    Raises:
-        ValueError: for another name (the sentence names the nearest), one that comes twice, or one that is lacking.
-    """
+    """The names of `COMPARED`, each known and once, those that are needed among them; a ValueError says what is not."""
     for name in names:
         check_name("method", name, COMPARED)
     if len(set(names)) < len(names):
@@ -103,9 +87,6 @@ def share_data(
         names: of `COMPARED`, those that will be trained; for "csft" every style of `CSFT_PREFIXES` is encoded,
             so that the settings of a training may choose.
         seed: of the shuffled likes.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: if "dpo" is asked for without comparisons, or an online method with a prompt of several lines.
@@ -232,9 +213,6 @@ def run_configs(configs: Mapping[str, RunConfig], processes: int) -> dict[str, P
 
     Finished runs are kept, and one that comes under two names runs once. Those that draw while they train take
     longest and begin first, so that none is left to run alone at the end.
-
-    Returns:
-        The run's folder by name.
     """
     once = {config.output_dir: config for config in configs.values()}.values()
     costly_first = sorted(once, key=lambda config: not isinstance(config, OnlineConfig))
@@ -247,11 +225,9 @@ def run_configs(configs: Mapping[str, RunConfig], processes: int) -> dict[str, P
 
 
 def systems_of(runs: Mapping[str, Path], base: System) -> dict[str, System]:
-    """How the base and every trained method draw: CSFT asks for a good image in the form it was trained with.
+    """How the base and every method trained in a folder of `runs` draw, with the base's settings of the sampler.
 
-    Args:
-        runs: folder of each training by name.
-        base: model, guidance, steps and precision of all.
+    CSFT asks for a good image in the form it was trained with.
     """
     sampling = {"guidance": base.guidance, "steps": base.steps, "precision": base.precision}
     return {"base": base, **{name: System.of_run(run, **sampling) for name, run in runs.items()}}
@@ -260,9 +236,7 @@ def systems_of(runs: Mapping[str, Path], base: System) -> dict[str, System]:
 def at_best_guidance(systems: Mapping[str, System], sweep: pd.DataFrame) -> dict[str, System]:
     """Every method at the scale where its mean is highest; the base stays, and its best is `base_best_guidance`.
 
-    Args:
-        systems: how each draws, the base among them.
-        sweep: from `sweep_guidance`; methods without a row there stay as they are.
+    Methods without a row in the sweep stay as they are.
     """
     best = {name: replace(systems[name], guidance=float(scale)) for name, scale in sweep.idxmax(axis=1).items()}
     found = {"base": systems["base"], "base_best_guidance": best.pop("base")}
@@ -285,10 +259,8 @@ def sweep_guidance(
     Args:
         systems: how each draws; its own guidance is replaced.
         scales: guidance scales to try, the same for all.
-        prompts: validation prompts.
         scorer: name of the user's measure.
-        output_dir: images land here.
-        images_per_prompt, seed, num_processes: as in `dkto.evaluation.generate.generate_images`.
+        prompts, output_dir, images_per_prompt, seed, num_processes: as in `generate_images`.
 
     Raises:
         ValueError: if no scale is given.
@@ -304,12 +276,7 @@ def sweep_guidance(
 
 
 def read_settings(path: str | Path) -> dict:
-    """A committed search result (`dkto.paper.search`): `settings` by method, `guidance`, and how they were found.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file is no search result.
-    """
+    """A committed search result (`dkto.paper.search`): `settings` by method, `guidance`, and how they were found."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"settings file {path} does not exist: `dkto paper-search` writes one")

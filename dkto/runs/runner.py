@@ -141,9 +141,6 @@ def run_sweep(
         renew: run what is outdated again in its folder, on the trainings, images and scores that lie there.
         in_turn: one run after the other in this process, without Snakemake and what is for it alone.
 
-    Returns:
-        How each run stands; all are done.
-
     Raises:
         ModuleNotFoundError: without the extra `batch`, unless `in_turn`.
         BlockingIOError: if another call works on the same folder.

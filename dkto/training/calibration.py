@@ -144,7 +144,7 @@ def propose_beta(gaps: np.ndarray, is_desirable: np.ndarray, config: TrainConfig
 def calibrate(
     config: TrainConfig, *, steps: int = 50, samples: int = 512, wanted_slope: float = 0.7, draws: int = 4
 ) -> Calibration:
-    """Train a trial for a few steps, measure |g|, and propose beta.
+    """Train a trial for a few steps, measure |g|, and propose beta; also written to `output_dir/calibration.json`.
 
     AdamW divides a gradient by its own size, so while the utility is near its straight part the trial's weights, and
     with them g, hardly depend on the beta that it was run with.
@@ -155,9 +155,6 @@ def calibrate(
         samples: rows that are measured at most, spread evenly over the feedback.
         wanted_slope: mean slope relative to that at 0, in (0, 1).
         draws: noises for each row.
-
-    Returns:
-        What was found; also in `output_dir/calibration.json`.
 
     Raises:
         ValueError: as `dkto.training.loop.train` and `propose_beta`.

@@ -126,9 +126,6 @@ def train_scorers(
         clip_steps, preference_steps: optimiser steps.
         clip_batch: pictures per step. preference_batch: pairs per step.
         seed: of everything.
-
-    Returns:
-        The card's figures.
     """
     tokenizer = build_tokenizer(folder / "tokenizer")
     train = paint_pairs(folder / "train", prompts_for("train", pairs, seed), seed)

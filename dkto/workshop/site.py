@@ -45,9 +45,6 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
         reference: folder of the lessons' reference runs, `papermill_runs/reference` if left out.
         root: the checkout.
 
-    Returns:
-        The first page.
-
     Raises:
         RuntimeError: if Sphinx warns of anything.
         ValueError: if a link leads nowhere, or a page would fetch something; the sentence names each.
