@@ -33,9 +33,10 @@ def run_demo(
         ValueError, RuntimeError: see `dkto.runs.runner.run_sweep`.
     """
     folder, train, judge = Path(output_dir), train or {}, judge or {}
-    changes = {f"train_with_likes.{name}": value for name, value in train.items()}
-    changes |= {f"win_rates.{name}": value for name, value in judge.items()}
-    plan = read_sweep(SHIPPED / "demo.yaml", folder, {"processes": PROCESSES, **changes})
+    changes = {}
+    for stage, given in (("train_with_likes", train), ("win_rates", judge)):
+        changes |= {f"{stage}.{name}": value for name, value in ({"processes": PROCESSES} | given).items()}
+    plan = read_sweep(SHIPPED / "demo.yaml", folder, changes)
     run_sweep(plan, in_turn=True, renew=True)
     results, seconds = results_of(folder, [run.name for run in plan.runs])
     metrics = results["win_rates"]

@@ -49,6 +49,8 @@ for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o 
         liked = torch.tensor([True] * 4 + [False] * 4 if liked_only_here else [True, False] * 4)
         if name == "dpo":
             liked = torch.tensor([True, False] * 4)
+        if name == "sft":  # its sampler draws liked samples only
+            liked = torch.ones(8, dtype=torch.bool)
 
         def run(where, total):
             leaf = share(policy, where).requires_grad_()
