@@ -10,6 +10,7 @@ give it an entry in `METHODS`: trainer, batches, model card and command line rea
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -114,16 +115,20 @@ class Method:
     @property
     def settings(self) -> tuple[str, ...]:
         """Names of the settings that this method has, and others may lack."""
-        return (*self._keywords(), *self.more_settings)
+        return (*self._of_loss(), *self.more_settings)
 
     def loss_settings(self, config: object) -> dict[str, object]:
         """The loss's settings, read from a configuration's attributes of the same names."""
-        return {name: getattr(config, name) for name in self._keywords()}
+        return {name: getattr(config, name) for name in self._of_loss()}
 
-    def _keywords(self) -> list[str]:
-        if self.loss is None:
-            return []
-        return [name for name in list(inspect.signature(self.loss).parameters)[2:] if name != "reduce"]
+    def _of_loss(self) -> list[str]:
+        return [name for name in _keywords(self.loss) if name != "reduce"] if self.loss else []
+
+
+@cache
+def _keywords(loss: Callable[..., Felt]) -> tuple[str, ...]:
+    """Names of the arguments behind errors and likes; asked in every step, and the same in each."""
+    return tuple(inspect.signature(loss).parameters)[2:]
 
 
 METHODS: dict[str, Method] = {
@@ -202,6 +207,6 @@ def method_loss(
     """
     check_name("method", name, OFFLINE)
     loss = METHODS[name].loss
-    if "reduce" in inspect.signature(loss).parameters:
+    if "reduce" in _keywords(loss):
         settings["reduce"] = reduce
     return loss(errors, is_desirable, **settings)

@@ -101,6 +101,8 @@ def rooms_of(notebook: str | Path) -> dict[str, str]:
     Returns:
         Hash by room: a sub-package of dkto, a module beside them, or toy.
     """
+    _module.cache_clear()  # a long-lived process must not hash what a file held before it was edited
+    _door.cache_clear()
     todo, modules = set(), {}
     for source in _code_cells(notebook):
         try:

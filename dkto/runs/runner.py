@@ -51,9 +51,9 @@ class State:
 
 def run_states(plan: Plan) -> dict[str, State]:
     """How each run of a plan stands, read from the files that it left."""
-    states, began = {}, {}
+    states, began, code = {}, {}, {}
     for run in plan.runs:
-        state, began[run.name] = _state(plan, run)
+        state, began[run.name] = _state(plan, run, code)
         if state.word == "done":
             newer = [name for name in run.inputs.values() if began[name] > began[run.name]]
             if waits := _waits(run, states):
@@ -64,8 +64,8 @@ def run_states(plan: Plan) -> dict[str, State]:
     return states
 
 
-def _state(plan: Plan, run: PlannedRun) -> tuple[State, str]:
-    """How a run stands by itself, and when it began."""
+def _state(plan: Plan, run: PlannedRun, code: dict) -> tuple[State, str]:
+    """How a run stands by itself, and when it began; `code` keeps the hashes of each notebook for its other runs."""
     folder = plan.folder / run.name
     path = folder / RECORD_NAME
     if not path.is_file():
@@ -85,16 +85,19 @@ def _state(plan: Plan, run: PlannedRun) -> tuple[State, str]:
     elif not (folder / "metrics.json").is_file():
         state = State("missing", "its metrics.json is gone")
     else:
-        state = State("done", _outdated_by(record, run))
+        state = State("done", _outdated_by(record, run, code))
     return state, record.get("began", "")
 
 
-def _outdated_by(record: dict, run: PlannedRun) -> str:
+def _outdated_by(record: dict, run: PlannedRun, code: dict) -> str:
     """What a finished run has been outdated by, or nothing."""
-    if record["source_hash"] != source_hash(run.notebook):
+    if run.notebook not in code:
+        code[run.notebook] = source_hash(run.notebook), rooms_of(run.notebook)
+    source, rooms = code[run.notebook]
+    if record["source_hash"] != source:
         return "by an older version of its notebook"
-    for key, word in (("files", "content"), ("rooms", "code")):
-        stored, now = record.get(key, {}), files_of(run.parameters) if key == "files" else rooms_of(run.notebook)
+    for key, now, word in (("files", files_of(run.parameters), "content"), ("rooms", rooms, "code")):
+        stored = record.get(key, {})
         if differ := [name for name in stored | now if stored.get(name) != now.get(name)]:
             return f"by other {word} of {', '.join(differ)}"
     return ""

@@ -141,3 +141,19 @@ def test_what_a_settings_file_holds_is_part_of_a_record(tmp_path):
     assert list(before) == ["settings_file"]
     path.write_text("[]")
     assert files_of(parameters) != before
+
+
+def test_code_that_is_edited_while_this_process_lives_is_seen(tmp_path, monkeypatch):
+    from dkto.runs import record
+
+    (tmp_path / "dkto").mkdir()
+    module = tmp_path / "dkto" / "one.py"
+    module.write_text("ONE = 1\n")
+    notebook = tmp_path / "notebook.ipynb"
+    notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": "from dkto.one import ONE"}]}))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    before = record.rooms_of(notebook)
+    module.write_text('"""Only words."""\n\nONE = 1  # the same\n')
+    assert record.rooms_of(notebook) == before
+    module.write_text("ONE = 2\n")
+    assert record.rooms_of(notebook) != before
