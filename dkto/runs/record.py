@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from dkto.common.files import read_json, write_json
-from dkto.common.machine import git_commit, hardware, largest_resident_mb, versions
+from dkto.common.machine import git_commit, hardware, largest_resident_mb, peak_memory_mb, versions
 
 RECORD_NAME = "run.json"
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,8 @@ class PeakMemory:
         self._over.set()
         self._thread.join()
         ended = largest_resident_mb(resource.RUSAGE_CHILDREN)
-        if ended > self._before:  # otherwise it is that of an earlier run
+        # otherwise it is that of an earlier run, or this program's own, which a child shares until it becomes another
+        if ended > max(self._before, peak_memory_mb()):
             self.megabytes = max(self.megabytes, ended)
 
     def _watch(self) -> None:
