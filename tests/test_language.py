@@ -1,5 +1,6 @@
 """What users read is plain English: no retired words, no sentence over 35 words."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_what_users_read_is_plain(name, text):
             if len(words) > LONGEST:
                 wrong.append(f"{len(words)} words: {sentence}")
     assert not wrong, f"{name}:\n" + "\n".join(wrong)
+
+
+def docstrings(path):
+    """What `help`, the site and `--help` show of a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield text
+
+
+@pytest.mark.parametrize("folder", ["dkto", "toy"])
+def test_docstrings_hold_no_retired_word(folder):
+    """All but "picture", which a painted scene may be called."""
+    retired = {pattern: better for pattern, better in RETIRED.items() if pattern != "pictures?"}
+    wrong, read = [], 0
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for text in docstrings(path):
+            read += 1
+            for pattern, better in retired.items():
+                found = re.findall(rf"\b{pattern}\b", re.sub(r"`[^`]*`", "x", text), flags=re.I)
+                wrong += [f"{path.relative_to(ROOT)}: {pattern} ({better})" for _ in found]
+    assert read > 100 and not wrong, "\n".join(wrong)
 
 
 def test_the_checker_sees_what_it_is_for():

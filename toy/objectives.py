@@ -62,7 +62,7 @@ class Method:
 
     @property
     def label(self) -> float:
-        """What the trained network is told when it samples: +1 for CSFT ("good image"), else 0."""
+        """What the trained network gets when it samples: +1 for CSFT ("good image"), else 0."""
         return 1.0 if self.objective == "csft" else 0.0
 
 

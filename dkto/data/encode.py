@@ -326,7 +326,7 @@ def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]
 
 
 def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
-    """Gather what the shards say of their rows, and write the index of those that can be trained on."""
+    """Gather the shards' notes on their rows, and write the index of those that can be trained on."""
     about = read_about(folder)
     reasons = dict(_notes(folder, "latents", about["shard_rows"]))
     kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)

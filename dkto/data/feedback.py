@@ -27,7 +27,7 @@ class FeedbackTable:
         prompts: the prompt of each image.
         is_desirable: (N,) bool, True where the image was liked.
         pair_ids: (N,) int, equal for the images of one comparison; -1 where there was none.
-        comparisons: (P, 2) int64, rows of the chosen and the rejected image, where an image may stand in
+        comparisons: (P, 2) int64, rows of the chosen and the rejected image, where an image may be in
             several comparisons; None where `pair_ids` tell all there is.
         counts: how the table was made, in words and numbers; empty where it was simply read.
     """
@@ -164,7 +164,7 @@ def read_feedback(
     have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A
     .json file holds rankings as HPDv2's, see `dkto.data.votes.read_rankings`.
 
-    A folder needs `liked/` and `disliked/`; the prompt of `x.png` stands in `x.txt` beside it, or in a
+    A folder needs `liked/` and `disliked/`; the prompt of `x.png` is in `x.txt` beside it, or in a
     `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
 
     Args:

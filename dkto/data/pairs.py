@@ -64,7 +64,7 @@ def convert_pairs(
         output_dir: folder for images, votes and table; what is in it already is kept.
         partition: which images count as liked: "at_least_once" (the paper's choice), "always" or "mostly", see
             `dkto.data.votes.PARTITIONS`.
-        ties: what a tie says of its two images: "ignore", "liked" or "disliked"; the paper does not tell its own.
+        ties: what a tie makes of its two images: "ignore", "liked" or "disliked"; the paper does not state its own.
         files: for a folder or a hub id, the pattern that the shards' names match, for instance "data/train-*".
 
     Returns:

@@ -33,7 +33,7 @@ AUTHORS_SPLITS = {"exclusive_win": (True, True), "intersections": (True, False),
 
 @dataclass(frozen=True)
 class Likes:
-    """What votes say of single images."""
+    """What votes make of single images."""
 
     images: np.ndarray  # (N,) str, as named by the votes, in the order of first appearance
     prompts: np.ndarray  # (N,) str

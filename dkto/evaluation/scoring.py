@@ -190,7 +190,7 @@ class _Table:
         if stored.pop("pictures", None) != about.pop("pictures"):
             raise ValueError(
                 f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "
-                f"than {self.folder / 'manifest.json'} names: {remedy} to score anew"
+                f"than {self.folder / 'manifest.json'} names: {remedy} to score again"
             )
         unknown = {key for key, value in about.items() if value is None or stored.get(key) is None}
         differs = [
@@ -200,7 +200,7 @@ class _Table:
         ]
         if differs:
             raise ValueError(
-                f"{self.path} holds scores of another {name} ({'; '.join(differs)}): {remedy} to score anew, "
+                f"{self.path} holds scores of another {name} ({'; '.join(differs)}): {remedy} to score again, "
                 "or give the scorer another name"
             )
         self.about |= {key: stored[key] for key in unknown & stored.keys() if self.about[key] is None}

@@ -93,7 +93,7 @@ class System:
         return cls(**{**found, **settings})
 
     def fingerprint(self) -> str:
-        """Hash over the weights that it draws with: a folder that was trained anew is another model."""
+        """Hash over the weights that it draws with: a folder that was trained again is another model."""
         files = sorted(pipeline_folder(self.model).rglob("*.safetensors"))
         files += sorted(unet_folder(self.unet).glob("*.safetensors")) if self.unet else []
         return weights_fingerprint([*files, *([lora_file(self.lora)] if self.lora else [])])

@@ -76,7 +76,7 @@ def measures(
     *,
     pairs: bool = False,
 ) -> dict[str, float]:
-    """What a step's record says of the global batch.
+    """A step's measures of the global batch.
 
     Args:
         reward: (B,) implicit rewards.

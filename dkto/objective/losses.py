@@ -268,7 +268,7 @@ def sft_loss(policy_error: Tensor, is_desirable: Tensor | None = None) -> Tensor
 
         loss = mean of policy_error over the liked samples
 
-    The mean is over the liked samples alone, so the step size does not hang on how many there are
+    The mean is over the liked samples alone, so the step size does not depend on how many there are
     (the released code divides by the whole batch). CSFT is this loss without labels: there the
     like is in the prompt.
 

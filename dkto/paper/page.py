@@ -1,4 +1,4 @@
-"""What the page of a replay says of its numbers, and how the notebook *What did the replay show?* shows it."""
+"""The sentences of a replay's page, and how the notebook *What did the replay show?* shows it."""
 
 from collections.abc import Mapping
 from pathlib import Path

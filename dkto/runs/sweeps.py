@@ -80,7 +80,7 @@ class PlannedRun:
     notebook: str
     given: dict[str, object]  # the values that the sweep names
     parameters: dict[str, object]  # every parameter with its value, but output_dir and inputs
-    inputs: dict[str, str]  # parameter -> name of the run whose folder it is told
+    inputs: dict[str, str]  # parameter -> name of the run whose folder it gets
     resources: Resources
 
     @property
@@ -113,7 +113,7 @@ class Plan:
         return self.folder / run.name / "notebook.ipynb"
 
     def told(self, run: PlannedRun) -> dict[str, object]:
-        """Everything that the notebook is told, folders included."""
+        """Every parameter that the notebook gets, folders included."""
         paths = {key: str(self.folder / name) for key, name in run.inputs.items()}
         return run.given | paths | {"output_dir": str(self.folder / run.name)}
 
@@ -185,7 +185,7 @@ def _read_stages(content: dict) -> dict[str, Stage]:
         only = {"name": ONLY_STAGE, "notebook": content["notebook"], "resources": content.get("resources", {})}
         return {ONLY_STAGE: _read_stage(only, {})}
     if "resources" in content:
-        raise ValueError("resources stand in each stage when there are stages")
+        raise ValueError("resources belong in each stage when there are stages")
     if not isinstance(content["stages"], list) or not content["stages"]:
         raise ValueError(f"stages must be a list of at least one stage, got {content['stages']!r}")
     stages = {}
@@ -235,7 +235,7 @@ def _read_input(key: str, value: dict, parameter: Parameter, earlier: dict[str, 
     if stage not in earlier:
         raise ValueError(not_known(f"{key}: {stage!r} is no earlier stage", stage, earlier, "earlier"))
     if parameter.type_name != "str":
-        raise TypeError(f"{key} must be str to be told the folder of stage {stage}, got {parameter.type_name}")
+        raise TypeError(f"{key} must be str to get the folder of stage {stage}, got {parameter.type_name}")
     return stage
 
 

@@ -22,7 +22,7 @@ from dkto.training.config import TrainConfig
 from dkto.training.loop import train
 from dkto.training.rewards import error_gaps, load_run
 
-LINEAR, SATURATED = 0.95, 0.05  # of the slope where nothing was learnt yet
+LINEAR, SATURATED = 0.95, 0.05  # of the slope where nothing is learned yet
 
 # What neighbouring codes call beta, as a factor from ours, which multiplies the mean squared error (no half).
 # "sum": they add up the squared error over the latents' elements instead of averaging it.
@@ -128,7 +128,7 @@ def propose_beta(gaps: np.ndarray, is_desirable: np.ndarray, config: TrainConfig
     scale = float(np.abs(gaps).mean())
     flat = slope_at(np.zeros(1), np.ones(1, bool), 1.0, config)
     if not np.isfinite(flat.mean_slope):
-        raise ValueError(f"utility {config.utility!r} is flat where nothing was learnt yet: no slope to relate beta to")
+        raise ValueError(f"utility {config.utility!r} is flat where nothing is learned yet: no slope to relate beta to")
     if not scale > 0:
         raise ValueError("every gap is 0: policy and reference are still the same, train more steps or faster")
     low, high = np.log(1e-6 / scale), np.log(1e6 / scale)

@@ -32,7 +32,7 @@ class Engine:
     would reach the policy alone and has to stay off.
 
     Raises:
-        ValueError: if a package or device that the configuration asks for is not there, or accelerate was told to
+        ValueError: if a package or device that the configuration asks for is not there, or accelerate is set to
             apply mixed precision itself.
     """
 

@@ -39,7 +39,7 @@ LARGEST_UPLOAD = 4_000_000  # bytes
 
 
 class Explorer(Instrument):
-    """All utilities on one screen, with sliders for what a training is told.
+    """All utilities on one screen, with sliders for the settings of a training.
 
     Rewards are kept as error gaps, reward / beta, so that the beta slider spreads and gathers them as it
     would in training.

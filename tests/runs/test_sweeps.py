@@ -177,7 +177,7 @@ def test_any_text_makes_names_that_are_apart(tmp_path_factory, texts):
         (ONE + "resources: {cpus: 0}", r"cpus must be a whole number of at least 1, got 0"),
         (ONE + "resources: {gpus: 0.5}", r"gpus must be a whole number of at least 0, got 0.5"),
         (ONE + "resources: {hours: soon}", r"hours must be a number above 0, got 'soon'"),
-        (TWO_STAGES + "resources: {cpus: 1}", r"resources stand in each stage when there are stages"),
+        (TWO_STAGES + "resources: {cpus: 1}", r"resources belong in each stage when there are stages"),
         (TWO_STAGES + "grid: {jugde.seed: [1]}", r"'jugde.seed' names no stage; did you mean 'judge'"),
         (TWO_STAGES + "grid: {judge.beta: [1]}", r"tiny_judge.ipynb has no parameter 'beta'; known: runs_dir"),
         (TWO_STAGES + "grid: {runs_dir: [a]}", r"runs_dir is given twice, in stage judge and in grid or list"),
@@ -190,7 +190,7 @@ def test_any_text_makes_names_that_are_apart(tmp_path_factory, texts):
             r"runs_dir: 'tran' is no earlier stage; did you mean 'train'",
         ),
         (TWO_STAGES.replace("stage: train", "from: train"), r"runs_dir must be a value or \{stage: NAME\}, got"),
-        (TWO_STAGES.replace("runs_dir:", "prompts:"), r"prompts must be str to be told the folder of"),
+        (TWO_STAGES.replace("runs_dir:", "prompts:"), r"prompts must be str to get the folder of"),
         (TWO_STAGES.replace("name: judge", "name: train"), r"two stages are called 'train'"),
     ],
 )

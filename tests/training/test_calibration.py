@@ -47,7 +47,7 @@ def test_slopes_by_hand(config):
     [
         ({"gaps": 0.0}, "every gap is 0: policy and reference are still the same"),
         ({"wanted": 1.0}, r"wanted_slope must be in \(0, 1\), got 1.0"),
-        ({"utility": "kink_at_zero = relu(x)"}, "utility 'kink_at_zero = .*' is flat where nothing was learnt yet"),
+        ({"utility": "kink_at_zero = relu(x)"}, "utility 'kink_at_zero = .*' is flat where nothing is learned yet"),
         ({"utility": "loss_averse"}, "utility 'loss_averse' keeps a mean slope above 0.7 at every beta"),
     ],
 )

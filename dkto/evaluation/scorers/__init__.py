@@ -137,7 +137,7 @@ def describe(scorer: Scorer) -> dict:
     in `about` is not known here (the hash of weights that lie in no folder) and stands for any.
 
     Raises:
-        ValueError: if a scorer that is no plain function does not tell; its scores could not be told from others'.
+        ValueError: if a scorer that is no plain function does not tell; its scores could be taken for others'.
 
     >>> describe(SCORERS["world_redness"])["rule"]
     'world_redness'

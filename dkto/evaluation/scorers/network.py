@@ -57,7 +57,7 @@ class NetworkScorer:
         raise NotImplementedError
 
     def network(self) -> nn.Module:
-        """The network on its device, loaded anew if its weights on disk have changed."""
+        """The network on its device, loaded again if its weights on disk have changed."""
         return _load(self, json.dumps(self.about, sort_keys=True))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
