@@ -127,12 +127,11 @@ def generate(
 
 def score(
     folder: Annotated[Path, "written by `dkto generate`"],
-    score_images: Calls("dkto.evaluation.scoring:score_images", without="folder scorer"),
+    score_all: Calls("dkto.evaluation.scoring:score_all", without="folders scorers"),
     scorers: Scorers = ("world_fidelity",),
 ) -> None:
     """Score a folder of generated images."""
-    for name in scorers:
-        scores = score_images(folder, name)
+    for (_, name), scores in score_all({folder.name: folder}, scorers).items():
         print(f"{name}: mean {scores.mean():.4f} over {scores.size} images, kept in {folder / 'scores'}")
 
 
@@ -215,7 +214,7 @@ def paper_search(
     config: Calls("dkto.paper.search_config:SearchConfig"),
     keep: Annotated[Path, "JSON file for the result"] = Path("papermill_runs/paper_settings.json"),
 ) -> None:
-    """Search the settings of every system, the same number of tries for each, on validation prompts."""
+    """Search the settings of every method, the same number of tries for each, on validation prompts."""
     from dkto.paper.search import search_settings
 
     print(f"{search_settings(config(), keep).to_string(index=False)}\nkept in {keep}")
