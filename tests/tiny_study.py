@@ -3,7 +3,7 @@
 from PIL import Image
 
 from dkto.common.files import write_json
-from dkto.evaluation.generate import image_path
+from dkto.evaluation.manifest import image_path
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPT_STYLES = [*STYLES] * 6  # of the 24 prompts

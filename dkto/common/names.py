@@ -3,6 +3,18 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SHOWN = 80  # signs of a value that a sentence repeats
+
+
+def shown(value: object, limit: int = SHOWN) -> str:
+    """A value as a sentence repeats it: its `repr`, cut where it is long, so that no escape code reaches a terminal.
+
+    >>> shown("a red star"), shown("x" * 200, 12)
+    ("'a red star'", "'xxxxxxxx...")
+    """
+    text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
 
 def not_known(said: str, name: object, known: Iterable[object], label: str = "known") -> str:
     """The sentence about a name that is not known: what is said of it, the nearest name, and all that are known.

@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "generate": ["check_comparable", "generate_all", "generate_images", "image_path", "read_manifest"],
+        "generate": ["generate_all", "generate_images"],
+        "manifest": ["check_comparable", "image_path", "read_manifest"],
         "metrics": ["median_of_images", "paired_bootstrap", "wilson_interval", "win_rate"],
         "monitors": ["monitor_table"],
         "scorers": ["check_scorers", "register_scorer", "score"],

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.data.images import load_image
-from dkto.evaluation.generate import check_comparable, image_path, read_manifest
+from dkto.evaluation.manifest import check_comparable, image_path, read_manifest
 from dkto.evaluation.metrics import diversity, drift, paired_bootstrap
 from dkto.evaluation.scoring import Scores
 from dkto.evaluation.win_rates import medians

@@ -26,7 +26,7 @@ from dkto.common.names import check_name
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
 from dkto.data.images import load_image
-from dkto.evaluation.generate import check_comparable, image_path, read_manifest
+from dkto.evaluation.manifest import check_comparable, image_path, read_manifest
 from dkto.evaluation.scorers import (
     Scorer,
     check_finite,

@@ -25,7 +25,7 @@ import numpy as np
 from dkto.common.files import append_record, claim, read_json, write_json, write_png
 from dkto.data.images import load_image
 from dkto.data.prompts import even_rows
-from dkto.evaluation.generate import check_comparable, image_path
+from dkto.evaluation.manifest import check_comparable, image_path
 
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")

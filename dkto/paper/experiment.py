@@ -12,7 +12,8 @@ from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, read_feedback
 from dkto.data.images import load_image
 from dkto.data.prompts import PromptSet, check_disjoint, load_prompts
-from dkto.evaluation.generate import generate_all, image_path, read_manifest
+from dkto.evaluation.generate import generate_all
+from dkto.evaluation.manifest import image_path, read_manifest
 from dkto.evaluation.metrics import paired_bootstrap
 from dkto.evaluation.monitors import monitor_table
 from dkto.evaluation.scorers import check_scorers

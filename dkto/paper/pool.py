@@ -24,7 +24,8 @@ from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import load_image
 from dkto.data.votes import likes_from_votes
-from dkto.evaluation.generate import generate_images, image_path
+from dkto.evaluation.generate import generate_images
+from dkto.evaluation.manifest import image_path
 from dkto.evaluation.scorers import score
 from dkto.models.system import System
 from dkto.world.painter import BAD_FINISH, BRILLIANT_FINISH, paint, random_finish

@@ -15,7 +15,7 @@ from dkto.common.files import append_record, file_sha256
 from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import IMAGE_SUFFIXES
-from dkto.evaluation.generate import image_path, read_manifest
+from dkto.evaluation.manifest import image_path, read_manifest
 
 JUDGEMENTS = ("like", "dislike", "skip")
 

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from dkto.evaluation.generate import generate_all, generate_images, image_path, read_manifest
+from dkto.evaluation.generate import generate_all, generate_images
+from dkto.evaluation.manifest import image_path, read_manifest
 from dkto.models.system import PRECISIONS, System, computes_bfloat16, draw, noise_generator
 from dkto.training.loop import run_training
 

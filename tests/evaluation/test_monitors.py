@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from dkto.common.files import write_json
-from dkto.evaluation.generate import image_path
+from dkto.evaluation.manifest import image_path
 from dkto.evaluation.monitors import folder_diversity, folder_drift, monitor_table
 from dkto.evaluation.scoring import Scores, score_all
 

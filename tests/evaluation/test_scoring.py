@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dkto.common.files import write_json
-from dkto.evaluation.generate import image_path
+from dkto.evaluation.manifest import image_path
 from dkto.evaluation.scorers import SCORERS, describe, get_scorer, register_scorer, score, scorer_name
 from dkto.evaluation.scoring import score_all, score_images
 

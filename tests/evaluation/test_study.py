@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_study import PROMPT_STYLES, STYLES, draw_folders, finish, is_ours
 
-from dkto.evaluation.generate import image_path
+from dkto.evaluation.manifest import image_path
 from dkto.evaluation.study import QUESTION, StudySession, make_study, read_key
 
 

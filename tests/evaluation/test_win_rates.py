@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from dkto.common.files import write_json
-from dkto.evaluation.generate import image_path, read_manifest
+from dkto.evaluation.manifest import image_path, read_manifest
 from dkto.evaluation.scorers import score
 from dkto.evaluation.scoring import score_all
 from dkto.evaluation.win_rates import (

@@ -8,7 +8,7 @@ import pytest
 from dkto.common.files import read_records, write_json
 from dkto.data.encoded import PreparedFeedback
 from dkto.data.feedback import make_feedback
-from dkto.evaluation.generate import read_manifest
+from dkto.evaluation.manifest import read_manifest
 from dkto.evaluation.scoring import score_images
 from dkto.models import load_model
 from dkto.models.system import System
