@@ -1,8 +1,11 @@
 """Files that are whole or absent, JSON that is what it should be, records line by line."""
 
+import glob
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +13,90 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
+PART = ".part"  # ends the name of what is not complete yet
+_CLEARED: set[Path] = set()
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a neighbour of `path`, then rename it: `path` is whole or absent, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(part)
+    """Let `write` fill a neighbour of `path`, a file or a folder, and `publish` it.
+
+    `path` is whole or absent, whoever else writes it, and whether the process is killed or the power fails. What
+    processes of this machine that are gone left unfinished in that folder is removed.
+    """
+    clear_parts(path.parent)
+    part = path.with_name(f"{path.name}.{os.getpid()}@{_node()}{PART}")
+    try:
+        write(part)
+        publish(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename a file or folder that is complete, with modes as the umask says, when all of it is on disk.
+
+    A folder takes the place of none: the caller removes a former one.
+    """
+    mask = _umask()
+    for each in [*part.rglob("*"), part] if part.is_dir() else [part]:
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+        force_to_disk(each)
     part.replace(path)
+    force_to_disk(path.parent)
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what processes of this machine that are gone left unfinished; each process looks once into a folder."""
+    if folder in _CLEARED or not folder.is_dir():
+        return
+    _CLEARED.add(folder)
+    for found in folder.glob(f"*@{glob.escape(_node())}{PART}"):
+        number = found.name.removesuffix(f"@{_node()}{PART}").rpartition(".")[2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            remove(found)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _node() -> str:
+    return re.sub(r"[^\w-]", "-", os.uname().nodename)
+
+
+def _umask() -> int:
+    """What the process's umask takes away; Linux tells it without changing it for other threads."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^Umask:\s*([0-7]+)", status, re.M)[1], 8)
+    except (OSError, TypeError):
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
+
+
+def _is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_png(path: Path, image: "Image.Image") -> None:

@@ -35,13 +35,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkto.common.files import claim, write_atomically, write_json, write_records
 from dkto.common.names import check_choice
 from dkto.common.processes import start_worker
 from dkto.common.progress import progress
+from dkto.common.tensors import write_tensors
 from dkto.data.encoded import PROMPT_SETS, csft_set, model_fingerprint, read_about, shard_numbers, shard_path
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import MAX_PIXELS, load_image
@@ -203,7 +203,7 @@ class _Job:
         kind, number = task
         shard, notes = (self._latents if kind == "latents" else self._prompts)(kind, number)
         metadata = {"notes": json.dumps(notes)}
-        write_atomically(shard_path(self.folder, kind, number), lambda path: save_file(shard, path, metadata))
+        write_tensors(shard_path(self.folder, kind, number), shard, metadata)
 
     @cached_property
     def about(self) -> dict:

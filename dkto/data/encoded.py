@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dkto.common.files import read_json
-from dkto.models import DiffusionModel, weights_fingerprint
+from dkto.common.tensors import weights_fingerprint
+from dkto.models import DiffusionModel
 from dkto.objective.methods import CSFT_PREFIXES
 
 

@@ -17,7 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "SMALL_WORLD_FOLDER",
             "TIMESTEP_SAMPLINGS",
             "pipeline_folder",
-            "weights_fingerprint",
         ],
         "flow": ["StableDiffusion3"],
         "hub": ["MODEL_CLASSES", "TUNED_ON", "load_model"],

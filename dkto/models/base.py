@@ -1,10 +1,9 @@
 """The face that every latent diffusion model shows to preparation and training."""
 
-import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,18 +11,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
 from dkto.common.names import check_choice
+from dkto.common.tensors import write_tensors
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
 SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "world" / "weights"
 PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")
-BLOCKS, BLOCK_BYTES = 256, 4096  # of a file that its fingerprint reads
 # parts that a written pipeline and a system that draws do without: nothing here trains them or vouches for them
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -61,34 +59,13 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
         ) from error
 
 
-def weights_fingerprint(files: Iterable[Path]) -> str:
-    """Hash over safetensors files in this order, the same wherever the folders lie that hold their folders.
-
-    Of each file it reads the size, the header with every tensor's name and shape, and 256 blocks spread evenly over
-    it, so that models of many gigabytes cost no wait.
-
-    >>> len(weights_fingerprint([]))
-    16
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.parent.name}/{path.name}/{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-            for start in np.linspace(0, max(0, size - BLOCK_BYTES), BLOCKS).astype(int):
-                file.seek(int(start))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save configuration and weights in one file each, as diffusers does."""
     if weights is None:
         denoiser.save_pretrained(folder, max_shard_size="1TB")
         return
     denoiser.save_config(folder)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, weights)
 
 
 class PipelineText(nn.Module):

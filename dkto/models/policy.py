@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dkto.common.tensors import read_tensors
 from dkto.models.base import WEIGHTS_FILE, save_denoiser
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
@@ -122,7 +122,7 @@ def write_weights(pair: PolicyAndReference, folder: Path, weights: dict[str, Ten
 def read_weights(pair: PolicyAndReference, folder: Path) -> None:
     """Put weights saved by `write_weights` back into a policy made in the same way."""
     if pair.reference is not None:
-        pair.policy.load_state_dict(load_file(folder / pair.part / WEIGHTS_FILE))
+        pair.policy.load_state_dict(read_tensors(folder / pair.part / WEIGHTS_FILE, "weights"))
         return
-    stored = load_file(folder / LORA_FILE)
+    stored = read_tensors(folder / LORA_FILE, "adapter")
     set_peft_model_state_dict(pair.policy, {name.removeprefix(f"{pair.part}."): each for name, each in stored.items()})

@@ -18,7 +18,8 @@ from PIL import Image
 
 from dkto.common.files import read_json
 from dkto.common.names import check_choice, not_known
-from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder, weights_fingerprint
+from dkto.common.tensors import weights_fingerprint
+from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder
 from dkto.models.hub import PUBLISHED, lora_file, unet_folder
 from dkto.objective.methods import CSFT_PREFIXES
 

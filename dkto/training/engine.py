@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from dkto.common.files import read_json, write_json
 from dkto.common.machine import peak_memory_mb
+from dkto.common.tensors import read_tensors, write_tensors
 from dkto.models import DiffusionModel, make_policy
 from dkto.training.config import RunConfig
 
@@ -205,11 +205,10 @@ class Engine:
     def write_state(self, folder: Path, moments: dict[str, Tensor]) -> None:
         """Write what a resumed training needs beside weights: moments, weight average, loss scale."""
         about: dict[str, object] = {}
-        save_file(moments, folder / "optimizer.safetensors")
+        write_tensors(folder / "optimizer.safetensors", moments)
         if self.ema is not None:
             names = self.pair.trainable()
-            shadows = {n: s.contiguous() for n, s in zip(names, self.ema.shadow_params, strict=True)}
-            save_file(shadows, folder / "ema.safetensors")
+            write_tensors(folder / "ema.safetensors", dict(zip(names, self.ema.shadow_params, strict=True)))
             about["ema_step"] = self.ema.optimization_step
         if self.scaler is not None:
             about["scaler"] = self.scaler.state_dict()
@@ -230,9 +229,9 @@ class Engine:
         if self.deepspeed:
             self.accelerator.load_state(folder / WHOLE_STATE)
         else:
-            _restore_moments(self, load_file(folder / "optimizer.safetensors"))
+            _restore_moments(self, read_tensors(folder / "optimizer.safetensors", "optimizer state"))
         if self.ema is not None:
-            stored = load_file(folder / "ema.safetensors")
+            stored = read_tensors(folder / "ema.safetensors", "average of weights")
             self.ema.shadow_params = [stored[n].to(p.device) for n, p in self.pair.trainable().items()]
             self.ema.optimization_step = about["ema_step"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from dkto.common.files import keep_records, read_json, write_json
+from dkto.common.files import keep_records, publish, read_json, write_json
 from dkto.common.machine import git_commit, hardware, versions
 from dkto.models import write_weights
 from dkto.models.system import TRAINING_RECORD
@@ -93,7 +93,7 @@ class RunFolder:
                 ) from error
         engine.save_whole_state(part)
         if engine.accelerator.is_main_process:
-            part.replace(target)
+            publish(part, target)
             self._point_latest(target)
             for old in self.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
@@ -123,7 +123,7 @@ class RunFolder:
                 run.model.write_pipeline(engine.pair.policy, part, weights)
         write_card(part, self.path, self.config, run.model, run.progress)
         shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
+        publish(part, target)
         self._point_latest(target)
         seconds, skipped = run.progress.seconds, run.progress.skipped_steps
         done = {"seconds": round(seconds, 2), "hours": round(seconds / 3600, 4), "skipped_steps": skipped}

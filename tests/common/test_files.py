@@ -1,11 +1,15 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from dkto.common import files
 from dkto.common.files import claim, keep_records, read_json, read_records, write_json
 from dkto.common.machine import accelerators, hardware, peak_memory_mb, versions
+from dkto.common.tensors import write_tensors
 
 
 def test_json_is_whole_or_absent(tmp_path):
@@ -77,3 +81,32 @@ def test_peak_memory_is_of_this_program_alone(tmp_path):
     held = b"x" * (300 * 2**20)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < float(done.stdout) < 250 < peak_memory_mb() and held
+
+
+def test_what_a_dead_process_left_is_removed_and_modes_follow_the_umask(tmp_path):
+    code = "import os, sys; from pathlib import Path; from dkto.common.files import write_atomically as w\n"
+    code += f"w(Path({str(tmp_path)!r}) / 'a.txt', lambda part: (part.write_text('half'), os.kill(os.getpid(), 9)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    files._CLEARED.discard(tmp_path)
+    before = os.umask(0o027)
+    try:
+        files.write_json(tmp_path / "b.json", {})
+        write_tensors(tmp_path / "c.safetensors", {"x": torch.ones(2)})
+        files.write_atomically(tmp_path / "folder", lambda part: (part.mkdir(mode=0o700), (part / "d").write_text("")))
+    finally:
+        os.umask(before)
+    assert not left.exists()
+    modes = {path.name: oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
+    assert modes == {"b.json": "640", "c.safetensors": "640", "folder": "750", "d": "640"}
+
+
+def test_what_is_not_written_to_its_end_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="no room"):
+        files.write_atomically(tmp_path / "a", _fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _fail(part):
+    part.write_text("half")
+    raise OSError("no room")

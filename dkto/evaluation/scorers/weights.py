@@ -19,11 +19,10 @@ from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dkto.common.files import file_sha256, read_json, write_atomically, write_json
-from dkto.models.base import weights_fingerprint
+from dkto.common.files import file_sha256, read_json, write_json
+from dkto.common.tensors import read_tensors, weights_fingerprint, write_tensors
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
 
@@ -156,7 +155,7 @@ def read_converted(name: str, weights: str = "") -> dict[str, Tensor]:
     if not expected:
         raise FileNotFoundError(f"{path.with_suffix('.json')}, which `convert` writes with its hash, is missing")
     check_sha256(path, expected)
-    return load_file(path)
+    return read_tensors(path, "scorer")
 
 
 def converted_about(name: str, weights: str = "") -> dict[str, str | None]:
@@ -210,8 +209,8 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
         raise ValueError(f"{source} holds something else than weights by name")
     path = weights_folder() / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    copied = {key: value.contiguous().clone() for key, value in state.items()}
-    write_atomically(path, lambda part: save_file(copied, part, metadata={"format": "pt"}))
+    copied = {key: value.clone() for key, value in state.items()}  # some share memory
+    write_tensors(path, copied, {"format": "pt"})
     about = {"published": published.file, "published_sha256": expected, "sha256": file_sha256(path)}
     write_json(path.with_suffix(".json"), about)
     return path

@@ -1,0 +1,91 @@
+"""Tensors on disk: safetensors files that are whole or absent, read as data, and known again by a hash."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dkto.common.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCKS, BLOCK_BYTES = 256, 4096  # of a file that its fingerprint reads
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all, readable by whom the umask lets read.
+
+    Raises:
+        OSError: if it cannot be written, for instance on a full disk; the sentence names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        write_atomically(path, lambda part: save_file(held, part, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def read_tensors(path: Path, what: str) -> "dict[str, Tensor]":
+    """The tensors in a safetensors file that should hold a `what`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is cut or damaged; the sentence names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_header(path, what)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} holds no {what} that can be read ({error}): remove it, or write it again") from error
+
+
+def check_header(path: Path, what: str) -> int:
+    """Length in bytes of a safetensors file's header, its own eight bytes apart.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is shorter than what it says; the sentence names it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(
+            f"{path} holds no {what} that can be read (it has {size} bytes, and its header should have {length}): "
+            "remove it, or write it again"
+        )
+    return length
+
+
+def weights_fingerprint(files: Iterable[Path]) -> str:
+    """Hash over safetensors files in this order, the same wherever the folders lie that hold their folders.
+
+    Of each file it reads the size, the header with every tensor's name and shape, and 256 blocks spread evenly over
+    it, so that models of many gigabytes cost no wait.
+
+    Raises:
+        ValueError: if a file is cut short within its header.
+
+    >>> len(weights_fingerprint([]))
+    16
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size, header = path.stat().st_size, check_header(path, "weights")
+        digest.update(f"{path.parent.name}/{path.name}/{size}".encode())
+        with path.open("rb") as file:
+            file.seek(8)
+            digest.update(file.read(header + 8))
+            for start in np.linspace(0, max(0, size - BLOCK_BYTES), BLOCKS).astype(int):
+                file.seek(int(start))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
