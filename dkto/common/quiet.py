@@ -1,17 +1,15 @@
-"""Import this before diffusers or transformers: their notices and loading bars stay out of notebooks and logs.
+"""Import this before diffusers: its notices and loading bars, and those of transformers, stay out of notebooks and logs.
 
-Whoever wants them sets TRANSFORMERS_VERBOSITY or DIFFUSERS_VERBOSITY.
+Whoever wants them sets DIFFUSERS_VERBOSITY or TRANSFORMERS_VERBOSITY.
 """
 
 import os
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from dkto.common import quiet_transformers  # noqa: F401
+
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
+from diffusers.utils import logging
 
-if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-    transformers_logging.disable_progress_bar()
 if os.environ["DIFFUSERS_VERBOSITY"] == "error":
-    diffusers_logging.disable_progress_bar()
+    logging.disable_progress_bar()

@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dkto.common import quiet  # noqa: F401  (before transformers, which speaks while it is imported)
 from dkto.common.names import check_name
 from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, HPS, CLIPScore, LaionAesthetics, PickScore
 from dkto.evaluation.scorers.image_reward import ImageReward

@@ -41,6 +41,7 @@ class ImageRewardModel(nn.Module):
     """Picture encoder, text encoder with cross-attention, head, and BERT's tokenizer."""
 
     def __init__(self, tokenizer=None) -> None:
+        from dkto.common import quiet_transformers  # noqa: F401
         from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -70,6 +71,7 @@ class ImageReward(NetworkScorer):
         return converted_about("image_reward", self.weights)
 
     def load(self) -> ImageRewardModel:
+        from dkto.common import quiet_transformers  # noqa: F401
         from transformers import BertTokenizer
 
         state = image_reward_to_blip(read_converted("image_reward", self.weights))

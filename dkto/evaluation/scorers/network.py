@@ -110,6 +110,7 @@ class ClipWithTokenizer(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_folder: Path) -> "ClipWithTokenizer":
         """From transformers' layout, safetensors only; weights that lack a parameter are refused, not made up."""
+        from dkto.common import quiet_transformers  # noqa: F401
         from transformers import CLIPModel, CLIPTokenizer
 
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
