@@ -1,4 +1,4 @@
-"""Import this before diffusers: its notices and loading bars, and those of transformers, stay out of notebooks and logs.
+"""Import this before diffusers: its notices and loading bars stay out of notebooks and logs, as those of transformers.
 
 Whoever wants them sets DIFFUSERS_VERBOSITY or TRANSFORMERS_VERBOSITY.
 """

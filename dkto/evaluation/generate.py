@@ -126,17 +126,18 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
         yield from pool.map(_draw_chunk, tasks)
 
 
-_PIPELINES: dict[System, DiffusionPipeline] = {}
+_PIPELINES: dict[tuple[str | None, ...], DiffusionPipeline] = {}  # the last one, by what it was loaded from
 
 
 def _draw_chunk(task: _Task) -> int:
-    if task.system not in _PIPELINES:
+    source = task.system.model, task.system.unet, task.system.lora  # the sampler's settings are read at each batch
+    if source not in _PIPELINES:
         _PIPELINES.clear()
-        _PIPELINES[task.system] = task.system.load()
+        _PIPELINES[source] = task.system.load()
     for start in range(0, len(task.wanted), task.batch_size):
         batch = task.wanted[start : start + task.batch_size]
         generators = [noise_generator(task.seed, p, i) for p, i in batch]
-        images = draw(_PIPELINES[task.system], [task.prompts[p] for p, _ in batch], generators, task.system)
+        images = draw(_PIPELINES[source], [task.prompts[p] for p, _ in batch], generators, task.system)
         for key, image in zip(batch, images, strict=True):
             write_png(image_path(task.folder, *key), image)
     return len(task.wanted)

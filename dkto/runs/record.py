@@ -7,7 +7,7 @@ import json
 import resource
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,18 +102,16 @@ def rooms_of(notebook: str | Path) -> dict[str, str]:
     Returns:
         Hash by room: a sub-package of dkto, a module beside them, or toy.
     """
-    _module.cache_clear()  # a long-lived process must not hash what a file held before it was edited
-    _door.cache_clear()
     todo, modules = set(), {}
     for source in _code_cells(notebook):
         try:
-            todo |= _imports(ast.parse(source))
+            todo |= _files_of(_imports(ast.parse(source)))
         except SyntaxError:  # a line for the shell, or with a magic
             continue
     while todo:
         path = todo.pop()
-        modules[path], imports = _module(path)
-        todo |= imports - modules.keys()
+        modules[path], imports = _module(path.read_text(encoding="utf-8"))
+        todo |= _files_of(imports) - modules.keys()
     rooms: dict[str, list[str]] = {}
     for path in sorted(modules):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -122,13 +120,13 @@ def rooms_of(notebook: str | Path) -> dict[str, str]:
 
 
 @functools.cache
-def _module(path: Path) -> tuple[str, frozenset[Path]]:
-    """Hash of a module's code, and the modules of dkto and toy that it imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _module(source: str) -> tuple[str, frozenset[str]]:
+    """Hash of a module's code, and what it imports from dkto and toy."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = [line for line in body if not _is_text(line)]
-    return _digest(ast.dump(tree)), frozenset(_imports(tree))
+    return _digest(ast.dump(tree)), _imports(tree)
 
 
 def _is_text(statement: ast.stmt) -> bool:
@@ -136,14 +134,18 @@ def _is_text(statement: ast.stmt) -> bool:
     return constant and isinstance(statement.value.value, str)
 
 
-def _imports(tree: ast.AST) -> set[Path]:
+def _imports(tree: ast.AST) -> frozenset[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {path for name in names if name.split(".")[0] in ("dkto", "toy") and (path := _file_of(name))}
+    return frozenset(name for name in names if name.split(".")[0] in ("dkto", "toy"))
+
+
+def _files_of(names: Iterable[str]) -> set[Path]:
+    return {path for name in names if (path := _file_of(name))}
 
 
 def _file_of(name: str) -> Path | None:
@@ -155,14 +157,15 @@ def _file_of(name: str) -> Path | None:
     package, _, member = name.rpartition(".")
     if not package:
         return None
-    behind = _door(ROOT.joinpath(*package.split("."), "__init__.py")).get(member)
+    door = ROOT.joinpath(*package.split("."), "__init__.py")
+    behind = _door(door.read_text(encoding="utf-8")).get(member) if door.is_file() else None
     return _file_of(f"{package}.{behind}.{member}" if behind else package)
 
 
 @functools.cache
-def _door(path: Path) -> dict[str, str]:
+def _door(source: str) -> dict[str, str]:
     """Which sub-module a package offers each name from, see `lazy_loader.attach`."""
-    tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
+    tree = ast.parse(source)
     words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
     doors = [ast.literal_eval(word.value) for word in words if word.arg == "submod_attrs"]
     return {name: module for door in doors for module, names in door.items() for name in names}

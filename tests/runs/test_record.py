@@ -122,7 +122,6 @@ def test_rooms_are_those_that_a_notebook_reaches_through_their_doors(tmp_path, m
 
     def rooms(name="toy/__init__.py", old="", new=""):
         (tmp_path / name).write_text((tmp_path / name).read_text().replace(old, new))
-        record_module._module.cache_clear()
         return rooms_of(tmp_path / "n.ipynb")
 
     before = rooms()

@@ -41,13 +41,13 @@ class ImageRewardModel(nn.Module):
     """Picture encoder, text encoder with cross-attention, head, and BERT's tokenizer."""
 
     def __init__(self, tokenizer=None) -> None:
-        from dkto.common import quiet_transformers  # noqa: F401
-        from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
-        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        from dkto.common.quiet_transformers import transformers
 
         super().__init__()
-        self.vision = BlipVisionModel(BlipVisionConfig(**VISION))
-        self.text = BlipTextModel(BlipTextConfig(**TEXT, is_decoder=True), add_pooling_layer=False)
+        self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**VISION))
+        self.text = transformers.models.blip.modeling_blip_text.BlipTextModel(
+            transformers.BlipTextConfig(**TEXT, is_decoder=True), add_pooling_layer=False
+        )
         self.mlp = aesthetics_head(TEXT["hidden_size"])
         self.tokenizer, self.side = tokenizer, VISION["image_size"]
 
@@ -71,12 +71,13 @@ class ImageReward(NetworkScorer):
         return converted_about("image_reward", self.weights)
 
     def load(self) -> ImageRewardModel:
-        from dkto.common import quiet_transformers  # noqa: F401
-        from transformers import BertTokenizer
+        from dkto.common.quiet_transformers import transformers
 
         state = image_reward_to_blip(read_converted("image_reward", self.weights))
         folder = model_folder(self.tokenizer, self.name, BERT_FILES, BERT_OPTIONAL, "1 MB")
-        return fill(ImageRewardModel(BertTokenizer.from_pretrained(folder)), state, self.weights or self.name)
+        return fill(
+            ImageRewardModel(transformers.BertTokenizer.from_pretrained(folder)), state, self.weights or self.name
+        )
 
     def prepare_image(self, image: Image.Image, side: int) -> Tensor:
         return cropped_image(image, side, rounded=True)

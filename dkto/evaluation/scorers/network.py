@@ -110,17 +110,16 @@ class ClipWithTokenizer(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_folder: Path) -> "ClipWithTokenizer":
         """From transformers' layout, safetensors only; weights that lack a parameter are refused, not made up."""
-        from dkto.common import quiet_transformers  # noqa: F401
-        from transformers import CLIPModel, CLIPTokenizer
+        from dkto.common.quiet_transformers import transformers
 
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        model, told = CLIPModel.from_pretrained(folder, **options)
+        model, told = transformers.CLIPModel.from_pretrained(folder, **options)
         if missing := sorted(told["missing_keys"]):
             raise ValueError(
                 f"the weights in {folder} lack {len(missing)} parameters of a CLIPModel, the first {missing[0]!r}: "
                 "expected transformers' names"
             )
-        return cls(model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(tokenizer_folder))
+        return cls(model.eval().requires_grad_(False), transformers.CLIPTokenizer.from_pretrained(tokenizer_folder))
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """(B, D) of unit length."""

@@ -68,9 +68,8 @@ def open_clip_to_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_vit_h_14(name: str, weights: str, tokenizer_folder: Path) -> ClipWithTokenizer:
     """A ViT-H-14 from a scorer's converted open_clip weights; `name` and `weights` as in `read_converted`."""
-    from dkto.common import quiet_transformers  # noqa: F401
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from dkto.common.quiet_transformers import transformers
 
     state = open_clip_to_clip(read_converted(name, weights))
-    model = fill(CLIPModel(CLIPConfig(**VIT_H_14)), state, weights or name)
-    return ClipWithTokenizer(model, CLIPTokenizer.from_pretrained(tokenizer_folder))
+    model = fill(transformers.CLIPModel(transformers.CLIPConfig(**VIT_H_14)), state, weights or name)
+    return ClipWithTokenizer(model, transformers.CLIPTokenizer.from_pretrained(tokenizer_folder))
