@@ -100,11 +100,12 @@ def _rewrite(text: str, lessons: list[str], keep: Sequence[str] = (), folder: st
         scheme, name = urlsplit(target).scheme, Path(urlsplit(target).path)
         if scheme in ELSEWHERE or target.startswith("#") or target in keep:
             return match.group()
-        if name.suffix == ".ipynb" and name.stem in lessons and "solutions" not in name.parts:
-            return f"[{words}]({folder}{name.stem}.ipynb)"
+        lesson = name.parent.name if name.name == "notebook.ipynb" else name.stem  # a kept run, or its source
+        if name.suffix == ".ipynb" and lesson in lessons and "solutions" not in name.parts:
+            return f"[{words}]({folder}{lesson}.ipynb)"
         return words
 
-    return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", replace, text)
+    return re.sub(r'(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?: "[^"]*")?\)', replace, text)
 
 
 def _write_card(folder: Path, path: Path) -> None:
