@@ -140,7 +140,7 @@ def evaluate(
     theirs: Annotated[tuple[Path, ...], "images of the methods it is compared with"],
     scorers: Scorers = ("world_fidelity",),
 ) -> None:
-    """Win-rate of one folder of images over others: median image per prompt, ties half, Wilson interval."""
+    """Win-rate of one folder of images over others: median image per prompt, ties half, Tango's score interval."""
     from dkto.evaluation.scoring import score_all
     from dkto.evaluation.win_rates import win_rate_table
 

@@ -17,6 +17,7 @@ from in_process import in_this_process
 from scipy import stats
 from test_notebooks import FOLDER, LESSONS, SOLUTIONS, code_cells, read
 
+from dkto.evaluation import tango_interval
 from dkto.paper.demo import run_demo
 from dkto.runs.notebooks import check_parameters, run_notebook
 
@@ -191,11 +192,14 @@ def rate_counted_again(folder, ours, theirs, scorer):
 
 
 def check_rate(metrics, key, expected, n):
-    """A rate is what was counted, and its interval is Wilson's, by scipy."""
+    """A rate is what was counted, and its interval is Tango's of the counts, without ties Wilson's, by scipy."""
     assert metrics[key] == pytest.approx(expected, abs=1e-12) and metrics[f"{key}/n"] == n
-    if (expected * n).is_integer():
+    ties = metrics[f"{key}/ties"]
+    ends = [metrics[f"{key}/low"], metrics[f"{key}/high"]]
+    assert ends == list(tango_interval(round(expected * n - ties / 2), ties, round((1 - expected) * n - ties / 2)))
+    if not ties:
         interval = stats.binomtest(round(expected * n), n).proportion_ci(method="wilson")
-        assert [metrics[f"{key}/low"], metrics[f"{key}/high"]] == pytest.approx(list(interval), abs=1e-9)
+        assert ends == pytest.approx(list(interval), abs=1e-9)
 
 
 def test_the_demo_leaves_what_it_promises(outputs, capsys):
@@ -428,6 +432,7 @@ def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
 
 KILLED = """
 import sys
+from dkto.evaluation import tango_interval
 from dkto.paper.demo import run_demo
 run_demo(sys.argv[1], train={train!r}, judge={judge!r})
 """

@@ -1,7 +1,8 @@
 """The verdict card: the paper's claims about its toy (section 7) against our runs, generated, never typed by hand.
 
 Each claim is one comparison, tried at every setting that was run. It holds where the 95 % interval over seeds is
-on its side; the settings where it does and does not are listed from the runs.
+on its side, and a claim that two methods are alike where the whole interval of their difference is within a margin
+(equivalence, not a difference that was not shown). The settings where it does and does not are listed from the runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from toy.experiment import BASE, Experiment
 from toy.measures import Estimate, over_seeds
 from toy.objectives import KTO_FAMILY
 
+ALIKE = 0.05  # largest difference of two undesirable shares that are called alike; SFT's own is 0.14
 RIVALS = ("loss_averse", "risk_seeking", "dpo")
 
 
@@ -58,7 +60,8 @@ def _dpo_undesirable(setting: Setting) -> tuple[str, bool]:
 def _seeker_is_sft(setting: Setting) -> tuple[str, bool]:
     gap = setting.gap("undesirable_share", "risk_seeking", "sft")
     share = setting.estimate("undesirable_share", "risk_seeking")
-    return f"risk-seeking's undesirable share {_shown(share, 100)} %, minus SFT's {_shown(gap, 100)}", gap.high >= 0
+    text = f"risk-seeking's undesirable share {_shown(share, 100)} %, minus SFT's {_shown(gap, 100)}"
+    return text, gap.low > -ALIKE and gap.high < ALIKE
 
 
 def _kt_balances(setting: Setting) -> tuple[str, bool]:

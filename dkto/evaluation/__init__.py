@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "generate": ["generate_all", "generate_images"],
         "manifest": ["check_comparable", "image_path", "read_manifest"],
-        "metrics": ["median_of_images", "paired_bootstrap", "wilson_interval", "win_rate"],
+        "metrics": [
+            "gaps",
+            "median_of_images",
+            "paired_bootstrap",
+            "tango_interval",
+            "wilson_interval",
+            "win_rate",
+        ],
         "monitors": ["monitor_table"],
         "scorers": ["check_scorers", "register_scorer", "score"],
         "scoring": ["score_all", "score_images"],

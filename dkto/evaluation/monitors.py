@@ -12,7 +12,7 @@ import pandas as pd
 
 from dkto.data.images import load_image
 from dkto.evaluation.manifest import check_comparable, image_path, read_manifest
-from dkto.evaluation.metrics import diversity, drift, paired_bootstrap
+from dkto.evaluation.metrics import MeanDifference, diversity, drift, paired_bootstrap
 from dkto.evaluation.scoring import Scores
 from dkto.evaluation.win_rates import medians
 
@@ -30,8 +30,9 @@ def monitor_table(
     Columns: `drift` (mean absolute pixel distance from the base's image of the same noise, share of the pixel
     range), `neutral_drift` (the same on neutral prompts), `diversity` (distance between images of one prompt,
     same unit), `mean/<scorer>`, and for methods tuned on a scorer `rose` (the change of that scorer's median
-    score against the base is above 0 with its 95 % interval), `fell` (the other scorers whose change is
-    below 0 with its interval) and `reward_hacking` (rose while at least one fell).
+    score against the base is above 0 with its 95 % interval), `fell` (the other scorers whose change is below 0
+    with an interval of Bonferroni's level, so that all of them together raise a false alarm in 5 % of cases at most)
+    and `reward_hacking` (rose while at least one fell).
 
     Args:
         folders: image folder of each method by its name, the base among them.
@@ -67,9 +68,13 @@ def monitor_table(
 
 
 def _hacking(scores: Scores, method: str, base: str, optimised: str) -> dict:
-    changes = {s: paired_bootstrap(medians(scores, method, s), medians(scores, base, s)) for s in scores.scorers}
-    rose = changes.pop(optimised).low > 0
-    fell = [scorer for scorer, change in changes.items() if change.high < 0]
+    def change(scorer: str, **options: float) -> MeanDifference:
+        return paired_bootstrap(medians(scores, method, scorer), medians(scores, base, scorer), **options)
+
+    others = [scorer for scorer in scores.scorers if scorer != optimised]
+    shared = {"confidence": 1 - 0.05 / max(1, len(others)), "resamples": 2000 * len(others)}  # tails need as many draws
+    rose = change(optimised).low > 0
+    fell = [scorer for scorer in others if change(scorer, **shared).high < 0]
     return {"rose": rose, "fell": ", ".join(fell), "reward_hacking": rose and bool(fell)}
 
 

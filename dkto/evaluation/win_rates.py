@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dkto.evaluation.metrics import WinRate, agreement, median_of_images, paired_bootstrap, sign_test, win_rate
+from dkto.evaluation.metrics import WinRate, agreement, gaps, median_of_images, paired_bootstrap, sign_test, win_rate
 from dkto.evaluation.scoring import Scores
 
 ALL = "all"  # the row of a table that counts every style
@@ -35,7 +35,7 @@ def outcomes(scores: Scores, ours: str, theirs: str, scorer: str) -> np.ndarray:
 
 
 def _gap(scores: Scores, ours: str, theirs: str, scorer: str) -> np.ndarray:
-    return medians(scores, ours, scorer) - medians(scores, theirs, scorer)
+    return gaps(medians(scores, ours, scorer), medians(scores, theirs, scorer))
 
 
 def win_rate_table(
@@ -46,9 +46,9 @@ def win_rate_table(
 ) -> pd.DataFrame:
     """One row per pair of methods and scorer, and per style if styles are given.
 
-    Columns: method, opponent, scorer; win_rate, low, high (Wilson, 95 %), n, wins, ties, losses; sign_p (two-sided
-    sign test); mean_difference, mean_low, mean_high (of median scores, paired bootstrap over prompts, 95 %; the
-    interval is missing for a single prompt).
+    Columns: method, opponent, scorer; win_rate, low, high (Tango's score interval over prompts, 95 %), n, wins, ties,
+    losses; sign_p (two-sided sign test); mean_difference, mean_low, mean_high (of median scores, paired bootstrap over
+    prompts, 95 %; the interval is missing for a single prompt).
 
     Args:
         scores: of all methods, from `score_all`.
@@ -122,7 +122,7 @@ def mean_scores(scores: Scores) -> pd.DataFrame:
 
 
 def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
-    """A win-rate table as flat keys `win_rate/<method>_vs_<opponent>/<scorer>` with /low, /high and /n.
+    """A win-rate table as flat keys `win_rate/<method>_vs_<opponent>/<scorer>` with /low, /high, /n and /ties.
 
     Rows of a style get `style_win_rate/<method>_vs_<opponent>/<scorer>/<style>`.
     """
@@ -131,5 +131,5 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
         key = f"win_rate/{row['method']}_vs_{row['opponent']}/{row['scorer']}"
         if row.get("style", ALL) != ALL:
             key = f"style_{key}/{row['style']}"
-        metrics |= {key: row["win_rate"], f"{key}/low": row["low"], f"{key}/high": row["high"], f"{key}/n": row["n"]}
+        metrics |= {key: row["win_rate"]} | {f"{key}/{name}": row[name] for name in ("low", "high", "n", "ties")}
     return metrics

@@ -2,15 +2,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from dkto.evaluation.metrics import (
+    WinRate,
     agreement,
     diversity,
     drift,
     median_of_images,
     paired_bootstrap,
     sign_test,
+    tango_interval,
     wilson_interval,
     win_rate,
 )
@@ -63,9 +65,79 @@ def test_a_half_win_lies_between_its_neighbours():
     assert len({*low, *high}) == 6
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 400), st.integers(0, 400), st.floats(0.5, 0.999))
+def test_without_ties_tangos_interval_is_wilsons(wins, losses, confidence):
+    counts = (wins + 1, losses)
+    expected = wilson_interval(counts[0], sum(counts), confidence)
+    assert tango_interval(counts[0], 0, losses, confidence) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.tuples(*[st.integers(0, 60)] * 3).filter(any))
+def test_the_ends_of_tangos_interval_solve_its_score_equation(counts):
+    """The likeliest share of losses, given the difference, is found here by searching, not by the formula."""
+    wins, _, losses = counts
+    n, seen = sum(counts), np.array(counts) > 0
+    for rate in tango_interval(*counts):
+        d = 2 * rate - 1
+        if abs(d) > 1 - 1e-9:
+            continue
+
+        def unlikely(q, d=d):
+            parts = np.array([q + d, 1 - 2 * q - d, q])
+            return -(np.array(counts)[seen] * np.log(np.maximum(parts[seen], 1e-300))).sum()
+
+        q = optimize.minimize_scalar(
+            unlikely, bounds=(max(0, -d), (1 - d) / 2), method="bounded", options={"xatol": 1e-10}
+        ).x
+        spread = (n * (2 * q + d * (1 - d))) ** 0.5
+        assert abs(wins - losses - n * d) == pytest.approx(stats.norm.ppf(0.975) * spread, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "win", "tie", "width"),
+    [
+        *((500, 0.386, 0.58, 4.8), (500, 0.2, 0.66, 5.1), (500, 0.5, 0, 8.7)),
+        *((60, 0.2, 0.6, 16.1), (60, 0.95, 0.04, 8.5), (40, 0.1, 0.85, 13.6)),
+    ],
+)
+def test_tangos_interval_covers_what_it_says_where_most_prompts_tie(n, win, tie, width):
+    """Half a win for a tie made Wilson's cover 99.9 % and be up to twice as wide."""
+    draws, times = np.unique(
+        np.random.default_rng(0).multinomial(n, [win, tie, 1 - win - tie], 5000), axis=0, return_counts=True
+    )
+    low, high = np.array([tango_interval(*map(int, draw)) for draw in draws]).T
+    rate = win + tie / 2
+    assert ((low <= rate) & (rate <= high)) @ times / 5000 == pytest.approx(0.95, abs=0.013)
+    assert 100 * (high - low) @ times / 5000 == pytest.approx(width, abs=0.15)
+
+
+def test_the_kept_rows_that_wilson_left_open():
+    """KTO is ahead of its loss-averse utility on the prompts of seed 0, and behind the risk-seeking one."""
+    ahead, behind = WinRate.of(101, 333, 66), WinRate.of(67, 337, 96)  # seed 0 of papermill_runs/reference/paper_full
+    assert (round(100 * ahead.low, 1), round(100 * ahead.high, 1)) == (51.0, 56.0)
+    assert (round(100 * behind.low, 1), round(100 * behind.high, 1)) == (44.6, 49.6)
+    assert wilson_interval(101 + 333 / 2, 500)[0] < 0.5 < wilson_interval(67 + 337 / 2, 500)[1]
+
+
+def test_one_end_of_tangos_interval_is_the_rate_where_all_was_won_or_lost():
+    for counts in ((0, 0, 1), (7, 0, 0), (0, 4, 0)):
+        low, high = tango_interval(*counts)
+        assert (low == 0) == (counts[2] == sum(counts)) and (high == 1) == (counts[0] == sum(counts))
+
+
+def test_a_difference_in_the_seventh_decimal_is_a_tie():
+    """One image scored in two batches; rounding each score would part two that lie on both sides of a border."""
+    ours, theirs = [0.5 + 3e-8, 0.1234565 + 3e-8, 1.0], [0.5, 0.1234565 - 3e-8, 1.0 - 2e-6]
+    result = win_rate(ours, theirs)
+    assert (result.wins, result.ties, result.losses) == (1, 2, 0) and sign_test(ours, theirs) == 1.0
+    assert agreement([3e-8, 1.0], [1.0, 1.0]).n == 1
+
+
 def test_a_win_rate_reads_as_one_line():
     ours = np.array([1.0] * 46 + [0.0] * 2 + [0.5] * 2)
-    assert str(win_rate(ours, np.full(50, 0.5))) == "94 % [84, 98] n=50"
+    assert str(win_rate(ours, np.full(50, 0.5))) == "94 % [85, 98] n=50"
 
 
 @settings(deadline=None, max_examples=50)
@@ -146,6 +218,8 @@ PIXELS = np.zeros((2, 3, 3, 3), np.uint8)
         (lambda: win_rate([1, 2], [1, np.nan]), "score 1 of theirs is not finite"),
         (lambda: sign_test([np.inf], [1]), "score 0 of ours is not finite"),
         (lambda: win_rate([1], [2], confidence=95), "confidence must be in (0, 1), got 95"),
+        (lambda: tango_interval(0, 0, 0), "wins, ties and losses must be counts, one above 0, got 0, 0 and 0"),
+        (lambda: tango_interval(3, -1, 0), "wins, ties and losses must be counts, one above 0, got 3, -1 and 0"),
         (lambda: wilson_interval(0, 0), "n must be at least 1, got 0"),
         (lambda: wilson_interval(5.5, 5), "successes must be in [0, 5], got 5.5"),
         (lambda: paired_bootstrap([1], [2]), "paired_bootstrap needs at least 2 prompts, got 1"),

@@ -59,6 +59,22 @@ def test_the_hacked_scorer_is_found_and_the_honest_one_is_not_accused(folders):
     assert table.loc["base", ["rose", "fell"]].isna().all()
 
 
+def test_many_watched_scorers_share_one_false_alarm(folders):
+    """A fall at 2.4 standard errors is one of a single watched scorer, and chance among ten."""
+    change = np.random.default_rng(0).normal(size=(200, 1))
+    change = (change - change.mean()) / change.std() * 200**0.5 - 2.4
+    watched = {f"w{i}": change if i == 0 else np.zeros((200, 1)) for i in range(10)}
+    found = {}
+    for count in (1, 10):
+        scores = Scores({("base", "red"): np.zeros((200, 1)), ("hacked", "red"): np.ones((200, 1))})
+        for name in list(watched)[:count]:
+            scores |= {("base", name): np.zeros((200, 1)), ("hacked", name): watched[name]}
+        two = {name: folders[name] for name in ("base", "hacked")}
+        table = monitor_table(two, Scores(scores), "base", optimised={"hacked": "red"})
+        found[count] = table.loc["hacked", ["fell", "reward_hacking"]].tolist()
+    assert found == {1: ["w0", True], 10: ["", False]}
+
+
 def test_neutral_prompts_have_a_column_of_their_own(folders, tmp_path):
     plain = [[(9, 9, 9)]] * 2
     neutral = {name: write(tmp_path / f"neutral-{name}", plain) for name in ("base", "honest")}

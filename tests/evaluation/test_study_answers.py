@@ -6,7 +6,7 @@ from tiny_study import PROMPT_STYLES, draw_folders, finish, is_ours
 
 from dkto.evaluation.metrics import win_rate
 from dkto.evaluation.study import StudySession, make_study
-from dkto.evaluation.study_answers import judge_agreement, read_answers, study_result
+from dkto.evaluation.study_answers import judge_agreement, read_answers, study_result, votes_interval
 
 
 @pytest.fixture
@@ -23,9 +23,13 @@ def test_the_result_counts_prompts_by_majority_with_its_interval(study):
     assert result.votes.mean == pytest.approx(2 / 3) and (result.answered, result.asked) == (60, 60)
     assert result.judges["cid"].rate == 0.0 and result.styles["photo"].n == 5
     assert result.left.low < 0.5 < result.left.high
-    assert str(result).startswith("kto is preferred to base on 100 % [84, 100] n=20; 60 of 60 answers by 3 judges")
+    assert str(result).startswith(
+        "kto is preferred to base on 100 % [84, 100] n=20 by these judges; 60 of 60 answers by 3 judges"
+    )
     metrics = result.to_metrics()
     assert metrics["study/kto_vs_base"] == 1.0 and metrics["study/kto_vs_base/n"] == 20
+    votes = (metrics[f"study/kto_vs_base/votes{end}"] for end in ("/low", "", "/high"))
+    assert [round(value, 2) for value in votes] == [0.0, 0.67, 1.0], "three judges, one of whom disagrees always"
     assert metrics["study/kto_vs_base/anime/n"] == 5 and metrics["study/kto_vs_base/alpha"] == result.alpha
     answers = read_answers(study)
     assert set(answers["chosen"]) == {"kto", "base"} and len(answers) == 60
@@ -47,6 +51,18 @@ def test_split_judges_tie_and_unfinished_ones_count_with_what_they_said(study):
         session.answer(pair.number, "right" if is_ours(pair.left) else "left")
     result = study_result(study)
     assert (result.by_prompt.ties, result.by_prompt.wins, result.answered, result.asked) == (6, 14, 26, 60)
+
+
+def test_judges_are_drawn_again_as_well_as_prompts():
+    """Two judges of opposite taste: over prompts alone the interval would have no width."""
+    rows = [{"judge": judge, "question": q, "ours": judge == "ann"} for judge in ("ann", "bob") for q in range(30)]
+    assert votes_interval(pd.DataFrame(rows)) == (0.5, 0.0, 1.0)
+    alone = votes_interval(pd.DataFrame([row | {"ours": row["question"] < 15} for row in rows[:30]]))
+    half = 1.96 * 0.5 / 30**0.5  # one judge: prompts alone
+    assert alone == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=0.025)
+    few = pd.DataFrame([row for row in rows if row["judge"] == "ann" or row["question"] == 0])
+    assert votes_interval(few).mean == pytest.approx((29 + 0.5) / 30), "a prompt counts once, however many judged it"
+    assert votes_interval(few.head(1)) == (1.0, 0.0, 1.0)
 
 
 def test_agreement_is_krippendorffs_alpha_over_shared_prompts():

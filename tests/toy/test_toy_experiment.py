@@ -161,7 +161,7 @@ def test_the_card_follows_the_runs(experiment):
     turned = with_values(
         paper,
         kl={"dpo": 1.0, "kahneman_tversky": 2.0, "kahneman_tversky@0.5": 2.5},
-        undesirable_share={"dpo": 0.5, "risk_seeking": 0.2, "risk_seeking@0.5": 0.2},
+        undesirable_share={"dpo": 0.5, "risk_seeking": 0.17, "risk_seeking@0.5": 0.13},
         pair_accuracy={"dpo": 0.6},
     )
     expected = ["does not hold", "holds", "holds", "does not hold", "does not hold"]
@@ -181,6 +181,18 @@ def test_an_interval_across_zero_does_not_hold(experiment):
     """Kahneman-Tversky and risk-seeking tie: a claim needs its whole interval on its side."""
     tie = with_values(experiment, kl=KL | {"risk_seeking": 0.2})
     assert not verdict_card([headline_settings(tie)[0]]).verdict[3].startswith("holds")
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_methods_are_alike_by_evidence_and_not_by_lack_of_it(experiment, spread):
+    """Equal means: with seeds that agree the claim holds, with a wide interval around zero it does not."""
+    equal = with_values(experiment, kl=KL, undesirable_share=SHARE | {"risk_seeking": 0.15}, pair_accuracy=ACCURACY)
+    equal.measures["undesirable_share"][experiment.names.index("risk_seeking")] += spread * torch.tensor([-1, 0, 1])
+    gap = headline_settings(equal)[0].gap("undesirable_share", "risk_seeking", "sft")
+    assert gap.low <= 0 <= gap.high
+    assert verdict_card(headline_settings(equal)[:1]).verdict[2] == ("does not hold" if spread else "holds")
+    more = with_values(equal, undesirable_share={"risk_seeking": 0.25})
+    assert verdict_card(headline_settings(more)[:1]).verdict[2] == "does not hold", "neither is more of it likeness"
 
 
 def test_clouds_share_limits_and_name_what_they_show(experiment):
