@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkto.common.names import shown
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -123,14 +125,35 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no {what}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no {what}: expected an object, got {found!r:.80}")
+        raise ValueError(f"{path} is no {what}: expected an object, got {shown(found)}")
     for key in keys:
         if key not in found:
             raise ValueError(f"{path} is no {what}: {key} is missing")
     return found
+
+
+Fields = dict[str, tuple[Callable[[object], bool], str]]  # by name: whether a value is right, and what is
+
+
+def check_fields(values: dict, fields: Fields, where: str) -> None:
+    """Refuse an object of which a field is missing or not what it should be.
+
+    >>> check_fields({"seed": "x"}, {"seed": (lambda value: type(value) is int, "a whole number")}, "run.json")
+    Traceback (most recent call last):
+    ValueError: run.json: seed must be a whole number, got 'x'
+    """
+    for name, (is_right, expected) in fields.items():
+        if name not in values or not is_right(values[name]):
+            got = shown(values[name]) if name in values else "nothing"
+            raise ValueError(f"{where}: {name} must be {expected}, got {got}")
+
+
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a file that is in a folder by its name is there by its links too."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def claim(path: Path, about: dict, what: str) -> None:

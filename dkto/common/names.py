@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 SHOWN = 80  # signs of a value that a sentence repeats
+MOST_NAMES = 40  # known names that a sentence lists
 
 
 def shown(value: object, limit: int = SHOWN) -> str:
@@ -12,8 +13,22 @@ def shown(value: object, limit: int = SHOWN) -> str:
     >>> shown("a red star"), shown("x" * 200, 12)
     ("'a red star'", "'xxxxxxxx...")
     """
-    text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of lists in lists"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: object, limit: int = 500) -> str:
+    """A text as a terminal may get it: on one line, cut where it is long, its escape codes spelled out.
+
+    >>> printable("no likes\\x1b[2J in\\na.csv")
+    'no likes\\\\x1b[2J in\\\\na.csv'
+    """
+    text = str(text)
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def not_known(said: str, name: object, known: Iterable[object], label: str = "known") -> str:
@@ -23,9 +38,11 @@ def not_known(said: str, name: object, known: Iterable[object], label: str = "kn
     "no column 'bet' in the table; did you mean 'beta'? known: beta, steps"
     """
     names = [str(each) for each in known]
-    near = get_close_matches(str(name), names, 1)
+    near = get_close_matches(str(name)[:SHOWN], names, 1)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"{said}; {guess}{label}: {', '.join(names) or 'none'}"
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    listed = ", ".join(printable(each, SHOWN) for each in names[:MOST_NAMES])
+    return f"{said}; {guess}{label}: {listed or 'none'}{more}"
 
 
 def check_name(what: str, name: object, known: Iterable[str], error: type[Exception] = ValueError) -> None:
@@ -37,7 +54,7 @@ def check_name(what: str, name: object, known: Iterable[str], error: type[Except
     """
     known = list(known)
     if name not in known:
-        raise error(not_known(f"unknown {what} {name!r}", name, known))
+        raise error(not_known(f"unknown {what} {shown(name)}", name, known))
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -49,4 +66,4 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")

@@ -5,8 +5,10 @@ import os
 import time
 from queue import Empty
 
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from dkto.common.progress import QUIET_VARIABLE
@@ -54,6 +56,11 @@ class AskingKernelManager(AsyncKernelManager):
     """
 
     client_factory = LookingClient
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """This interpreter, whatever kernels are installed on the machine: a run and its record are of one Python."""
+        return KernelSpec(**get_kernel_dict())
 
     async def start_kernel(self, **options: object) -> None:
         """Start the kernel with `ENVIRONMENT` over this process's own."""

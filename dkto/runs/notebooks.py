@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkto.common.files import read_json, write_json
+from dkto.common.files import write_atomically, write_json
 from dkto.common.machine import versions
-from dkto.common.names import not_known
+from dkto.common.names import not_known, printable, shown
 from dkto.common.processes import sole_writer
-from dkto.runs.record import PeakMemory, recorded
+from dkto.runs.record import PeakMemory, is_number, is_unicode, parsed, read_metrics, read_notebook, recorded, tags_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,8 +41,8 @@ class Parameter:
 
 
 def parameters_cell(notebook: Mapping, name: str) -> Mapping:
-    """The one cell tagged `parameters` of a notebook as nbformat or json reads it; ValueError without just one."""
-    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    """The one cell tagged `parameters` of a notebook; ValueError without just one."""
+    cells = [cell for cell in notebook["cells"] if "parameters" in tags_of(cell)]
     if len(cells) != 1:
         raise ValueError(f"notebook {name} must have one cell tagged 'parameters', found {len(cells)}")
     return cells[0]
@@ -56,41 +56,58 @@ def declared_parameters(path: str | Path) -> dict[str, Parameter]:
         ValueError: if the cell is missing, is repeated, or holds anything but annotated literals of plain types.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"notebook {path} does not exist")
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"notebook {path} is no notebook: {error}") from error
-    if not (isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)):
-        raise ValueError(f"notebook {path} is no notebook: it holds no list of cells")
-    source = "".join(parameters_cell(notebook, path.name)["source"])  # json has it as lines
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise ValueError(f"notebook {path.name}: line {error.lineno} of its parameters is not Python") from error
+    source = parameters_cell(read_notebook(path), path.name)["source"]
+    if (tree := parsed(source)) is None:
+        raise ValueError(f"notebook {path.name}: {_not_python(source)}")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # a # inside a string is no comment
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found = {}
-    for statement in statements:
+    for statement in tree.body:
         line = ast.get_source_segment(source, statement)
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
-            raise ValueError(f"notebook {path.name}: parameters must read 'name: type = literal', got {line!r}")
+            raise ValueError(f"notebook {path.name}: parameters must read 'name: type = literal', got {shown(line)}")
         name, type_name = statement.target.id, ast.unparse(statement.annotation)
         if name in found:
             raise ValueError(f"notebook {path.name}: parameter {name} is declared twice")
         if type_name not in PARAMETER_TYPES:
             known = ", ".join(PARAMETER_TYPES)
-            raise ValueError(f"notebook {path.name}: type of {name} must be one of {known}, got {type_name}")
+            raise ValueError(
+                f"notebook {path.name}: type of {name} must be one of {known}, got {printable(type_name, 80)}"
+            )
         try:
             default = ast.literal_eval(statement.value)
-        except ValueError as error:
-            value = ast.unparse(statement.value)
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
+            value = printable(ast.get_source_segment(source, statement.value), 80)
             raise ValueError(f"notebook {path.name}: default of {name} must be a literal, got {value}") from error
         if type(default) is not PARAMETER_TYPES[type_name]:
-            raise ValueError(f"notebook {path.name}: default of {name} must be {type_name}, got {default!r}")
+            raise ValueError(f"notebook {path.name}: default of {name} must be {type_name}, got {shown(default)}")
+        _refuse_unsound(name, default, f"notebook {path.name}")
         found[name] = Parameter(name, type_name, default, comments.get(statement.end_lineno, ""))
     return found
+
+
+def _not_python(source: str) -> str:
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        return f"line {error.lineno or 1} of its parameters is not Python"
+    except (ValueError, RecursionError, MemoryError):
+        return "its parameters are nested too deep, or hold a sign that is not Python"
+    raise AssertionError
+
+
+def _refuse_unsound(name: str, value: object, where: str) -> None:
+    """A value that JSON, a command line or a file cannot hold is refused."""
+    todo = [value]
+    for each in todo:  # grows while it is read
+        if isinstance(each, list | tuple):
+            todo += each
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"{where}: parameter {name} must be finite, got {each}")
+        elif isinstance(each, str) and ("\0" in each or not is_unicode(each)):
+            raise ValueError(f"{where}: parameter {name} must be text without NUL and half signs, got {shown(each)}")
+        elif not isinstance(each, int | float | str | None):
+            raise ValueError(f"{where}: parameter {name} may hold numbers, texts and lists, got {shown(each)}")
 
 
 def coerce(parameter: Parameter, value: object, where: str) -> object:
@@ -98,25 +115,33 @@ def coerce(parameter: Parameter, value: object, where: str) -> object:
 
     Raises:
         TypeError: if it cannot be read so.
+        ValueError: if it is not finite, or a text that no command line can hold.
 
     >>> coerce(Parameter("rate", "float", 1e-4, ""), "1e-7", "train.ipynb")
     1e-07
     """
     kind = PARAMETER_TYPES[parameter.type_name]
+    found = _read_as(kind, value)
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise TypeError(f"{where}: parameter {parameter.name} must be {parameter.type_name}, got {shown(value)}")
+    _refuse_unsound(parameter.name, found, where)
+    return found
+
+
+def _read_as(kind: type, value: object) -> object:
+    """A value, which a text may spell, as one of this kind; as it stands where it is none."""
     try:
         if isinstance(value, str) and kind in (int, float):
             return kind(value)
         if isinstance(value, str) and kind is bool and value.lower() in (*YES, *NO):
             return value.lower() in YES
-        if isinstance(value, str) and kind is list and isinstance(json.loads(value), list):
+        if isinstance(value, str) and kind is list:
             return json.loads(value)
-    except ValueError:
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, OverflowError, RecursionError):
         pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise TypeError(f"{where}: parameter {parameter.name} must be {parameter.type_name}, got {value!r}")
+    return value
 
 
 def check_parameters(path: str | Path, given: Mapping[str, object]) -> dict[str, object]:
@@ -129,7 +154,7 @@ def check_parameters(path: str | Path, given: Mapping[str, object]) -> dict[str,
     declared, name = declared_parameters(path), Path(path).name
     for key in given:
         if key not in declared:
-            raise ValueError(not_known(f"{name} has no parameter {key!r}", key, declared))
+            raise ValueError(not_known(f"{name} has no parameter {shown(key)}", key, declared))
     return {key: coerce(declared[key], value, name) for key, value in given.items()}
 
 
@@ -149,6 +174,7 @@ def run_notebook(
 
     Raises:
         FileNotFoundError, ValueError, TypeError: before anything runs, see `check_parameters`.
+        ValueError: if `output` is the notebook itself, or another that was not executed.
         BlockingIOError: if another process writes into `output_dir`.
         RuntimeError: if a cell fails or the kernel dies; the sentence names the notebook, the cell and the error.
     """
@@ -157,18 +183,66 @@ def run_notebook(
     every = {name: declared.default for name, declared in declared_parameters(path).items()} | checked
     if "output_dir" not in every:
         raise ValueError(f"notebook {path.name} must declare the parameter output_dir; declared: {', '.join(every)}")
-    folder = Path(every["output_dir"])
+    if not isinstance(every["output_dir"], str) or not every["output_dir"].strip():
+        raise ValueError(f"output_dir must name the folder of the run, got {shown(every['output_dir'])}")
+    _check_output(path, output)
+    folder, source = Path(every["output_dir"]), _to_execute(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir {folder} is a file: choose another folder")
     with sole_writer(folder, patience=PATIENCE), recorded(folder, path, output, every) as memory:
         result = folder / "metrics.json"
         result.unlink(missing_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        _execute(path, output, checked, progress, memory)
+        write_atomically(output, lambda part: part.write_text(source, encoding="utf-8"))
+        _execute(path.name, output, checked, progress, memory)
         if not result.is_file():
             raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
-        return read_json(result, "table of metrics", ["metrics"])["metrics"]
+        return read_metrics(result)
 
 
-def _execute(path: Path, output: Path, parameters: Mapping[str, object], progress: bool, memory: PeakMemory) -> None:
+def _check_output(path: Path, output: Path) -> None:
+    """The executed copy takes the place of another executed copy alone, never of a notebook."""
+    if not output.exists():
+        return
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder: name a file in it")
+    if output.samefile(path):
+        raise ValueError(f"output {output} is the notebook itself, which would be lost: choose another file")
+    try:
+        found = json.loads(output.read_text(encoding="utf-8"))
+        lost = "cells" in found and "papermill" not in found["metadata"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # one that a crash cut
+        return
+    if lost:
+        raise ValueError(f"output {output} is a notebook that was not executed, which would be lost: choose another")
+
+
+def _to_execute(path: Path) -> str:
+    """The text of a notebook as papermill takes it: without outputs, and without what a former execution put in."""
+    import nbformat
+    import papermill
+
+    notebook = read_notebook(path)
+    about = {"default_parameters": {}, "parameters": {}, "environment_variables": {}, "version": papermill.__version__}
+    notebook["metadata"]["papermill"] = about
+    for cell in notebook["cells"]:
+        cell["metadata"].pop("papermill", None)
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    try:
+        found = nbformat.validator.normalize(nbformat.from_dict(notebook))[1]
+        nbformat.validate(found)
+        text = nbformat.writes(found)
+        text.encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, nbformat.ValidationError) as error:
+        raise ValueError(
+            f"notebook {path} is no notebook: {printable(str(error).partition(chr(10))[0], 200)}"
+        ) from error
+    return text
+
+
+def _execute(name: str, output: Path, parameters: Mapping[str, object], progress: bool, memory: PeakMemory) -> None:
+    """Execute the notebook that lies in `output` there."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -181,17 +255,18 @@ def _execute(path: Path, output: Path, parameters: Mapping[str, object], progres
     logger.setLevel(logging.ERROR)  # its notices stay off the terminal
     python = {"kernel_name": "python3", "language": "python", "kernel_manager_class": AskingKernelManager}
     encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
+    path = str(output).replace("{", "{{").replace("}", "}}")  # papermill fills in parameters
     try:
         papermill.execute_notebook(
-            str(path), str(output), parameters, progress_bar=progress, cwd=os.getcwd(), config=encrypted, **python
+            path, path, parameters, progress_bar=progress, cwd=os.getcwd(), config=encrypted, **python
         )
     except PapermillExecutionError as error:
         raise RuntimeError(
-            f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue} (executed copy: {output})"
+            f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from error
     except DeadKernelError as error:
         raise RuntimeError(
-            f"{path.name}: its kernel died, most often for lack of memory (it held {memory.megabytes:.0f} MB "
+            f"{name}: its kernel died, most often for lack of memory (it held {memory.megabytes:.0f} MB "
             f"at its peak); use smaller parameters (executed copy: {output})"
         ) from error
     finally:
@@ -213,8 +288,8 @@ def write_metrics(
     values = {}
     for name, value in metrics.items():
         number = value.item() if hasattr(value, "item") else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"metric {name!r} must be a finite number, got {value!r}")
+        if not is_number(number):
+            raise ValueError(f"metric {shown(name)} must be a finite number, got {shown(value)}")
         values[name] = number
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import resource
 import threading
 import time
@@ -14,12 +15,82 @@ from pathlib import Path
 
 import psutil
 
-from dkto.common.files import read_json, write_json
+from dkto.common.files import Fields, check_fields, file_sha256, read_json, write_json
 from dkto.common.machine import git_commit, hardware, largest_resident_mb, peak_memory_mb, versions
+from dkto.common.names import shown
 
 RECORD_NAME = "run.json"
 ROOT = Path(__file__).parents[2]
 FIRST_LOOK, LONGEST_WAIT = 0.5, 5.0  # seconds; a look costs some hundredths of a second of a busy machine
+
+
+STATES = ("running", "finished", "failed")
+
+
+def read_notebook(path: str | Path) -> dict:
+    """A notebook as json has it, checked, each cell with a text and metadata; what an execution put in is left out.
+
+    An executed copy is so its notebook again: the parameters that a former run got are those of that run alone.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no notebook of format 4; the sentence names the file, and the cell.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"notebook {path} does not exist")
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"notebook {path} is no notebook: {error}") from error
+    if not (isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)):
+        raise ValueError(f"notebook {path} is no notebook: it holds no list of cells")
+    notebook = {"nbformat": 4, "nbformat_minor": 5} | notebook
+    if notebook["nbformat"] != 4:
+        got = shown(notebook["nbformat"])
+        raise ValueError(f"notebook {path} must be of format 4, got {got}: open and save it with Jupyter")
+    if not isinstance(notebook.setdefault("metadata", {}), dict):
+        raise ValueError(
+            f"notebook {path} is no notebook: metadata must be an object, got {shown(notebook['metadata'])}"
+        )
+    for number, cell in enumerate(notebook["cells"], 1):
+        _check_cell(cell, f"notebook {path}, cell {number}")
+    notebook["cells"] = [cell for cell in notebook["cells"] if INJECTED not in tags_of(cell)]
+    notebook["metadata"].pop("papermill", None)
+    return notebook
+
+
+def _check_cell(cell: object, where: str) -> None:
+    if not isinstance(cell, dict):
+        raise ValueError(f"{where}: expected an object, got {shown(cell)}")
+    cell.setdefault("metadata", {})
+    cell["source"] = "".join(cell["source"]) if _is_texts(cell.get("source")) else cell.get("source")
+    check_fields(cell, CELL, where)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: half a sign that takes two (a lone surrogate) cannot."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text) if not text.isascii() else True
+
+
+def tags_of(cell: Mapping) -> list[str]:
+    """The tags of a cell."""
+    return cell["metadata"].get("tags", [])
+
+
+INJECTED = "injected-parameters"  # papermill's tag of the cell that a run's parameters are in
+CELL: Fields = {
+    "cell_type": (("code", "markdown", "raw").__contains__, "code, markdown or raw"),
+    "source": (lambda value: isinstance(value, str) and is_unicode(value), "text or a list of lines"),
+    "metadata": (
+        lambda value: isinstance(value, dict) and _is_texts(value.get("tags", [])),
+        "an object, its tags texts",
+    ),
+}
 
 
 class PeakMemory:
@@ -69,12 +140,19 @@ def source_hash(notebook: str | Path) -> str:
 
 
 def _code_cells(notebook: str | Path) -> list[str]:
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"]
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parsed(source: str) -> ast.Module | None:
+    """A text as Python; None where it is not, as a line for the shell, or nested too deep."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _without_imports(source: str) -> str:
@@ -83,11 +161,9 @@ def _without_imports(source: str) -> str:
     >>> _without_imports("import os\\nfrom a import (\\n    b,\\n)\\n\\nprint(os)")
     'print(os)'
     """
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError:
+    if (tree := parsed(source)) is None:
         return source.strip()
-    imports = [each for each in statements if isinstance(each, ast.Import | ast.ImportFrom)]
+    imports = [each for each in tree.body if isinstance(each, ast.Import | ast.ImportFrom)]
     left_out = {number for each in imports for number in range(each.lineno, each.end_lineno + 1)}
     lines = enumerate(source.splitlines(), 1)
     return "\n".join(line.rstrip() for number, line in lines if number not in left_out).strip()
@@ -103,11 +179,8 @@ def rooms_of(notebook: str | Path) -> dict[str, str]:
         Hash by room: a sub-package of dkto, a module beside them, or toy.
     """
     todo, modules = set(), {}
-    for source in _code_cells(notebook):
-        try:
-            todo |= _files_of(_imports(ast.parse(source)))
-        except SyntaxError:  # a line for the shell, or with a magic
-            continue
+    for tree in map(parsed, _code_cells(notebook)):
+        todo |= _files_of(_imports(tree)) if tree else set()
     while todo:
         path = todo.pop()
         modules[path], imports = _module(path.read_text(encoding="utf-8"))
@@ -173,8 +246,73 @@ def _door(source: str) -> dict[str, str]:
 
 def files_of(parameters: Mapping[str, object]) -> dict[str, str]:
     """Hash of the content of each file that a parameter `..._file` names."""
-    named = {name: Path(value) for name, value in parameters.items() if name.endswith("_file") and value}
-    return {name: _digest(path.read_text(encoding="utf-8")) for name, path in named.items() if path.is_file()}
+    named = {name: value for name, value in parameters.items() if name.endswith("_file")}
+    paths = {name: Path(value) for name, value in named.items() if value and isinstance(value, str)}
+    return {name: file_sha256(path)[:16] for name, path in paths.items() if path.is_file()}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; yes and no are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_plain(value: object, depth: int = 3) -> bool:
+    """Whether a value is one that a notebook takes: a number, a text, yes or no, or a list of these."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return value is None or isinstance(value, str | bool) or is_number(value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_plain, value.values()))
+
+
+TEXT, NUMBER = (lambda value: isinstance(value, str), "text"), (is_number, "a finite number")
+TABLE = (_is_table, "an object of numbers, texts and lists")
+RECORD: Fields = {
+    "status": (STATES.__contains__, f"one of {', '.join(STATES)}"),
+    "notebook": TEXT,
+    "source_hash": TEXT,
+    "parameters": TABLE,
+}
+MAY_HOLD: Fields = {
+    "error": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "seconds": NUMBER,
+    "peak_memory_mb": NUMBER,
+    "began": TEXT,
+    "git_commit": (lambda value: value is None or isinstance(value, str), "text or null"),
+    **dict.fromkeys(("rooms", "files", "versions", "hardware"), TABLE),
+}
+ENDED: Fields = {"failed": {"error": TEXT}, "finished": {"seconds": NUMBER}, "running": {}}
+METRICS: Fields = {
+    "metrics": (lambda value: isinstance(value, dict) and all(map(is_number, value.values())), "an object of numbers")
+}
+
+
+def read_record(path: Path) -> dict:
+    """The `run.json` of a run of a notebook, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: as `dkto.common.files.read_json`, or if a field is not what it should be.
+    """
+    record = read_json(path, "record of a run")
+    where = f"{path} is no record of a run"
+    check_fields(record, RECORD, where)
+    check_fields(record, {name: field for name, field in MAY_HOLD.items() if name in record}, where)
+    check_fields(record, ENDED[record["status"]], where)
+    return record
+
+
+def is_of_notebook(path: Path) -> bool:
+    """Whether a `run.json` is of a run of a notebook; those of trainings of version 0.1 have the same name."""
+    return "notebook" in read_json(path, "record of a run")
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The metrics of a run's `metrics.json`, finite numbers by name; errors as those of `read_record`."""
+    found = read_json(path, "table of metrics")
+    check_fields(found, METRICS, f"{path} is no table of metrics")
+    return found["metrics"]
 
 
 @contextmanager
@@ -192,7 +330,7 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
         ValueError: if the folder holds the record of something else, a training, which would be lost.
     """
     path = folder / RECORD_NAME
-    if path.exists() and "notebook" not in read_json(path, "record of a run"):
+    if path.exists() and not is_of_notebook(path):
         raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
     began = time.monotonic()
     record = {"schema_version": 1, "status": "running", "notebook": str(notebook), "source_hash": source_hash(notebook)}

@@ -20,6 +20,7 @@ where nothing does.
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from dkto.common.names import not_known
+from dkto.common.names import not_known, printable, shown
 from dkto.runs.notebooks import Parameter, coerce, declared_parameters
 from dkto.runs.yaml12 import read_yaml
 
@@ -37,6 +38,9 @@ OUTPUTS = Path("papermill_runs/outputs")
 SWEEP_KEYS = ("notebook", "stages", "parameters", "grid", "list", "resources")
 STAGE_KEYS = ("name", "notebook", "parameters", "resources")
 ONLY_STAGE = "runs"  # name of the stage of a sweep that has one notebook
+MOST_RUNS = 100_000  # of one sweep
+LARGEST_FILE = 250_000  # bytes of a sweep's file
+MOST = {"cpus": 10_000, "gpus": 10_000, "hours": 10_000, "memory_gb": 1_000_000}  # that one run may ask for
 LONGEST_NAME = 100  # characters of a run's name; file systems allow 255 bytes
 
 
@@ -52,12 +56,12 @@ class Resources:
     def __post_init__(self) -> None:
         for name, least in (("cpus", 1), ("gpus", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if type(value) is not int or not least <= value <= MOST[name]:
+                raise ValueError(f"{name} must be a whole number from {least} to {MOST[name]}, got {shown(value)}")
         for name in ("hours", "memory_gb"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+            if type(value) not in (int, float) or not 0 < value <= MOST[name]:
+                raise ValueError(f"{name} must be a number above 0, at most {MOST[name]}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,12 @@ class Plan:
         known = {run.name: run for run in self.runs}
         for name in names:
             if name not in known:
-                raise ValueError(not_known(f"sweep {self.name} has no run {name!r}", name, known, "its runs"))
-        wanted = list(names or known)
-        for name in wanted:  # grows while it is read
-            wanted += [other for other in known[name].inputs.values() if other not in wanted]
+                raise ValueError(not_known(f"sweep {self.name} has no run {shown(name)}", name, known, "its runs"))
+        wanted, todo = set(), list(names or known)
+        while todo:
+            name = todo.pop()
+            todo += () if name in wanted else known[name].inputs.values()
+            wanted.add(name)
         return replace(self, runs=tuple(run for run in self.runs if run.name in wanted))
 
     def executed(self, run: PlannedRun) -> Path:
@@ -123,8 +129,19 @@ class Plan:
         return ["dkto", "run", run.notebook, str(self.executed(run)), "--parameters", *pairs]
 
     def shell_command(self, run: PlannedRun) -> str:
-        """The same for a shell."""
-        return shlex.join(self.command(run))
+        """The same for a shell, signs that a terminal would obey spelled out."""
+        return " ".join(map(_quoted, self.command(run)))
+
+
+def _quoted(text: str) -> str:
+    """A text as one word of a shell; bash reads `$'\\x1b'` as the sign itself.
+
+    >>> print(_quoted("a b"), _quoted("it's\\x1b[2J"))
+    'a b' $'it\\'s\\x1b[2J'
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    return f"$'{printable(text.replace(chr(92), chr(92) * 2), len(text) * 2).replace(chr(39), chr(92) + chr(39))}'"
 
 
 def read_sweep(
@@ -145,8 +162,10 @@ def read_sweep(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"sweep {path} does not exist")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"sweep {path} must have at most {LARGEST_FILE:,} bytes, got {size:,}")
     try:
-        content = read_yaml(path.read_text())
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
         _check_keys(content, SWEEP_KEYS, "the sweep")
         stages = _read_stages(content)
         changed = _addresses(changes or {}, stages, "changes")
@@ -165,16 +184,16 @@ def read_sweep(
 
 def _check_keys(value: object, known: Sequence[str], what: str) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a mapping with some of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{what} must be a mapping with some of {', '.join(known)}, got {shown(value)}")
     for key in value:
         if key not in known:
-            raise ValueError(not_known(f"{what} has no key {key!r}", key, known))
+            raise ValueError(not_known(f"{what} has no key {shown(key)}", key, known))
 
 
 def _mapping(content: dict, key: str) -> dict:
     value = content.get(key, {})
     if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping of names to values, got {value!r}")
+        raise ValueError(f"{key} must be a mapping of names to values, got {shown(value)}")
     return value
 
 
@@ -187,23 +206,23 @@ def _read_stages(content: dict) -> dict[str, Stage]:
     if "resources" in content:
         raise ValueError("resources belong in each stage when there are stages")
     if not isinstance(content["stages"], list) or not content["stages"]:
-        raise ValueError(f"stages must be a list of at least one stage, got {content['stages']!r}")
+        raise ValueError(f"stages must be a list of at least one stage, got {shown(content['stages'])}")
     stages = {}
     for number, entry in enumerate(content["stages"], 1):
         _check_keys(entry, STAGE_KEYS, f"stage {number}")
         name = entry.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
-            raise ValueError(f"name of stage {number} must be small letters, digits, _ and -, got {name!r}")
+            raise ValueError(f"name of stage {number} must be small letters, digits, _ and -, got {shown(name)}")
         if name in stages:
-            raise ValueError(f"two stages are called {name!r}")
+            raise ValueError(f"two stages are called {shown(name)}")
         stages[name] = _read_stage(entry, stages)
     return stages
 
 
 def _read_stage(entry: dict, earlier: dict[str, Stage]) -> Stage:
     name, notebook = entry["name"], entry.get("notebook")
-    if not isinstance(notebook, str):
-        raise ValueError(f"notebook of stage {name} must be a path, got {notebook!r}")
+    if not isinstance(notebook, str) or "\0" in notebook:
+        raise ValueError(f"notebook of stage {name} must be a path, got {shown(notebook)}")
     if not Path(notebook).is_file() and (CHECKOUT / notebook).is_file():
         notebook = os.path.relpath(CHECKOUT / notebook)
     declared = declared_parameters(notebook)
@@ -223,17 +242,17 @@ def _read_stage(entry: dict, earlier: dict[str, Stage]) -> Stage:
 
 def _check_parameter(name: str, declared: Mapping[str, Parameter], notebook: str) -> None:
     if name not in declared:
-        raise ValueError(not_known(f"{notebook} has no parameter {name!r}", name, declared))
+        raise ValueError(not_known(f"{notebook} has no parameter {shown(name)}", name, declared))
     if name == "output_dir":
         raise ValueError("output_dir is chosen by the sweep: each run has a folder of its own")
 
 
 def _read_input(key: str, value: dict, parameter: Parameter, earlier: dict[str, Stage]) -> str:
     if set(value) != {"stage"}:
-        raise ValueError(f"{key} must be a value or {{stage: NAME}}, got {value!r}")
+        raise ValueError(f"{key} must be a value or {{stage: NAME}}, got {shown(value)}")
     stage = value["stage"]
-    if stage not in earlier:
-        raise ValueError(not_known(f"{key}: {stage!r} is no earlier stage", stage, earlier, "earlier"))
+    if not isinstance(stage, str) or stage not in earlier:
+        raise ValueError(not_known(f"{key}: {shown(stage)} is no earlier stage", stage, earlier, "earlier"))
     if parameter.type_name != "str":
         raise TypeError(f"{key} must be str to get the folder of stage {stage}, got {parameter.type_name}")
     return stage
@@ -251,7 +270,7 @@ def _addresses(values: Mapping[str, object], stages: dict[str, Stage], where: st
             notebook = stages[stage].notebook.name
             _check_parameter(key, stages[stage].declared, notebook)
             if (stage, key) in found:
-                former = found[stage, key][0]
+                former, name = (printable(each, 80) for each in (found[stage, key][0], name))
                 raise ValueError(f"{where}: {key} of stage {stage} is given twice, as {former} and {name}")
             found[stage, key] = (str(name), coerce(stages[stage].declared[key], value, f"{where}, {notebook}"))
     return found
@@ -261,38 +280,41 @@ def _resolve(name: str, stages: dict[str, Stage]) -> list[Address]:
     stage, dot, key = name.rpartition(".")
     if dot:
         if stage not in stages:
-            raise ValueError(not_known(f"{name!r} names no stage", stage, stages, "stages"))
+            raise ValueError(not_known(f"{shown(name)} names no stage", stage, stages, "stages"))
         return [(stage, key)]
     reached = [(stage.name, name) for stage in stages.values() if name in stage.declared]
     if not reached:
         known = sorted({parameter for stage in stages.values() for parameter in stage.declared})
         notebooks = " and ".join(sorted({stage.notebook.name for stage in stages.values()}))
-        raise ValueError(not_known(f"no parameter {name!r} in {notebooks}", name, known))
+        raise ValueError(not_known(f"no parameter {shown(name)} in {notebooks}", name, known))
     return reached
 
 
 def _combinations(content: dict, stages: dict[str, Stage]) -> list[Values]:
     """What varies, one mapping a combination: every entry of the list times every point of the grid."""
-    axes = []
-    for name, values in _mapping(content, "grid").items():
+    grid, entries = _mapping(content, "grid"), content.get("list", [{}])
+    for name, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"grid: {name} must be a list of at least one value, got {values!r}")
-        axes.append([_addresses({name: value}, stages, "grid") for value in values])
-    entries = content.get("list", [{}])
+            name = printable(name, 80)
+            raise ValueError(f"grid: {name} must be a list of at least one value, got {shown(values)}")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"list must be a list of mappings of names to values, got {entries!r}")
+        raise ValueError(f"list must be a list of mappings of names to values, got {shown(entries)}")
+    if (count := math.prod(map(len, [entries, stages, *grid.values()]))) > MOST_RUNS:
+        raise ValueError(f"a sweep may have {MOST_RUNS:,} runs, grid and list make {count:,}: leave values out")
+    axes = [[_addresses({name: value}, stages, "grid") for value in values] for name, values in grid.items()]
     listed = [_addresses(entry, stages, f"list, entry {number}") for number, entry in enumerate(entries, 1)]
-    found = []
+    found = {}
     for parts in itertools.product(listed, *axes):
         combination = {}
         for part in parts:
             for stage, key in part.keys() & combination.keys():
                 raise ValueError(f"{key} of stage {stage} is given twice, in grid and list")
             combination |= part
-        if combination in found:
+        same = json.dumps(sorted([*key, value] for key, (_, value) in combination.items()))
+        if same in found:
             raise ValueError(f"two runs are the same: {_name_of(combination)}")
-        found.append(combination)
-    return found
+        found[same] = combination
+    return list(found.values())
 
 
 def _refuse_twice(stages: dict[str, Stage], shared: Values, combinations: list[Values]) -> None:

@@ -109,6 +109,73 @@ def test_a_missing_notebook_is_named(tmp_path):
         declared_parameters(tmp_path / "nowhere.ipynb")
 
 
+CELL = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["seed: int = 0"]}
+
+
+def deep(value, levels):
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[" * 3000, r"is no notebook: maximum recursion depth"),
+        ({"cells": [], "nbformat": 3}, r"must be of format 4, got 3: open and save it with Jupyter"),
+        ({"cells": [], "nbformat": 4, "metadata": []}, r"is no notebook: metadata must be an object, got"),
+        ({"cells": [CELL, 7], "nbformat": 4}, r"cell 2: expected an object, got 7"),
+        ({"cells": [CELL | {"cell_type": "kode"}], "nbformat": 4}, r"cell 1: cell_type must be code, .*, got 'kode'"),
+        (
+            {"cells": [CELL | {"source": {}}], "nbformat": 4},
+            r"cell 1: source must be text or a list of lines, got \{\}",
+        ),
+        ({"cells": [CELL | {"source": [1]}], "nbformat": 4}, r"cell 1: source must be text .*, got \[1\]"),
+        ({"cells": [CELL | {"source": "a = '\ud800'"}], "nbformat": 4}, r"cell 1: source must be text"),
+        ({"cells": [CELL | {"metadata": None}], "nbformat": 4}, r"cell 1: metadata must be an object, .*, got None"),
+        ({"cells": [CELL | {"metadata": {"tags": 3}}], "nbformat": 4}, r"cell 1: metadata must be an object, its tags"),
+        (
+            {"cells": [CELL | {"source": "a: int = 1\0"}], "nbformat": 4},
+            r"its parameters (is not Python|are nested too deep)",
+        ),
+        (
+            {"cells": [CELL | {"source": f"a: list = {'(' * 5000}"}], "nbformat": 4},
+            r"its parameters (is not|are nested)",
+        ),
+        (
+            {"cells": [CELL | {"source": f"a: int = {'-' * 5000}1"}], "nbformat": 4},
+            r"its parameters (is not|are nested)|a literal",
+        ),
+        ({"cells": [CELL | {"source": "a: list = {[]: 1}"}], "nbformat": 4}, r"default of a must be a literal"),
+        ({"cells": [CELL | {"source": "a: float = 1e999"}], "nbformat": 4}, r"parameter a must be finite, got inf"),
+        ({"cells": [CELL | {"source": "a: list = [b'x']"}], "nbformat": 4}, r"a may hold numbers, texts and lists"),
+    ],
+)
+def test_every_damage_to_a_notebook_is_one_sentence_with_its_name(tmp_path, text, sentence):
+    path = tmp_path / "lesson.ipynb"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    with pytest.raises(ValueError, match=rf"^notebook .*lesson\.ipynb.*{sentence}") as caught:
+        declared_parameters(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"nbformat_minor": "x"}, r"notebook .*lesson.ipynb is no notebook"),
+        ({"metadata": {"deep": deep(1, 600)}}, r"notebook .*lesson.ipynb is no notebook"),
+        ({"metadata": {"title": "\ud800"}}, r"notebook .*lesson.ipynb is no notebook: .*surrogates not allowed"),
+        ({"metadata": {"kernelspec": 3}}, r"notebook .*lesson.ipynb is no notebook"),
+    ],
+)
+def test_what_papermill_could_not_read_is_refused_before_it_starts(make, tmp_path, nothing_starts, change, sentence):
+    path = make(HAND_OVER)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run_notebook(path, tmp_path / "done.ipynb", {"output_dir": str(tmp_path / "out")}, progress=False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 # What a notebook may be told
 
 
@@ -153,6 +220,26 @@ def test_mistyped_values_are_refused(type_name, given):
     with pytest.raises(TypeError) as caught:
         coerce(Parameter("p", type_name, None, ""), given, "lesson.ipynb")
     assert str(caught.value) == f"lesson.ipynb: parameter p must be {type_name}, got {given!r}"
+
+
+@pytest.mark.parametrize(
+    ("type_name", "given", "sentence"),
+    [
+        ("float", "nan", "parameter p must be finite, got nan"),
+        ("float", math.inf, "parameter p must be finite, got inf"),
+        ("list", "[1, [NaN]]", "parameter p must be finite, got nan"),
+        ("list", '["a", {"b": 1}]', "parameter p may hold numbers, texts and lists, got {'b': 1}"),
+        ("str", "a\0b", r"parameter p must be text without NUL and half signs, got 'a\\x00b'"),
+        ("str", "\ud800", r"parameter p must be text without NUL and half signs, got '\\ud800'"),
+        ("float", 10**400, "parameter p must be float, got 1000"),
+        ("list", "[" * 3000, r"parameter p must be list, got '\[\["),
+        ("int", "9" * 5000, "parameter p must be int, got '9999"),
+    ],
+)
+def test_values_that_no_record_or_command_line_can_hold_are_refused(type_name, given, sentence):
+    with pytest.raises((TypeError, ValueError), match=f"^lesson.ipynb: {sentence}") as caught:
+        coerce(Parameter("p", type_name, None, ""), given, "lesson.ipynb")
+    assert len(str(caught.value)) < 200
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(make):
@@ -233,6 +320,66 @@ def test_a_notebook_without_kernelspec_runs(make, tmp_path):
     nbformat.write(notebook, lesson)
     metrics = run_notebook(lesson, tmp_path / "done.ipynb", {"output_dir": str(tmp_path), "steps": 7}, progress=False)
     assert metrics["steps"] == 7
+
+
+@pytest.mark.parametrize("way", ["same", "relative", "link", "hard link"])
+def test_a_run_never_writes_over_its_notebook(make, tmp_path, monkeypatch, nothing_starts, way):
+    lesson, output = make(HAND_OVER), tmp_path / "other.ipynb"
+    before = lesson.read_bytes()
+    if way == "same":
+        output = lesson
+    elif way == "relative":
+        (tmp_path / "sub").mkdir()
+        monkeypatch.chdir(tmp_path / "sub")
+        output = "../lesson.ipynb"
+    else:
+        (output.symlink_to if way == "link" else output.hardlink_to)(lesson)
+    with pytest.raises(ValueError, match="is the notebook itself, which would be lost"):
+        run_notebook(lesson, output, {"output_dir": str(tmp_path / "out")}, progress=False)
+    assert lesson.read_bytes() == before
+
+
+def test_nor_over_another_that_was_not_executed(make, tmp_path, nothing_starts):
+    lesson, other = make(HAND_OVER), make("1 + 1", name="other.ipynb")
+    with pytest.raises(ValueError, match=r"other.ipynb is a notebook that was not executed, which would be lost"):
+        run_notebook(lesson, other, {"output_dir": str(tmp_path / "out")}, progress=False)
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        run_notebook(lesson, tmp_path, {"output_dir": str(tmp_path / "out")}, progress=False)
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_a_run_has_a_folder_of_its_own(make, tmp_path, monkeypatch, nothing_starts, given):
+    lesson, output = make(HAND_OVER), tmp_path / "done.ipynb"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"output_dir must name the folder of the run, got '{given}'"):
+        run_notebook(lesson, output, {"output_dir": given}, progress=False)
+    with pytest.raises(NotADirectoryError, match=r"output_dir .*lesson.ipynb is a file: choose another folder"):
+        run_notebook(lesson, output, {"output_dir": str(lesson)}, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lesson.ipynb"]
+
+
+@pytest.mark.process
+def test_an_executed_copy_is_its_notebook_and_the_kernel_is_this_interpreter(make, tmp_path, monkeypatch):
+    """A cell that a former run put in does not count, whatever mark, brace or kernel of another Python there is."""
+    spec = tmp_path / "home" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "another", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "home"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    lesson = make("import sys; assert sys.executable == " + repr(sys.executable), HAND_OVER, name="{steps}.ipynb")
+    notebook = json.loads(lesson.read_text())
+    stale = {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "steps = 99", "outputs": []}
+    notebook["cells"].insert(2, stale | {"execution_count": 3})
+    del notebook["cells"][3]["metadata"]
+    notebook["metadata"]["papermill"] = {"parameters": {"steps": 99}}
+    lesson.write_text("\ufeff" + json.dumps(notebook))
+    parameters = {"output_dir": str(tmp_path / "{rate}")}
+    metrics = run_notebook(lesson, tmp_path / "{rate}" / "done.ipynb", parameters, progress=False)
+    assert metrics["steps"] == 3
+    executed = nbformat.read(tmp_path / "{rate}" / "done.ipynb", as_version=4)
+    assert executed.metadata.papermill.parameters == parameters and "steps = 99" not in json.dumps(executed.cells)
+    record = json.loads((tmp_path / "{rate}" / "run.json").read_text())
+    assert record["parameters"]["steps"] == 3
 
 
 # Results
