@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PROFILE ?=
+N ?= 10000
+SEED ?= 0
 STEPS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all toy paper bench lab lint format site reference results clean
+.PHONY: help setup demo check test test-all toy paper bench lab lint format site reference results fuzz clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
@@ -31,6 +33,7 @@ help:
 	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
 	@echo "make bench     the benchmarks"
+	@echo "make fuzz      N=10000 damaged inputs for every reader, and what became of them (SEED=0; about 25 minutes on 2 cores)"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
@@ -83,6 +86,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTEST) tests/benchmarks
+
+fuzz: $(READY)
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(N) --seed $(SEED)
 
 toy: $(READY)
 	$(BIN)/python -m toy --profile $(or $(PROFILE),small)
