@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dkto.common.files import append_record, claim, read_json, write_json, write_png
+from dkto.common.files import Fields, append_record, check_fields, claim, read_json, stays_inside, write_json, write_png
+from dkto.common.names import shown as said
 from dkto.data.images import load_image
 from dkto.data.prompts import even_rows
 from dkto.evaluation.manifest import check_comparable, image_path
@@ -30,6 +31,29 @@ from dkto.evaluation.manifest import check_comparable, image_path
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")
 UNDONE = "undone"
+JUDGE_NAME = r"[A-Za-z0-9_-]+"
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+QUESTIONS: Fields = {
+    "question": (_is_text, "text"),
+    "prompts": (_are_texts, "a list of texts"),
+    "styles": (_are_texts, "a list of texts"),
+    "judges": (lambda value: isinstance(value, dict), "an object of judges"),
+}
+KEY: Fields = {
+    "methods": (lambda value: _are_texts(value) and len(set(value)) == len(value) == 2, "the names of two methods"),
+    "prompts": (_are_texts, "a list of texts"),
+    "a_is_ours": (lambda held: isinstance(held, list) and {type(each) for each in held} <= {bool}, "a list of bool"),
+    "salt": (lambda value: type(value) is int and value >= 0, "a whole number"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,8 +150,8 @@ def _check_judges(judges: Sequence[str]) -> None:
     if not judges:
         raise ValueError("a study needs at least 1 judge, got none")
     for judge in judges:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", judge):
-            raise ValueError(f"a judge's name must be letters, digits, '_' and '-', got {judge!r}")
+        if not re.fullmatch(JUDGE_NAME, judge):
+            raise ValueError(f"a judge's name must be letters, digits, '_' and '-', got {said(judge)}")
     twice = {judge for judge in judges if list(judges).count(judge) > 1}
     if twice:
         raise ValueError(f"every judge is named once, got {', '.join(sorted(twice))} more often")
@@ -160,16 +184,17 @@ class StudySession:
 
     Raises:
         KeyError: if the study has no such judge; the sentence lists those it has.
-        ValueError: if an answer on disk cannot be read; the sentence names file and line.
+        ValueError: if an answer on disk cannot be read, which the sentence names with its file and line, or if a file
+            of the study is a link that leads out of its folder.
     """
 
     def __init__(self, study_dir: str | Path, judge: str) -> None:
         self.folder = Path(study_dir)
         self.about = read_questions(self.folder)
         if judge not in self.about["judges"]:
-            raise KeyError(f"the study has no judge {judge!r}; its judges: {', '.join(self.about['judges'])}")
+            raise KeyError(f"the study has no judge {said(judge)}; its judges: {', '.join(self.about['judges'])}")
         self.judge, self.plan = judge, self.about["judges"][judge]
-        self.path = self.folder / "answers" / f"{judge}.jsonl"
+        self.path = _inside(self.folder / "answers" / f"{judge}.jsonl", self.folder)
         self.lines = _read_answers(self.path, len(self.about["prompts"]))
 
     @property
@@ -189,7 +214,7 @@ class StudySession:
         for number in self.plan["order"]:
             if number not in answered:
                 letters = "ab" if self.plan["left"][number] == "a" else "ba"
-                left, right = (self.folder / _file(number, letter) for letter in letters)
+                left, right = (_inside(self.folder / _file(number, letter), self.folder) for letter in letters)
                 place = len(answered) + 1, len(self.plan["order"])
                 return Pair(number, self.about["prompts"][number], left, right, *place)
         return None
@@ -197,9 +222,9 @@ class StudySession:
     def answer(self, number: int, side: str) -> None:
         """Keep an answer, on disk before this returns; a question may be answered again."""
         if number not in self.plan["order"]:
-            raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {number!r}")
+            raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {said(number)}")
         if side not in SIDES:
-            raise ValueError(f"side must be left or right, got {side!r}")
+            raise ValueError(f"side must be left or right, got {said(side)}")
         self._append(number, side)
 
     def undo(self) -> int | None:
@@ -219,21 +244,66 @@ class StudySession:
 
 def read_questions(folder: Path) -> dict:
     """What a judge may know of a study: question, prompts, styles and each judge's order and sides."""
-    return _read_part(folder / "questions.json", f"{folder} holds no study (questions.json is missing)")
+    missing = f"{folder} holds no study (questions.json is missing)"
+    about = _read_part(folder / "questions.json", missing, QUESTIONS)
+    count = len(about["prompts"])
+    fields = {
+        "order": (
+            lambda held: _are_whole(held) and sorted(held) == list(range(count)),
+            f"all of 0 to {count - 1} once",
+        ),
+        "left": (lambda held: _are_texts(held) and len(held) == count and {*held} <= {"a", "b"}, f"{count} of a and b"),
+    }
+    path = folder / "questions.json"
+    if len(about["styles"]) != count:
+        _refuse(path, f"styles must be one for each of {count} prompts, got {len(about['styles'])}")
+    for judge, plan in about["judges"].items():
+        if not re.fullmatch(JUDGE_NAME, judge):
+            _refuse(path, f"a judge's name must be letters, digits, '_' and '-', got {said(judge)}")
+        if not isinstance(plan, dict):
+            _refuse(path, f"judge {judge} must have an order and sides, got {said(plan)}")
+        try:
+            check_fields(plan, fields, f"judge {judge}")
+        except ValueError as error:
+            _refuse(path, str(error))
+    return about
 
 
 def read_key(folder: Path) -> dict:
-    """Which method is "a" and which is "b", question by question."""
-    return _read_part(folder / "key.json", f"{folder} holds a study whose key.json is missing: put it back")
+    """Which method is "a" and which is "b", question by question; a ValueError if it is of other questions."""
+    missing = f"{folder} holds a study whose key.json is missing: put it back"
+    key = _read_part(folder / "key.json", missing, KEY)
+    if (count := len(key["a_is_ours"])) != len(key["prompts"]):
+        _refuse(folder / "key.json", f"a_is_ours must be one for each of {len(key['prompts'])} prompts, got {count}")
+    if (folder / "questions.json").is_file() and read_questions(folder)["prompts"] != key["prompts"]:
+        _refuse(folder / "key.json", "its prompts are not those of questions.json")
+    return key
 
 
-def _read_part(path: Path, missing: str) -> dict:
+def _are_whole(value: object) -> bool:
+    return isinstance(value, list) and {type(each) for each in value} <= {int}
+
+
+def _read_part(path: Path, missing: str, fields: Fields) -> dict:
     if not path.is_file():
         raise FileNotFoundError(missing)
     try:
-        return read_json(path, "part of a study")
+        found = read_json(_inside(path, path.parent), "part of a study")
+        check_fields(found, fields, f"{path} is no part of a study")
     except ValueError as error:
         raise ValueError(f"{error}; put back the file that make_study wrote") from error
+    return found
+
+
+def _refuse(path: Path, why: str) -> None:
+    raise ValueError(f"{path} is no part of a study: {why}; put back the file that make_study wrote")
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """The path, which no link may lead out of the study: what is read there is shown, what is written there kept."""
+    if not stays_inside(path, folder):
+        raise ValueError(f"{path} is a link that leaves the study {folder}: put the file itself there")
+    return path
 
 
 def _read_answers(path: Path, questions: int) -> list[dict]:
@@ -241,21 +311,21 @@ def _read_answers(path: Path, questions: int) -> list[dict]:
     if not path.exists():
         return []
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not text:
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not text.strip():
             continue
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             line = None
-            if text.startswith("{"):
-                warnings.warn(f"{path}, line {number} was cut short and is left out: {text!r:.80}", stacklevel=2)
+            if text.startswith("{") and not text.rstrip().endswith("}"):
+                warnings.warn(f"{path}, line {number} was cut short and is left out: {said(text)}", stacklevel=2)
                 continue
         asked = line.get("question") if isinstance(line, dict) else None
         if type(asked) is not int or not 0 <= asked < questions or line.get("choice") not in (*SIDES, UNDONE):
             raise ValueError(
                 f"{path}, line {number}: expected a question in [0, {questions - 1}] and a choice of "
-                f"{', '.join((*SIDES, UNDONE))}, got {text!r:.80}"
+                f"{', '.join((*SIDES, UNDONE))}, got {said(text)}"
             )
         found.append(line)
     return found

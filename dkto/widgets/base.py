@@ -31,8 +31,9 @@ class Instrument(anywidget.AnyWidget):
         self.message = ""  # the same refusal again is a change that the page hears of
         try:
             self._obey(message)
-        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as refusal:  # a full disk is seen, not lost
-            self.message = f"{self._refused}{refusal}"
+        except Exception as refusal:  # of any kind: a full disk, or a message that holds something else
+            text = refusal.args[0] if isinstance(refusal, KeyError) else refusal
+            self.message = f"{self._refused}{text or type(refusal).__name__}"
 
     def _obey(self, message: dict) -> None:
         raise NotImplementedError

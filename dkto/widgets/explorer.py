@@ -15,7 +15,8 @@ import traitlets
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from dkto.common.files import read_json, read_records
+from dkto.common.files import Fields, check_fields, read_json, read_records, stays_inside
+from dkto.common.names import printable, shown
 from dkto.data.sources import parse_label
 from dkto.data.tables import need_columns, refuse_rows, table_of_text
 from dkto.objective.utilities import UTILITIES, define_utility, get_utility
@@ -36,6 +37,10 @@ TABLE_LIMIT = 50.0  # a sampled utility covers gains in [-50, 50]
 TABLE_POINTS = 10_001
 MOST_REWARDS = 50_000
 LARGEST_UPLOAD = 4_000_000  # bytes
+CONFIG: Fields = {
+    "beta": (lambda value: type(value) in (int, float) and 0 < value < np.inf, "a number above 0"),
+    "utility": (lambda value: isinstance(value, str), "text"),
+}
 
 
 class Explorer(Instrument):
@@ -97,12 +102,17 @@ class Explorer(Instrument):
 
         Raises:
             FileNotFoundError: if the folder holds no run.
+            ValueError: if one of its files is damaged.
         """
         folder = Path(folder)
         for name in ("metrics.jsonl", "training.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
+            if not stays_inside(folder / name, folder):
+                raise ValueError(f"{folder / name} is a link that leaves the run's folder: put the file itself there")
         config = read_json(folder / "training.json", "record of a training", ["config"])["config"]
+        where = f"{folder / 'training.json'}, config"
+        check_fields(config if isinstance(config, dict) else {}, CONFIG, where)
         rewards, labels = rewards_of_records(read_records(folder / "metrics.jsonl"))
         known = {"beta": config["beta"], "utility": _name_of(config["utility"])}
         return cls(rewards, labels, source=f"step means of {folder.name}", **(known | settings))
@@ -212,7 +222,12 @@ def rewards_of_records(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     No reward in any record raises a ValueError.
     """
     keys = {"reward/desirable": True, "reward/undesirable": False}
-    found = [(record[key], label) for record in records for key, label in keys.items() if key in record]
+    found = []
+    for number, record in enumerate(records, 1):
+        for key in keys.keys() & record.keys():
+            if type(record[key]) not in (int, float) or not abs(record[key]) < np.inf:
+                raise ValueError(f"record {number}: {key} must be a finite number, got {shown(record[key])}")
+        found += [(record[key], label) for key, label in keys.items() if key in record]
     if not found:
         raise ValueError(f"none of {len(records)} records holds reward/desirable or reward/undesirable")
     rewards, labels = zip(*found, strict=True)
@@ -231,22 +246,26 @@ def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     >>> rewards_of_text("reward,liked\\n1.5,like\\n-2,dislike\\n", "mine.csv")
     (array([ 1.5, -2. ]), array([ True, False]))
     """
+    name = printable(name, 80)
     if len(text) > LARGEST_UPLOAD:
         raise ValueError(f"{name} has {len(text):,} characters, more than {LARGEST_UPLOAD:,}")
     if name.endswith(".jsonl"):
-        try:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON lines: {error.msg}") from None
-        if not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{name} must hold one JSON object a line")
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                records += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is not JSON lines: line {number}: {error}") from None
+        if wrong := [record for record in records if not isinstance(record, dict)]:
+            raise ValueError(f"{name} must hold one JSON object a line, got {shown(wrong[0])}")
         return rewards_of_records(records)
     if not name.endswith(".csv"):
         raise ValueError(f"{name} must be a .csv with the columns reward and liked, or a run's metrics.jsonl")
-    table = table_of_text(text, name, ".csv")
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")  # an old Mac ends a line by \r
+    table = table_of_text(lines, name, ".csv")
     need_columns(table, ("reward", "liked"), name)
     rewards = pd.to_numeric(table["reward"], errors="coerce").to_numpy(np.float64)
-    refuse_rows(table["reward"], ~np.isnan(rewards), name, "reward must be a number")
+    refuse_rows(table["reward"], np.isfinite(rewards), name, "reward must be a number")
     labels = [parse_label(value, f"{name}, row {row}") for row, value in enumerate(table["liked"], 1)]
     return rewards, np.array(labels, dtype=bool)
 

@@ -1,23 +1,32 @@
 """Pictures to be judged, and likes kept as an append-only log: resume, undo, merge, export.
 
 Each event holds session, time, event (like, dislike, skip, undo), prompt, seed, the image's path below
-the log's folder and its SHA-256, so that a like stays with the picture it was given to.
+the log's folder and its SHA-256, so that a like stays with the picture and the prompt it was given to.
 """
 
+import hashlib
 import json
+import os
+import stat
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkto.common.files import append_record, file_sha256
-from dkto.common.names import check_choice
+from dkto.common.files import Fields, append_record, check_fields, stays_inside
+from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.evaluation.manifest import image_path, read_manifest
 
 JUDGEMENTS = ("like", "dislike", "skip")
+TEXT = (lambda value: isinstance(value, str), "text")
+EVENT: Fields = {
+    **dict.fromkeys(("session", "image", "sha256", "prompt"), TEXT),
+    "event": ((*JUDGEMENTS, "undo").__contains__, f"one of {', '.join(JUDGEMENTS)}, undo"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ def pictures_in(folder: str | Path) -> list[Picture]:
 
     Raises:
         FileNotFoundError: if the folder does not exist, or a picture has no prompt.
-        ValueError: if it holds no picture.
+        ValueError: if it holds no picture, one or its prompt is a link to elsewhere, or a prompt is not UTF-8.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,14 +57,30 @@ def pictures_in(folder: str | Path) -> list[Picture]:
             raise FileNotFoundError(f"{folder} is not complete ({missing[0]} is missing): draw the pictures again")
     else:
         found = []
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."):
             text = path.with_suffix(".txt")
             if not text.is_file():
                 raise FileNotFoundError(f"{path} has no prompt: expected it in {text.name} beside the image")
-            found.append(Picture(path, text.read_text().strip()))
+            _refuse_leaving(text, folder)
+            found.append(Picture(path, _prompt(text)))
     if not found:
         raise ValueError(f"{folder} holds no picture")
+    for picture in found:
+        _refuse_leaving(picture.image, folder)
     return found
+
+
+def _prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def _refuse_leaving(path: Path, folder: Path) -> None:
+    """A link to a file of the user, in a folder that someone else made, would show and keep what is in that file."""
+    if path.is_symlink() and not stays_inside(path, folder):
+        raise ValueError(f"{path} is a link that leaves the folder {folder}: put the file itself there")
 
 
 def append_event(path: Path, session: str, **event) -> None:
@@ -65,17 +90,29 @@ def append_event(path: Path, session: str, **event) -> None:
 
 
 def read_events(path: Path, session: str) -> list[dict]:
-    """A session's events, oldest first; a crash's cut line is left out, one that is JSON but no event a ValueError."""
+    """A session's events, oldest first.
+
+    A line that a crash cut is left out with a warning; any other that is no event is a ValueError with its number.
+    """
     events = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
             event = json.loads(line)
-        except ValueError:  # cut, also in the middle of a letter
+        except (ValueError, RecursionError):
+            text = line.decode(errors="replace").strip()
+            if not text.startswith("{") or text.endswith("}"):
+                raise ValueError(f"{where} is damaged, got {shown(text)}: mend it, or remove the line") from None
+            warnings.warn(f"{where} was cut short by a crash and is left out: {shown(text)}", stacklevel=3)
             continue
-        if not isinstance(event, dict) or not isinstance(event.get("session"), str):
-            raise ValueError(f"{path}, line {number}: expected an object with a session, got {event!r}")
-        events.append(event)
-    return [event for event in events if event["session"] == session]
+        if not isinstance(event, dict):
+            raise ValueError(f"{where}: expected an object, got {shown(event)}")
+        check_fields(event, EVENT, where)
+        if event["session"] == session:
+            events.append(event)
+    return events
 
 
 class LikeLog:
@@ -87,7 +124,8 @@ class LikeLog:
         session: a name; the same name goes on where it stopped.
 
     Raises:
-        ValueError: if the session has no name, there is no picture, or one lies outside the log's folder.
+        ValueError: if the session has no name, there is no picture, one lies outside the log's folder, or a line of
+            the log is damaged.
         FileNotFoundError: if a picture does not exist.
     """
 
@@ -98,21 +136,27 @@ class LikeLog:
             raise ValueError(f"session must be a name, got {session!r}")
         if not self.pictures:
             raise ValueError("pictures must hold at least one picture, got none")
-        root = self.path.parent.resolve()
-        for picture in self.pictures:
-            if not picture.image.is_file():
-                raise FileNotFoundError(f"picture {picture.image} does not exist")
-            if not picture.image.resolve().is_relative_to(root):
-                raise ValueError(f"picture {picture.image} must lie in the folder of the log, {root}")
-        self._names = [str(p.image.resolve().relative_to(root)) for p in self.pictures]
-        self._hashes = [file_sha256(p.image) for p in self.pictures]
-        self._history: list[int] = []  # pictures in the order of their judgements
-        self.judgements: dict[int, str] = {}
-        number = {key: index for index, key in enumerate(zip(self._names, self._hashes, strict=True))}
+        if not stays_inside(self.path, self.path.parent):
+            raise ValueError(f"the log {self.path} is a link that leaves its folder: choose another file")
+        places = _Places(self.path.parent)
+        found = [places.find(picture.image) for picture in self.pictures]
+        self._names, self._hashes = [name for name, _ in found], [digest for _, digest in found]
+        self.judgements: dict[int, str] = {}  # in the order in which they were given
+        prompts = [picture.prompt for picture in self.pictures]
+        number = {key: index for index, key in enumerate(zip(self._names, self._hashes, prompts, strict=True))}
+        names, changed = set(self._names), set()
         for event in read_events(self.path, session):
-            index = number.get((event.get("image"), event.get("sha256")))
-            if index is not None:  # else a picture of another list
+            index = number.get((event["image"], event["sha256"], event["prompt"]))
+            if index is not None:
                 self._apply(event["event"], index)
+            elif event["image"] in names:  # else a picture of another list
+                changed.add(event["image"])
+        if changed:
+            warnings.warn(
+                f"{len(changed)} images of {self.path} or their prompts have changed since they were judged, for "
+                f"instance {shown(min(changed))}: those judgements do not count, judge them again",
+                stacklevel=2,
+            )
 
     def judge(self, index: int, judgement: str) -> None:
         """Write down a judgement in place of an earlier one; an unknown picture or judgement raises a ValueError."""
@@ -123,7 +167,7 @@ class LikeLog:
 
     def undo(self) -> int | None:
         """Take the last judgement back; returns its picture, or None if there is none."""
-        index = self._history[-1] if self._history else None
+        index = next(reversed(self.judgements), None)
         if index is not None:
             self._write("undo", index)
         return index
@@ -147,12 +191,45 @@ class LikeLog:
         self._apply(event, index)
 
     def _apply(self, event: str, index: int) -> None:
-        if index in self._history:
-            self._history.remove(index)
         self.judgements.pop(index, None)
         if event in JUDGEMENTS:
-            self._history.append(index)
             self.judgements[index] = event
+
+
+class _Places:
+    """The pictures in a folder and below; each folder on the way is resolved once, so that 100,000 take seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = os.path.realpath(folder)
+        self._parents: dict[str, str] = {}
+
+    def find(self, image: Path) -> tuple[str, str]:
+        """A picture's path below the folder, and the SHA-256 of its content."""
+        head, tail = os.path.split(image)
+        if head not in self._parents:
+            self._parents[head] = os.path.realpath(head)
+        place = f"{self._parents[head]}/{tail}"
+        try:
+            digest = _digest(place)
+        except OSError:  # not there, or a link
+            place = os.path.realpath(place)
+            if not os.path.isfile(place):
+                raise FileNotFoundError(f"picture {image} does not exist") from None
+            digest = _digest(place)
+        if not place.startswith(f"{self._root.rstrip('/')}/"):
+            raise ValueError(f"picture {image} must lie in the folder of the log, {self._root}")
+        return os.path.relpath(place, self._root) if "//" in place else place[len(self._root.rstrip("/")) + 1 :], digest
+
+
+def _digest(path: str) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO is opened without waiting
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise FileNotFoundError
+        return hashlib.sha256(os.read(descriptor, about.st_size + 1)).hexdigest()
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

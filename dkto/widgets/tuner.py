@@ -1,5 +1,6 @@
 """One button that tunes an adapter on likes: encode, train, and show the pictures before and after (paper 4, 6)."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,22 @@ from dkto.world.users import SimulatedUser
 SHOWN = 6  # prompts of the before/after grid
 QUICK = {"beta": 100.0, "learning_rate": 1e-3, "warmup_steps": 5, "max_train_steps": 60}
 QUICK |= {"batch_size": 16, "lora_rank": 8, "checkpoint_every": 30}
+
+
+def next_run(root: Path) -> Path:
+    """Make the folder of a new run, `run-NN`: one more than the highest number there is, and nobody else's.
+
+    The number of a run that was removed is not given again while its likes, `likes-NN.csv`, are there.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        names = (re.fullmatch(r"(?:run-|likes-)(\d{2,9})(?:\.csv)?", path.name, re.ASCII) for path in root.iterdir())
+        number = 1 + max((int(found[1]) for found in names if found), default=0)
+        try:
+            (folder := root / f"run-{number:02d}").mkdir()
+        except FileExistsError:  # another tuner made it just now
+            continue
+        return folder
 
 
 class Tuner(TrainingView):
@@ -78,9 +95,8 @@ class Tuner(TrainingView):
         if not 0 < given < len(table):
             raise ValueError(f"tuning needs likes and dislikes, got {given} likes and {len(table) - given} dislikes")
         if self.state != "stopped":
-            number = 1 + len(list(self._root.glob("run-*")))
-            folder = self._root / f"run-{number:02d}"
-            write_feedback(table, self._root / f"likes-{number:02d}.csv")
+            folder = next_run(self._root)
+            write_feedback(table, self._root / f"{folder.name.replace('run', 'likes')}.csv")
             self.config = replace(self.config, prepared_dir=folder / "prepared", output_dir=folder)
             self._table, self.samples, self.result, self.curves = table, [], "", {}
             self.step, self.before, self.after, self.win_rate = 0, [], [], None

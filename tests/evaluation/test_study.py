@@ -12,6 +12,7 @@ from tiny_study import PROMPT_STYLES, STYLES, draw_folders, finish, is_ours
 
 from dkto.evaluation.manifest import image_path
 from dkto.evaluation.study import QUESTION, StudySession, make_study, read_key
+from dkto.evaluation.study_answers import study_result
 
 
 @pytest.fixture
@@ -208,6 +209,68 @@ def test_a_third_method_and_a_missing_image_are_refused(folders, styles, tmp_pat
         make_study(folders, tmp_path / "s", ["ann"], styles, per_style=6)
 
 
+def changed(path, change):
+    """A part of a study with one value replaced, deleted, or added: `change` is a way into it and the value."""
+    *way, last, value = change
+    found = json.loads(path.read_text())
+    place = found
+    for key in way:
+        place = place[key]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    path.write_text(json.dumps(found))
+
+
+GONE = object()
+PUT_BACK = "; put back the file that make_study wrote"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("key", ("a_is_ours", 3, "x"), r"a_is_ours must be a list of bool, got \["),
+        ("key", ("a_is_ours", 3, 1), r"a_is_ours must be a list of bool"),
+        ("key", ("a_is_ours", 3, GONE), r"a_is_ours must be one for each of 20 prompts, got 19"),
+        ("key", ("a_is_ours", None), r"a_is_ours must be a list of bool, got None"),
+        ("key", ("methods", ["kto", "kto"]), r"methods must be the names of two methods"),
+        ("key", ("methods", 1, GONE), r"methods must be the names of two methods, got \['kto'\]"),
+        ("key", ("salt", -1), r"salt must be a whole number, got -1"),
+        ("key", ("prompts", 0, "another"), r"its prompts are not those of questions.json"),
+        ("questions", ("judges", "ann", "left", None), r"judge ann: left must be 20 of a and b, got None"),
+        ("questions", ("judges", "ann", "left", 2, "c"), r"judge ann: left must be 20 of a and b"),
+        ("questions", ("judges", "ann", "left", 2, ["a"]), r"judge ann: left must be 20 of a and b"),
+        ("questions", ("judges", "ann", "order", 0, 99), r"judge ann: order must be all of 0 to 19 once"),
+        ("questions", ("judges", "ann", "order", 0, False), r"judge ann: order must be all of 0 to 19 once"),
+        ("questions", ("judges", "ann", []), r"judge ann must have an order and sides, got \[\]"),
+        ("questions", ("judges", "../../leak", {}), r"a judge's name must be letters, .*, got '../../leak'"),
+        ("questions", ("judges", None), r"judges must be an object of judges, got None"),
+        ("questions", ("styles", 0, GONE), r"styles must be one for each of 20 prompts, got 19"),
+        ("questions", ("prompts", 0, 7), r"prompts must be a list of texts"),
+        ("questions", ("question", GONE), r"question must be text, got nothing"),
+    ],
+)
+def test_a_damaged_part_credits_no_answer_to_the_other_method(study, name, change, sentence):
+    StudySession(study, "ann").answer(0, "left")
+    changed(study / f"{name}.json", change)
+    with pytest.raises(ValueError, match=rf"{name}\.json is no part of a study: {sentence}.*{PUT_BACK}") as caught:
+        study_result(study)
+    assert len(str(caught.value).replace(str(study), "")) < 300
+
+
+@pytest.mark.parametrize("name", ["questions.json", "key.json", "answers", "answers/ann.jsonl", "images/q000-a.png"])
+def test_no_link_leads_out_of_a_study(study, tmp_path, name):
+    path, elsewhere = study / name, tmp_path / "elsewhere"
+    (path.rename if path.exists() else lambda place: place.write_text(""))(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a link that leaves the study .*: put the file itself there"):
+        for session in [StudySession(study, "ann")] * 20:
+            session.answer(session.next().number, "left")
+        study_result(study)
+    assert elsewhere.is_dir() or "choice" not in elsewhere.read_bytes().decode(errors="replace")
+
+
 def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
     with pytest.raises(KeyError, match="the study has no judge 'eve'; its judges: ann, bob, cid"):
         StudySession(study, "eve")
@@ -220,8 +283,16 @@ def test_wrong_answers_and_folders_raise_their_sentence(study, tmp_path):
         StudySession(tmp_path / "nothing", "ann")
     whole = '{"question": 0, "choice": "left"}\n'
     wrong = ["-1", "20", '"3"', "1.0", "true", "[1]"]
-    for line in ('{"vote": 3}', "left", "[0]", *(f'{{"question": {value}, "choice": "left"}}' for value in wrong)):
-        (study / "answers" / "ann.jsonl").write_text(f"{whole}{line}\n")
+    for line in (
+        '{"vote": 3}',
+        "left",
+        "[0]",
+        "[" * 3000,
+        '{"question" 0}',
+        "\x1b\udcff",
+        *(f'{{"question": {value}, "choice": "left"}}' for value in wrong),
+    ):
+        (study / "answers" / "ann.jsonl").write_text(f"{whole}{line}\n", errors="surrogateescape")
         with pytest.raises(
             ValueError, match=r"ann\.jsonl, line 2: expected a question in \[0, 19\] and a choice of left"
         ):

@@ -52,6 +52,43 @@ def test_the_page_sends_a_file():
     assert explorer.message == "a.csv needs the columns reward, liked; missing: liked; found: reward"
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_every_end_of_a_line_is_one(end):
+    text = "\ufeff" + end.join(["reward,liked", "2,1", "-1,0", ""])
+    rewards, labels = rewards_of_text(text, "a.csv")
+    assert rewards.tolist() == [2, -1] and labels.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        [],
+        {"type": "rewards", "name": "a.csv", "text": "reward,liked\n1\x00,1"},
+        {"type": "rewards", "name": "a.jsonl", "text": '{"reward/desirable": 1' + "0" * 400 + "}"},
+        {"type": "utility", "name": "a", "formula": "9" * 190},
+    ],
+)
+def test_whatever_the_page_sends_ends_in_a_sentence_on_it(message):
+    explorer = Explorer()
+    explorer.receive(message)
+    assert explorer.message
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (None, "config: beta must be a number above 0, got nothing"),
+        ({"beta": "x", "utility": "linear"}, "config: beta must be a number above 0, got 'x'"),
+        ({"beta": 1.0, "utility": None}, "config: utility must be text, got None"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_named(tmp_path, config, sentence):
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "reward/desirable": 1.0}\n')
+    (tmp_path / "training.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(ValueError, match=rf"training\.json, {sentence}"):
+        Explorer.of_run(tmp_path)
+
+
 def test_the_curves_hold_gamma_and_class_weights():
     table = Explorer(utility="linear", desirable_fraction=0.75, undesirable_weight=2.0).curves_table()
     assert (table["weight:liked"] == 1).all() and (table["weight:disliked"] == -2).all()
@@ -106,7 +143,13 @@ def test_wrong_arguments_are_refused(arguments, settings, sentence):
         ("reward,liked\n1,maybe\n", "a.csv", "a.csv, row 1: liked must be"),
         ("reward,liked\n1,1\nx,1\n", "a.csv", "a.csv, row 2: reward must be a number, got 'x'"),
         ("reward,liked\n1\n", "a.csv", "row 1: expected 2 fields as in the header, got 1"),
-        ("{", "a.jsonl", "a.jsonl is not JSON lines"),
+        ("reward,liked\n1e999,1\n", "a.csv", "a.csv, row 1: reward must be a number, got '1e999'"),
+        ('reward,liked\n"1,1\n', "a.csv", "a.csv.* cannot be read as CSV|expected"),
+        ("{", "a.jsonl", "a.jsonl is not JSON lines: line 1: "),
+        ('{"loss": 1}\n' + "[" * 3000, "a.jsonl", "a.jsonl is not JSON lines: line 2: "),
+        ('{"reward/desirable": "x"}', "a.jsonl", "record 1: reward/desirable must be a finite number, got 'x'"),
+        ('{"reward/desirable": NaN}', "a.jsonl", "record 1: reward/desirable must be a finite number, got nan"),
+        ('{"reward/desirable": [[1]]}', "a.jsonl", "record 1: reward/desirable must be a finite number"),
         ("3\n", "a.jsonl", "one JSON object a line"),
         ('{"loss": 1}\n', "a.jsonl", "none of 1 records"),
         ("", "a.xlsx", "must be a .csv"),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -77,17 +78,102 @@ def test_a_line_that_a_crash_cut_is_skipped_and_spoils_no_other(pictures, tmp_pa
     whole = path.read_bytes()
     for cut in (1, 20, 60):
         path.write_bytes(whole[:-cut])
-        again = LikeLog(pictures, path, "ann")
+        with nullcontext() if cut == 1 else pytest.warns(UserWarning, match=r"likes.jsonl, line 2 was cut short"):
+            again = LikeLog(pictures, path, "ann")
         assert again.judgements == ({0: "like", 1: "like"} if cut == 1 else {0: "like"})
         again.judge(2, "dislike")
-        last = LikeLog(pictures, path, "ann")
+        with nullcontext() if cut == 1 else pytest.warns(UserWarning, match=r"line 2 was cut short"):
+            last = LikeLog(pictures, path, "ann")
         assert last.judgements[2] == "dislike"
 
 
-def test_events_that_are_no_events_are_refused_with_their_line(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"session": "a"}\n[3]\n')
-    with pytest.raises(ValueError, match=r"log.jsonl, line 2: expected an object with a session"):
+GOOD = {"session": "a", "event": "like", "image": "a.png", "sha256": "0", "prompt": "a star"}
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("[3]", r"line 2: expected an object, got \[3\]"),
+        ("{}", r"line 2: session must be text, got nothing"),
+        (GOOD | {"event": "lik\x1b[2Je"}, r"line 2: event must be one of like, dislike, skip, undo, got 'lik\\x1b"),
+        (GOOD | {"event": ["like"]}, r"line 2: event must be one of"),
+        (GOOD | {"session": "another", "event": None}, r"line 2: event must be one of .*, got None"),
+        (GOOD | {"image": 3}, r"line 2: image must be text, got 3"),
+        (GOOD | {"sha256": None}, r"line 2: sha256 must be text, got None"),
+        ("x" * 300, r"line 2 is damaged, got 'xxx.*\.\.\.: mend it, or remove the line"),
+        ('{"session": "a" "event": "like"}', r"line 2 is damaged"),
+        ("\xff", r"line 2 is damaged"),
+        ("[" * 3000, r"line 2 is damaged"),
+    ],
+)
+def test_lines_that_are_no_events_are_refused_with_their_number(tmp_path, line, sentence):
+    line = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(GOOD)}\n{line}\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"log.jsonl, {sentence}") as caught:
         read_events(tmp_path / "log.jsonl", "a")
+    assert str(caught.value).isprintable()
+
+
+def test_a_like_is_of_this_image_and_this_prompt(pictures, tmp_path):
+    log = LikeLog(pictures, tmp_path / "likes.jsonl", "ann")
+    for index in range(3):
+        log.judge(index, "like")
+    stamp = pictures[1].image.stat()
+    pictures[1].image.write_bytes(pictures[1].image.read_bytes()[::-1])
+    os.utime(pictures[1].image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    pictures[2] = Picture(pictures[2].image, "another prompt", 2)
+    with pytest.warns(UserWarning, match=r"2 images of .*likes.jsonl or their prompts have changed .*'pool/1.png'"):
+        assert LikeLog(pictures, tmp_path / "likes.jsonl", "ann").judgements == {0: "like"}
+
+
+def test_a_log_opens_in_time_that_grows_with_its_pictures(pictures, tmp_path):
+    """20,000 judgements of one picture each: a search in a list for each takes a minute, hashing a second."""
+    many = [Picture(pictures[0].image, f"prompt {number}") for number in range(20_000)]
+    digest = LikeLog(many[:1], tmp_path / "likes.jsonl", "ann")._hashes[0]
+    about = {"session": "ann", "event": "like", "image": "pool/0.png", "sha256": digest}
+    lines = [json.dumps(about | {"prompt": picture.prompt}) for picture in [*many, *many]]
+    (tmp_path / "likes.jsonl").write_text("\n".join(lines) + "\n")
+    began = time.process_time()
+    assert len(LikeLog(many, tmp_path / "likes.jsonl", "ann").judgements) == 20_000
+    assert time.process_time() - began < 5
+
+
+def test_links_are_not_followed_out_of_a_folder(pictures, tmp_path):
+    folder, secret = pictures[0].image.parent, tmp_path / "secret.txt"
+    secret.write_text("my password")
+    for picture in pictures:
+        picture.image.with_suffix(".txt").write_text("a star")
+    (folder / "0.txt").unlink()
+    (folder / "0.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"0.txt is a link that leaves the folder"):
+        pictures_in(folder)
+    (folder / "0.txt").unlink()
+    (folder / "0.txt").symlink_to("1.txt")
+    assert pictures_in(folder)[0].prompt == "a star"
+    (tmp_path / "other.png").write_bytes(pictures[0].image.read_bytes())
+    (folder / "9.png").symlink_to(tmp_path / "other.png")
+    (folder / "9.txt").write_text("a star")
+    with pytest.raises(ValueError, match=r"9.png is a link that leaves the folder"):
+        pictures_in(folder)
+    with pytest.raises(ValueError, match=r"9.png must lie in the folder of the log"):
+        LikeLog([Picture(folder / "9.png", "x")], folder / "likes.jsonl", "ann")
+    (folder / "log.jsonl").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"the log .*log.jsonl is a link that leaves its folder"):
+        LikeLog(pictures, folder / "log.jsonl", "ann")
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(FileNotFoundError, match=r"pipe.png does not exist"):
+        LikeLog([Picture(folder / "pipe.png", "x")], folder / "likes.jsonl", "ann")
+    assert secret.read_text() == "my password"
+
+
+def test_prompts_beside_images_are_utf_8_and_droppings_are_no_pictures(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("\ufeffa star\n")
+    (tmp_path / "._a.png").write_bytes(b"x")
+    assert [(picture.image.name, picture.prompt) for picture in pictures_in(tmp_path)] == [("a.png", "a star")]
+    (tmp_path / "a.txt").write_bytes(b"Gr\xfcn")
+    with pytest.raises(ValueError, match=r"a.txt is no UTF-8 text \(.* at byte 2\): save it as UTF-8"):
+        pictures_in(tmp_path)
 
 
 WRITER = """
@@ -96,7 +182,7 @@ from pathlib import Path
 from dkto.widgets.likelog import append_event
 number = 0
 while True:
-    append_event(Path(sys.argv[1]), sys.argv[2], number=number)
+    append_event(Path(sys.argv[1]), sys.argv[2], event="skip", image="a", sha256="b", prompt="c", number=number)
     print(number, flush=True)
     number += 1
 """

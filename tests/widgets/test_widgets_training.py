@@ -1,5 +1,6 @@
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from dkto.data.feedback import make_feedback
 from dkto.widgets import TrainingView, Tuner
+from dkto.widgets.tuner import next_run
 from dkto.world.users import SimulatedUser
 
 SMALL = {"max_train_steps": 60, "batch_size": 4, "lora_rank": 2, "checkpoint_every": 20, "warmup_steps": 1}
@@ -54,6 +56,18 @@ def test_a_training_that_fails_says_why(config, monkeypatch):
     view.start()
     assert view.wait(300) == "failed"
     assert "holds no prepared feedback" in view.message and "train.log" in view.message and view.can_start
+
+
+def test_a_run_gets_a_number_that_nobody_had(tmp_path):
+    assert next_run(tmp_path / "new").name == "run-01"
+    (tmp_path / "run-02").mkdir()
+    assert next_run(tmp_path).name == "run-03", "run-01 was removed"
+    (tmp_path / "likes-07.csv").touch()
+    (tmp_path / "run-of-ann").touch()
+    assert next_run(tmp_path).name == "run-08"
+    with ThreadPoolExecutor(8) as pool:
+        names = [folder.name for folder in pool.map(next_run, [tmp_path] * 40)]
+    assert sorted(names) == [f"run-{number:02d}" for number in range(9, 49)]
 
 
 def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pipeline, tmp_path):
