@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
+from dkto.common.pixels import to_rgb
 from dkto.evaluation.metrics import WinRate
 from dkto.objective.losses import effective_weight
 from dkto.objective.methods import METHODS
@@ -361,7 +362,7 @@ def _wrapped(text: str, width: int) -> str:
 
 def _to_pil(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         came = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"an image must be a PIL image or a uint8 array of shape (H, W, 3), got {came}")

@@ -9,11 +9,13 @@
       latents-00000.safetensors   posterior `mean` and `std` of up to SHARD_ROWS images, float16, and their sizes
       index.parquet, pairs.npy    the rows that could be encoded and their pairs, for `dkto.data.encoded`
       skipped.jsonl               images that could not be read, with their reason
+      .lock                       held by the call that writes here: a second one is refused
       truncated.jsonl             prompts longer than the text encoder takes
       summary.json                all of it in numbers
 
-Each file is written whole or not at all; a second call does only what is missing. Several processes share the shards,
-started here (`num_processes`) or by `accelerate launch`.
+Each file is written whole or not at all; a second call does only what is missing or damaged, and refuses a table or an
+image whose content is not what it was. Several processes share the shards, started here (`num_processes`) or by
+`accelerate launch`. Images are put on white where they are transparent; `summary.json` counts those.
 """
 
 import hashlib
@@ -23,10 +25,12 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -34,23 +38,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from dkto.common.files import claim, write_atomically, write_json, write_records
+from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
 from dkto.common.names import check_choice
-from dkto.common.processes import start_worker
+from dkto.common.processes import sole_writer, start_worker
 from dkto.common.progress import progress
 from dkto.common.tensors import write_tensors
-from dkto.data.encoded import PROMPT_SETS, csft_set, model_fingerprint, read_about, shard_numbers, shard_path
+from dkto.data.encoded import (
+    PROMPT_SETS,
+    csft_set,
+    model_fingerprint,
+    open_shard,
+    read_about,
+    rows_of_shard,
+    shard_numbers,
+    shard_path,
+)
 from dkto.data.feedback import FeedbackTable
-from dkto.data.images import MAX_PIXELS, load_image
+from dkto.data.images import MAX_PIXELS, decode_image, open_image
 from dkto.models import DiffusionModel, load_model
 from dkto.objective.methods import CSFT_PREFIXES
 
 SHARD_ROWS = 512
 PROMPT_SHARD_ROWS = 512
 DECODING_THREADS = 4
+LARGE_PIXELS = 4_000_000  # larger images are decoded one at a time: their sum bounds memory
+_LARGE = Lock()
 
 
 def prepare_feedback(
@@ -81,7 +95,8 @@ def prepare_feedback(
 
     Raises:
         ValueError: if no image can be read or, with `strict`, one of them cannot (the sentence names it), or the folder
-            holds the encoding of other feedback or of another model.
+            holds the encoding of other feedback, of images that have changed since, or of another model.
+        BlockingIOError: if another call writes there.
     """
     if csft is not None:
         check_choice("csft", csft, CSFT_PREFIXES)
@@ -90,19 +105,20 @@ def prepare_feedback(
     output_dir, launch = Path(output_dir), _Launch()
     if launch.count > 1 and num_processes > 1:
         raise ValueError(f"num_processes must be 1 among {launch.count} launched processes, got {num_processes}")
-    if launch.rank == 0:
-        _write_plan(feedback, output_dir, load_model(model), flip)
-    launch.wait()
-    job = _Job(output_dir, model, batch_size, strict)
-    # every count-th task, done or not: the shares stay the same while others work on theirs
-    mine = _all_tasks(output_dir, csft)[launch.rank :: launch.count]
-    tasks = [task for task in mine if not shard_path(output_dir, *task).exists()]
-    for _ in progress(job.encode(tasks, num_processes), total=len(tasks), desc="encoding", unit="shard"):
-        pass
-    launch.wait()
-    if launch.rank == 0:
-        _finish(feedback, output_dir, strict)
-    launch.wait()
+    with sole_writer(output_dir) if launch.rank == 0 else nullcontext():
+        if launch.rank == 0:
+            _write_plan(feedback, output_dir, load_model(model), flip)
+        launch.wait()
+        job = _Job(output_dir, model, batch_size, strict)
+        # every count-th task, done or not: the shares stay the same while others work on theirs
+        mine = _all_tasks(output_dir, csft)[launch.rank :: launch.count]
+        tasks = [task for task in mine if not _is_whole(output_dir, job.about, task)]
+        for _ in progress(job.encode(tasks, num_processes), total=len(tasks), desc="encoding", unit="shard"):
+            pass
+        launch.wait()
+        if launch.rank == 0:
+            _finish(feedback, output_dir, strict)
+        launch.wait()
     return output_dir
 
 
@@ -140,7 +156,6 @@ class _Launch:
 
 def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, flip: bool) -> None:
     """What is to be encoded, as files that any process reads its share of; row groups are shards."""
-    folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(["", *feedback.prompts]))
     about = {
         "model": model_fingerprint(model),
@@ -150,7 +165,7 @@ def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, fl
         "shard_rows": SHARD_ROWS,
         "prompt_shard_rows": PROMPT_SHARD_ROWS,
         "flip": flip,
-        "feedback": _feedback_hash(feedback),
+        **_content(feedback),
     }
     claim(folder / "prepared.json", about, "encoded feedback")
     number = {prompt: index for index, prompt in enumerate(prompts)}
@@ -162,20 +177,39 @@ def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, fl
         write_atomically(folder / name, lambda path, t=table, n=rows: pq.write_table(t, path, row_group_size=n))
 
 
-def _feedback_hash(feedback: FeedbackTable) -> str:
+def _content(feedback: FeedbackTable) -> dict[str, str]:
+    """Hashes of the images' bytes, and of the whole table with them."""
+    images = list(dict.fromkeys(feedback.images))
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        found = pool.map(lambda path: file_sha256(path) if path.is_file() else "-", images)
+        hashes = dict(zip(images, progress(found, total=len(images), desc="hashing", unit="image"), strict=True))
+    content = hashlib.sha256("".join(hashes[image] for image in feedback.images).encode())
     digest = hashlib.sha256(feedback.is_desirable.tobytes())
     for image, prompt in zip(feedback.images, feedback.prompts, strict=True):
-        size = image.stat().st_size if image.exists() else -1
-        digest.update(f"{image.name}\0{size}\0{prompt}\0".encode())
+        digest.update(f"{image.name}\0{hashes[image]}\0{prompt}\0".encode())
     digest.update(np.ascontiguousarray(feedback.pairs, np.int64).tobytes())
-    return digest.hexdigest()[:16]
+    return {"images": content.hexdigest()[:16], "feedback": digest.hexdigest()[:16]}
 
 
 def _all_tasks(folder: Path, csft: str | None) -> list[tuple[str, int]]:
     """Every shard that should be there: its set and number."""
     about = read_about(folder)
-    sets = {"prompts"} | ({csft_set(csft, liked) for liked in (True, False)} if csft else set())
+    sets = {"prompts", *_sets_there(folder)} | ({csft_set(csft, liked) for liked in (True, False)} if csft else set())
     return [(kind, n) for kind in (*sorted(sets), "latents") for n in shard_numbers(about, kind)]
+
+
+def _sets_there(folder: Path) -> list[str]:
+    """Sets of prompts that this or a former call asked for."""
+    return sorted(kind for kind in PROMPT_SETS if next(folder.glob(f"{kind}-*.safetensors"), None))
+
+
+def _is_whole(folder: Path, about: dict, task: tuple[str, int]) -> bool:
+    """Whether a shard is there with all that it should hold; a power cut may have left it empty."""
+    try:
+        _read_notes(folder, about, *task)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 @dataclass
@@ -202,7 +236,7 @@ class _Job:
         """Encode one shard into its file."""
         kind, number = task
         shard, notes = (self._latents if kind == "latents" else self._prompts)(kind, number)
-        metadata = {"notes": json.dumps(notes)}
+        metadata = {"notes": json.dumps(notes)}  # one entry: several would come in any order
         write_tensors(shard_path(self.folder, kind, number), shard, metadata)
 
     @cached_property
@@ -227,27 +261,29 @@ class _Job:
                 part.to(self.device)
         return parts
 
-    def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
+    def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(number)
         prompts = [PROMPT_SETS[kind] + prompt for prompt in table["prompt"].to_pylist()]
         parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
-        return shard, list(_too_long(_flat(self.text[:1]), prompts))
+        return shard, {"rows": list(_too_long(_flat(self.text[:1]), prompts)), "on_white": 0}
 
-    def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], list]:
+    def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         table = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])
         rows = table["image"].to_pylist()
         paths = list(dict.fromkeys(rows))  # of a picture that was compared several times, one is encoded
         shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
         reasons: dict[str, str] = {}
+        transparent: set[str] = set()
         for start, batch in _decoded(paths, self.model.image_size, self.batch_size):
-            good = [start + i for i, (pixels, _) in enumerate(batch) if pixels is not None]
-            reasons |= {paths[start + i]: why for i, (pixels, why) in enumerate(batch) if pixels is None}
+            good = [start + i for i, (pixels, *_) in enumerate(batch) if pixels is not None]
+            reasons |= {paths[start + i]: why for i, (pixels, why, _) in enumerate(batch) if pixels is None}
+            transparent |= {paths[start + i] for i, (*_, on_white) in enumerate(batch) if on_white}
             self._refuse(reasons)
             if not good:
                 continue
-            pixel_values = torch.stack([pixels for pixels, _ in batch if pixels is not None]).to(self.device)
-            shard["sizes"][good] = torch.tensor([about for pixels, about in batch if pixels is not None]).int()
+            pixel_values = torch.stack([pixels for pixels, *_ in batch if pixels is not None]).to(self.device)
+            shard["sizes"][good] = torch.tensor([about for pixels, about, _ in batch if pixels is not None]).int()
             for prefix in ("", "flipped_") if self.about["flip"] else ("",):
                 side = pixel_values.flip(-1) if prefix else pixel_values
                 for name, values in zip(("mean", "std"), self.model.encode_images(self.vae, side), strict=True):
@@ -258,7 +294,8 @@ class _Job:
         place = {path: i for i, path in enumerate(paths)}
         index = torch.tensor([place[path] for path in rows])
         notes = [(row, reasons[path]) for row, path in enumerate(rows) if path in reasons]
-        return {name: values[index] for name, values in shard.items()}, notes
+        on_white = sum(path in transparent and path not in reasons for path in rows)
+        return {name: values[index] for name, values in shard.items()}, {"rows": notes, "on_white": on_white}
 
     def _refuse(self, reasons: dict[str, str]) -> None:
         if reasons and self.strict:
@@ -283,13 +320,21 @@ def _work(task: tuple[str, int]) -> None:
 
 
 def _decoded(paths: list[str], size: int, batch_size: int) -> Iterator[tuple[int, list]]:
-    """Batches of (pixel values, sizes), or (None, reason); the next one is decoded while the last is encoded."""
+    """Batches of (pixel values, sizes, whether it was transparent), or of (None, reason, False).
 
-    def decode(path: str) -> tuple[Tensor, tuple] | tuple[None, str]:
+    The next one is decoded while the last is encoded.
+    """
+
+    def decode(path: str) -> tuple[Tensor | None, tuple | str, bool]:
         try:
-            return _fitted(load_image(path), size)
+            with (
+                open_image(path, path) as image,
+                _LARGE if image.width * image.height > LARGE_PIXELS else nullcontext(),
+            ):
+                rgb, transparent = decode_image(image)
+                return *_fitted(rgb, size), transparent
         except (ValueError, FileNotFoundError) as error:
-            return None, str(error)
+            return None, str(error), False
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         ahead = [[pool.submit(decode, path) for path in paths[:batch_size]]]
@@ -319,21 +364,31 @@ def _flat(parts: object) -> Iterator:
     yield from chain.from_iterable(map(_flat, parts)) if isinstance(parts, tuple | list) else (parts,)
 
 
-def _notes(folder: Path, kind: str, shard_rows: int) -> Iterator[tuple[int, str]]:
-    for number, path in enumerate(sorted(folder.glob(f"{kind}-[0-9]*.safetensors"))):
-        with safe_open(path, framework="pt") as shard:
-            yield from ((number * shard_rows + row, text) for row, text in json.loads(shard.metadata()["notes"]))
+def _read_notes(folder: Path, about: dict, kind: str, number: int) -> tuple[list[tuple[int, str]], int]:
+    """A shard's notes on its rows, by their numbers in the table, and how many images in it were put on white."""
+    path = shard_path(folder, kind, number)
+    first = number * about["shard_rows" if kind == "latents" else "prompt_shard_rows"]
+    shard = open_shard(path, rows_of_shard(about, kind, number))
+    try:
+        told = json.loads(shard.metadata()["notes"])
+        return [(first + int(row), str(text)) for row, text in told["rows"]], int(told["on_white"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what became of its rows ({error}): remove it") from error
+
+
+def _notes(folder: Path, about: dict, kind: str) -> tuple[dict[int, str], int]:
+    found = [_read_notes(folder, about, kind, number) for number in shard_numbers(about, kind)]
+    return dict(chain.from_iterable(notes for notes, _ in found)), sum(on_white for _, on_white in found)
 
 
 def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     """Gather the shards' notes on their rows, and write the index of those that can be trained on."""
     about = read_about(folder)
-    reasons = dict(_notes(folder, "latents", about["shard_rows"]))
+    reasons, on_white = _notes(folder, about, "latents")
     kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)
     lines = [{"row": row + 1, "image": str(feedback.images[row]), "reason": why} for row, why in reasons.items()]
     write_records(folder / "skipped.jsonl", lines)
-    kinds = sorted({path.name.rsplit("-", 1)[0] for path in folder.glob("*-*.safetensors")} - {"latents"})
-    cut = [(kind, row, text) for kind in kinds for row, text in _notes(folder, kind, about["prompt_shard_rows"])]
+    cut = [(kind, row, text) for kind in _sets_there(folder) for row, text in _notes(folder, about, kind)[0].items()]
     write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
@@ -345,6 +400,7 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     truncated = len({row for _, row, _ in cut})
     summary = {"rows": len(feedback), "kept": len(kept), "skipped": len(reasons), "pairs": len(pairs)}
     summary |= {"desirable": int(frame["is_desirable"].sum()), "prompts": about["prompts"], "truncated": truncated}
+    summary |= {"composited on white": on_white}
     write_json(folder / "summary.json", summary)
     if reasons:
         text = f"{len(reasons)} of {len(feedback)} images are set aside, see {folder / 'skipped.jsonl'}"

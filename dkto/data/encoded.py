@@ -2,15 +2,18 @@
 
 import os
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dkto.common.files import read_json
+from dkto.common.names import shown
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import DiffusionModel
 from dkto.objective.methods import CSFT_PREFIXES
@@ -37,15 +40,49 @@ PROMPT_SETS["prompts"] = ""
 
 
 def read_about(folder: Path) -> dict:
-    """The record of what a folder was prepared from."""
-    keys = ("model", "flip", "rows", "shard_rows", "prompts", "prompt_shard_rows")
-    return read_json(folder / "prepared.json", "record of prepared feedback", keys)
+    """The record of what a folder was prepared from, checked."""
+    path, counts = folder / "prepared.json", ("rows", "shard_rows", "prompts", "prompt_shard_rows")
+    about = read_json(path, "record of prepared feedback", ("model", "flip", *counts))
+    for name, kind in {"model": str, "flip": bool, **dict.fromkeys(counts, int)}.items():
+        if type(about[name]) is not kind or (kind is int and about[name] < 1):
+            expected = {str: "text", bool: "true or false", int: "a whole number from 1 on"}[kind]
+            raise ValueError(
+                f"{path}: {name} must be {expected}, got {shown(about[name])}: prepare into another folder"
+            )
+    return about
 
 
 def shard_numbers(about: dict, kind: str) -> range:
     """Numbers of the shards of a set, those of the images being "latents"."""
     rows, per_shard = ("rows", "shard_rows") if kind == "latents" else ("prompts", "prompt_shard_rows")
     return range(-(-about[rows] // about[per_shard]))
+
+
+def rows_of_shard(about: dict, kind: str, number: int) -> int:
+    """How many rows a shard holds; the last one of a set may hold fewer."""
+    rows, per_shard = ("rows", "shard_rows") if kind == "latents" else ("prompts", "prompt_shard_rows")
+    return min(about[per_shard], about[rows] - number * about[per_shard])
+
+
+def open_shard(path: Path, rows: int) -> safe_open:
+    """A shard of so many rows, mapped from disk.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is cut, empty or damaged, or of other rows; the sentence names the file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        shard = safe_open(path, framework="pt")
+        lengths = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): run prepare again, which makes it again") from error
+    if lengths != {rows}:
+        raise ValueError(
+            f"{path} should hold {rows} rows, got {shown(lengths)}: run prepare again, which makes it again"
+        )
+    return shard
 
 
 def model_fingerprint(model: DiffusionModel) -> str:
@@ -65,7 +102,8 @@ class PreparedFeedback:
 
     Raises:
         FileNotFoundError: if the folder was never prepared, or not to the end.
-        ValueError: if it was prepared with another model's VAE or text encoder.
+        ValueError: if it was prepared with another model's VAE or text encoder, or one of its files is damaged; the
+            sentence names it.
     """
 
     def __init__(self, folder: str | Path, model: DiffusionModel) -> None:
@@ -80,16 +118,30 @@ class PreparedFeedback:
             )
         there = set(os.listdir(self.folder))
         kinds = ("latents", "prompts")
-        needed = [shard_path(self.folder, kind, n).name for kind in kinds for n in shard_numbers(self._about, kind)]
-        missing = next((name for name in (*needed, "index.parquet", "pairs.npy") if name not in there), None)
+        needed = (shard_path(self.folder, kind, n).name for kind in kinds for n in shard_numbers(self._about, kind))
+        missing = next((name for name in chain(needed, ("index.parquet", "pairs.npy")) if name not in there), None)
         if missing:
             raise FileNotFoundError(f"{self.folder} is not complete ({missing} is missing): run prepare again")
-        index = pq.read_table(self.folder / "index.parquet")
-        self.is_desirable = index["is_desirable"].to_numpy()
-        self.prompt_ids = index["prompt_id"].to_numpy()
-        self._slots = index["row"].to_numpy()  # where each row lies in the shards
+        self.is_desirable, self.prompt_ids, self._slots = self._index()  # slots: where each row lies in the shards
         self.has_flips: bool = self._about["flip"]
         self._open: dict[tuple[str, int], safe_open] = {}
+
+    def _index(self) -> list[np.ndarray]:
+        path, bounds = self.folder / "index.parquet", {"prompt_id": "prompts", "row": "rows"}
+        try:
+            index = pq.read_table(path)
+            found = [index[name].to_numpy() for name in ("is_desirable", *bounds)]
+            kinds = [values.dtype.kind for values in found]
+            if kinds != ["b", "i", "i"]:
+                raise ValueError(f"is_desirable, prompt_id and row must be bool, int and int, got {shown(kinds)}")
+            for values, (name, limit) in zip(found[1:], bounds.items(), strict=True):
+                if len(values) and not 0 <= values.min() <= values.max() < self._about[limit]:
+                    raise ValueError(f"{name} must be in [0, {self._about[limit]})")
+            if (np.diff(found[2]) <= 0).any():
+                raise ValueError("row must increase")
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no index that can be read ({error}): run prepare again") from error
+        return found
 
     def __len__(self) -> int:
         return len(self.is_desirable)
@@ -97,7 +149,16 @@ class PreparedFeedback:
     @cached_property
     def pairs(self) -> np.ndarray:
         """(P, 2) int64, rows of the chosen and the rejected image of each comparison; mapped from disk."""
-        return np.load(self.folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
+        path = self.folder / "pairs.npy"
+        try:
+            pairs = np.load(path, mmap_mode="r", allow_pickle=False)
+            if pairs.dtype != np.int64 or pairs.shape[1:] != (2,):
+                raise ValueError(f"expected int64 of shape (pairs, 2), got {pairs.dtype} of {pairs.shape}")
+            if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(self):
+                raise ValueError(f"they name rows outside [0, {len(self)})")
+        except Exception as error:  # numpy raises whatever the bytes lead it to
+            raise ValueError(f"{path} holds no pairs that can be read ({error}): run prepare again") from error
+        return pairs
 
     def latents(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of some rows, each (B, C, h, w) float32.
@@ -112,7 +173,7 @@ class PreparedFeedback:
                 raise ValueError(f"{self.folder} holds no mirrored images: prepare it with flip=True")
             prefixes = ["flipped_" if flip else "" for flip in flipped]
         places = list(zip(self._images(rows), prefixes, strict=True))
-        mean, std = (torch.stack([_row(place, prefix + n) for place, prefix in places]) for n in ("mean", "std"))
+        mean, std = (torch.stack([self._row(place, prefix + n) for place, prefix in places]) for n in ("mean", "std"))
         return mean.float(), std.float()
 
     def conditioning(
@@ -139,30 +200,33 @@ class PreparedFeedback:
             places = [self._place(name, int(i), "prompt_shard_rows") for name, i in zip(sets, ids, strict=True)]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}: run prepare again with csft={csft!r}") from None
-        names = places[0][0].keys()
-        found = {name: torch.stack([_row(place, name) for place in places]).float() for name in names}
+        names = self._open[places[0][0]].keys()
+        found = {name: torch.stack([self._row(place, name) for place in places]).float() for name in names}
         if hasattr(self._model, "image_conditioning"):
             found |= self._model.image_conditioning(self.sizes(rows))
         return found
 
     def sizes(self, rows: np.ndarray) -> Tensor:
         """(B, 4) int32: height and width of the original image, top and left of the crop after resizing, in pixels."""
-        return torch.stack([_row(place, "sizes") for place in self._images(rows)])
+        return torch.stack([self._row(place, "sizes") for place in self._images(rows)])
 
-    def _images(self, rows: np.ndarray) -> list[tuple[safe_open, int]]:
+    def _images(self, rows: np.ndarray) -> list[tuple[tuple[str, int], int]]:
         return [self._place("latents", int(slot), "shard_rows") for slot in self._slots[rows]]
 
-    def _place(self, kind: str, row: int, per_shard: str) -> tuple[safe_open, int]:
-        """The mapped shard that holds a row, and the row's number in it."""
+    def _place(self, kind: str, row: int, per_shard: str) -> tuple[tuple[str, int], int]:
+        """The shard that holds a row, which is mapped then, and the row's number in it."""
         number, offset = divmod(row, self._about[per_shard])
         if (kind, number) not in self._open:
-            path = shard_path(self.folder, kind, number)
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing")
-            self._open[kind, number] = safe_open(path, framework="pt")
-        return self._open[kind, number], offset
+            rows = rows_of_shard(self._about, kind, number)
+            self._open[kind, number] = open_shard(shard_path(self.folder, kind, number), rows)
+        return (kind, number), offset
 
-
-def _row(place: tuple[safe_open, int], name: str) -> Tensor:
-    shard, offset = place
-    return shard.get_slice(name)[offset]
+    def _row(self, place: tuple[tuple[str, int], int], name: str) -> Tensor:
+        shard, offset = place
+        try:
+            return self._open[shard].get_slice(name)[offset]
+        except SafetensorError as error:
+            path = shard_path(self.folder, *shard)
+            raise ValueError(
+                f"{path} holds no {name} that can be read ({error}): prepare into another folder"
+            ) from error

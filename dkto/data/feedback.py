@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.files import write_atomically
+from dkto.data.comparisons import write_comparisons
 from dkto.data.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
 
 
@@ -238,11 +239,7 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
     write = {".csv": frame.to_csv, ".parquet": frame.to_parquet}.get(path.suffix)
     if write is None:
         raise ValueError(f"feedback is written as .csv or .parquet, got {path.name!r}")
-    if table.comparisons is not None:
-        pairs = pd.DataFrame(table.comparisons, columns=["chosen_row", "rejected_row"])
-        write_atomically(path.with_suffix(".pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
-    else:
-        path.with_suffix(".pairs.parquet").unlink(missing_ok=True)  # of a former table
+    write_comparisons(path, frame, table.comparisons)
     write_atomically(path, lambda part: write(part, index=False))
     return path
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.names import check_choice
+from dkto.data.comparisons import read_comparisons
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.data.tables import TABLE_SUFFIXES, need_columns, read_table, refuse_rows
 from dkto.data.votes import (
@@ -117,7 +118,7 @@ def read_file(source: Path, images: ImageFolder, partition: str | None, ties: st
         liked = _labels(frame["liked"], source.name)
     paths = [images.path(name, f"{source.name}, row {row}") for row, name in enumerate(frame["image"], 1)]
     pair_ids = _pair_ids(frame["pair_id"], source.name) if "pair_id" in frame else None
-    return Columns(paths, frame["prompt"].tolist(), liked, pair_ids, _comparisons(source, len(frame)), counts)
+    return Columns(paths, frame["prompt"].tolist(), liked, pair_ids, read_comparisons(source, frame), counts)
 
 
 def read_folder(source: Path) -> Columns:
@@ -185,16 +186,6 @@ def _pair_ids(values: pd.Series, name: str) -> np.ndarray:
     numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
     refuse_rows(values, numbers == np.floor(numbers), name, "pair_id must be an integer, -1 for none")
     return numbers.astype(np.int64)
-
-
-def _comparisons(source: Path, rows: int) -> np.ndarray | None:
-    path = source.with_suffix(".pairs.parquet")
-    if not path.exists():
-        return None
-    pairs = read_table(path)[["chosen_row", "rejected_row"]].to_numpy(np.int64)
-    if len(pairs) and not 0 <= pairs.min() <= pairs.max() < rows:
-        raise ValueError(f"{path} names row {pairs.max()}, but {source.name} has {rows}")
-    return pairs
 
 
 def _metadata(folder: Path, inside: ImageFolder) -> dict[Path, str]:

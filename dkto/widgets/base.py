@@ -9,6 +9,7 @@ import numpy as np
 import traitlets
 from PIL import Image
 
+from dkto.common.pixels import to_rgb
 from dkto.plotting import COLOURS
 
 FOLDER = Path(__file__).parent
@@ -52,7 +53,7 @@ def style(name: str, folder: Path = FOLDER) -> str:
 def png_bytes(image: Image.Image) -> bytes:
     """An image as PNG with nothing in it but pixels: no file name, no generator's note travels with it."""
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image.convert("RGB"))).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(np.asarray(to_rgb(image))).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 

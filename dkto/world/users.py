@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from dkto.common.pixels import to_rgb
 from dkto.world.truth import aesthetics, judge, redness
 
 RED_TINT = 0.15  # strength of the red filter, 0 = none, 1 = pure red
@@ -56,7 +57,7 @@ def tint_red(image: Image.Image, strength: float = RED_TINT) -> Image.Image:
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(to_rgb(image), dtype=np.float64)
     pixels = pixels * np.array([1 - strength, 1 - 0.6 * strength, 1 - 0.6 * strength])
     pixels[..., 0] += strength * 255
     return Image.fromarray(np.rint(pixels).astype(np.uint8))

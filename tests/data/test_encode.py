@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dkto.common.processes import sole_writer
 from dkto.data.encode import prepare_feedback, to_pixel_values
 from dkto.data.encoded import PreparedFeedback, shard_path
 from dkto.data.feedback import make_feedback, write_feedback
-from dkto.data.images import load_image
+from dkto.data.images import decode_image, load_image, open_image
 from dkto.models import load_model
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="children and memory are read in /proc")
@@ -49,13 +50,13 @@ def test_latents_are_the_vaes_own(prepared, likes, tiny_pipeline):
 def test_a_picture_that_was_compared_several_times_is_encoded_once(likes, tiny_pipeline, tmp_path, monkeypatch):
     decoded = []
 
-    def load(path):
+    def open_(path, name):
         decoded.append(path)
         if Path(path) == likes.images[3]:
             raise ValueError(f"image {path} is broken")
-        return load_image(path)
+        return open_image(path, name)
 
-    monkeypatch.setattr("dkto.data.encode.load_image", load)
+    monkeypatch.setattr("dkto.data.encode.open_image", open_)
     twice = make_feedback([*likes.images] * 2, [*likes.prompts] * 2, [*likes.is_desirable, *~likes.is_desirable])
     with pytest.warns(UserWarning, match="2 of 24 images are set aside"):
         folder = prepare_feedback(twice, tmp_path, str(tiny_pipeline))
@@ -169,6 +170,135 @@ def test_an_image_whose_latents_are_not_finite_is_set_aside(likes, tiny_pipeline
     assert all("the VAE's output is not finite" in reason for reason in reasons)
     with pytest.raises(ValueError, match="the VAE's output is not finite"):
         prepare_feedback(likes, tmp_path / "strict", str(tiny_pipeline), strict=True)
+
+
+def test_transparent_and_16_bit_images_are_encoded_rightly_and_counted(likes, tiny_pipeline, tmp_path):
+    """A sticker on hidden green, a 16-bit photograph, and both as plain files of the same content."""
+    grey = np.random.default_rng(0).integers(0, 256, (20, 24), dtype=np.uint8)
+    sticker = np.full((20, 24, 4), (0, 255, 0, 0), np.uint8)
+    sticker[5:10, 5:10] = (255, 0, 0, 255)
+    plain = np.where(sticker[..., 3:] == 255, sticker[..., :3], 255).astype(np.uint8)
+    images = {"16.png": grey.astype(np.uint16) * 257, "8.png": grey, "sticker.png": sticker, "plain.png": plain}
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    table = make_feedback([tmp_path / name for name in images], ["x"] * 4, [1, 0, 1, 0])
+    folder = prepare_feedback(table, tmp_path / "p", str(tiny_pipeline))
+    mean, _ = PreparedFeedback(folder, load_model(str(tiny_pipeline))).latents(np.arange(4))
+    assert torch.equal(mean[0], mean[1]) and torch.equal(mean[2], mean[3]) and not torch.equal(mean[0], mean[2])
+    assert json.loads((folder / "summary.json").read_text())["composited on white"] == 1
+
+
+def test_damaged_shards_are_refused_by_name_and_made_again(likes, tiny_pipeline, tmp_path, small_shards):
+    model, folder = load_model(str(tiny_pipeline)), tmp_path / "p"
+    prepare_feedback(likes, folder, str(tiny_pipeline), csft="prefix")
+    empty, cut, huge = (shard_path(folder, "latents", number) for number in (0, 1, 2))
+    few, other = (shard_path(folder, kind, 1) for kind in ("prompts", "csft-prefix-liked"))
+    whole = {path: path.read_bytes() for path in (empty, cut, huge, few, other)}
+    empty.write_bytes(b"")
+    cut.write_bytes(whole[cut][:-20])
+    huge.write_bytes(b"\xff" * 7 + b"\x10" + whole[huge][8:])
+    one_row = {name: values[:1].clone() for name, values in load_file(few).items()}
+    for path in (few, other):
+        path.unlink()  # it is mapped
+        save_file(one_row, path)
+    data = PreparedFeedback(folder, model)
+    for path, row in {empty: 0, cut: 2, huge: 4}.items():
+        with pytest.raises(
+            ValueError, match=rf"{path.name} cannot be read .*: run prepare again, which makes it again"
+        ):
+            data.latents(np.array([row]))
+    with pytest.raises(
+        ValueError, match=r"prompts-00001\.safetensors should hold 2 rows, got \{1\}: run prepare again"
+    ):
+        data.conditioning(np.array([2]))
+    prepare_feedback(likes, folder, str(tiny_pipeline))
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "index.parquet", "pairs.npy"])
+@pytest.mark.parametrize("content", [b"", b"PAR1\x93NUMPY{"])
+def test_a_damaged_small_file_is_named(prepared, tiny_pipeline, tmp_path, name, content):
+    folder = shutil.copytree(prepared, tmp_path / "p")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} (is no|holds no) "):
+        PreparedFeedback(folder, load_model(str(tiny_pipeline))).pairs  # noqa: B018
+
+
+def test_an_index_or_pairs_of_other_rows_are_refused(prepared, tiny_pipeline, tmp_path):
+    folder, model = shutil.copytree(prepared, tmp_path / "p"), load_model(str(tiny_pipeline))
+    np.save(folder / "pairs.npy", np.array([[0, 12]]))
+    with pytest.raises(ValueError, match=r"pairs\.npy .*they name rows outside \[0, 12\)\): run prepare again"):
+        PreparedFeedback(folder, model).pairs  # noqa: B018
+    index = pd.read_parquet(folder / "index.parquet")
+    for column, value in {"prompt_id": 4, "row": 12}.items():
+        index.assign(**{column: index[column].where(index[column] < index[column].max(), value)}).to_parquet(
+            folder / "index.parquet"
+        )
+        with pytest.raises(ValueError, match=rf"index\.parquet .*{column} must be in \[0, {value}\)"):
+            PreparedFeedback(folder, model)
+    for values in ({"rows": 10**18}, {"rows": -1}, {"flip": 1}, {"prompt_shard_rows": "x"}):
+        (folder / "prepared.json").write_text(json.dumps(json.loads((prepared / "prepared.json").read_text()) | values))
+        with pytest.raises((ValueError, FileNotFoundError), match=r"prepared\.json: \w+ must be|is not complete"):
+            PreparedFeedback(folder, model)
+
+
+def test_images_that_were_replaced_are_noticed(likes, tiny_pipeline, tmp_path):
+    """The same names, sizes in bytes and times, and other pixels: what was encoded is of other images."""
+    paths = [tmp_path / path.name.replace(".png", ".bmp") for path in likes.images]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(path)
+    table = make_feedback(paths, likes.prompts, likes.is_desirable.tolist())
+    folder = prepare_feedback(table, tmp_path / "p", str(tiny_pipeline))
+    prepare_feedback(table, folder, str(tiny_pipeline))
+    before, data = paths[7].stat(), bytearray(paths[7].read_bytes())
+    data[len(data) // 2] ^= 255
+    paths[7].write_bytes(data)
+    os.utime(paths[7], ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"holds encoded feedback of another run \(images, feedback differ\)"):
+        prepare_feedback(table, folder, str(tiny_pipeline))
+    with pytest.raises(ValueError, match=r"\(images, feedback differ\)"):
+        prepare_feedback(table.subset(np.arange(12)[::-1]), folder, str(tiny_pipeline))
+
+
+def test_a_folder_that_another_call_fills_is_refused(likes, tiny_pipeline, tmp_path):
+    with sole_writer(tmp_path / "p"), pytest.raises(BlockingIOError, match=r"is being written by process \d+"):
+        prepare_feedback(likes, tmp_path / "p", str(tiny_pipeline))
+
+
+def test_large_images_are_decoded_one_at_a_time(likes, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dkto.data.encode.LARGE_PIXELS", 24 * 20 - 1)
+    running, most = [], []
+
+    def decode(image):
+        running.append(image)
+        most.append(len(running))
+        time.sleep(0.005)
+        try:
+            return decode_image(image)
+        finally:
+            running.remove(image)
+
+    monkeypatch.setattr("dkto.data.encode.decode_image", decode)
+    prepare_feedback(likes, tmp_path / "one", str(tiny_pipeline))
+    assert len(most) == 12 and max(most) == 1
+    monkeypatch.setattr("dkto.data.encode.LARGE_PIXELS", 24 * 20)
+    prepare_feedback(likes, tmp_path / "several", str(tiny_pipeline))
+    assert max(most) > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a file's size stands for a full disk")
+def test_a_full_disk_is_said_with_the_file(likes, tiny_pipeline, tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"p/(prompts|latents)-00000\.safetensors could not be written: "):
+            prepare_feedback(likes, tmp_path / "p", str(tiny_pipeline))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "p").glob("*.part"))
+    assert PreparedFeedback(prepare_feedback(likes, tmp_path / "p", str(tiny_pipeline)), load_model(str(tiny_pipeline)))
 
 
 def test_long_prompts_are_cut_counted_and_listed(likes, tiny_pipeline, tmp_path):

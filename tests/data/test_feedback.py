@@ -168,7 +168,7 @@ def test_comparisons_and_pair_ids_give_pairs_and_survive_the_way_to_disk(folder)
         write_feedback(many, folder / "out.txt")
     (folder / "few.csv").write_text("image,prompt,liked\na.png,x,1\n")
     (folder / "out.pairs.parquet").rename(folder / "few.pairs.parquet")
-    with pytest.raises(ValueError, match=r"few\.pairs\.parquet names row 3, but few\.csv has 1"):
+    with pytest.raises(ValueError, match=r"few\.pairs\.parquet names rows of few\.csv as it was before it was sorted"):
         read_feedback(folder / "few.csv")
 
 

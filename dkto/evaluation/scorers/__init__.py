@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dkto.common.names import check_name
+from dkto.common.pixels import to_rgb
 from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, HPS, CLIPScore, LaionAesthetics, PickScore
 from dkto.evaluation.scorers.image_reward import ImageReward
 from dkto.evaluation.scorers.network import NetworkScorer
@@ -173,7 +174,7 @@ def raw_scores(scorer: str | Scorer, images: Sequence[Image.Image], prompts: Seq
         raise ValueError(
             f"scorer {name} needs one prompt per image, got {len(images)} images and {len(prompts)} prompts"
         )
-    scores = np.asarray(get_scorer(scorer)(images, prompts), dtype=np.float64)
+    scores = np.asarray(get_scorer(scorer)([to_rgb(image) for image in images], prompts), dtype=np.float64)
     if scores.shape != (len(images),):
         raise ValueError(f"scorer {name} must return {len(images)} scores, got shape {scores.shape}")
     return scores

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dkto.common.pixels import to_rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """(3, H, W) float in [0, 1] of a picture, RGB."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def cropped_image(image: Image.Image, side: int, *, rounded: bool = False) -> Te
     Returns:
         (3, side, side) float.
     """
-    resized = image.convert("RGB").resize(_shortest_to(*image.size, side), Image.Resampling.BICUBIC)
+    resized = to_rgb(image).resize(_shortest_to(*image.size, side), Image.Resampling.BICUBIC)
     left, top = (_crop_start(extent - side, rounded) for extent in resized.size)
     return normalise(to_pixels(resized.crop((left, top, left + side, top + side))))
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dkto.common.files import read_json
+from dkto.common.pixels import to_rgb
 from dkto.evaluation.scorers.network import ClipScorer, ClipWithTokenizer
 from dkto.evaluation.scorers.weights import check_sha256
 from dkto.world.truth import RULES_VERSION, aesthetics, judge, redness
@@ -24,12 +25,16 @@ WORLD_FOLDER = Path(__file__).parents[2] / "world" / "scorers"
 
 def world_fidelity(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Share of what the prompt asks that the picture shows, in [0, 1] (see `dkto.world.truth`)."""
-    return np.array([judge(np.asarray(i), p)["fidelity"] for i, p in zip(images, prompts, strict=True)])
+    return np.array([judge(_pixels(i), p)["fidelity"] for i, p in zip(images, prompts, strict=True)])
 
 
 def world_aesthetics(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Vividness, contrast and sharpness by a stated rule, in [0, 1]; the prompts play no part."""
-    return np.array([aesthetics(np.asarray(image)) for image in images])
+    return np.array([aesthetics(_pixels(image)) for image in images])
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(to_rgb(image))
 
 
 def aesthetics_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -46,7 +51,7 @@ def aesthetics_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def world_redness(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
     """Mean of red minus the mean of green and blue, in [-1, 1]; the prompts play no part."""
-    return np.array([redness(np.asarray(image)) for image in images])
+    return np.array([redness(_pixels(image)) for image in images])
 
 
 def redness_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
