@@ -7,12 +7,13 @@ Settings (learning rate, beta ...) come by method from a search with the same nu
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dkto.common.files import read_json, write_atomically
-from dkto.common.names import check_name, not_known
+from dkto.common.files import check_fields, read_json, write_atomically
+from dkto.common.names import check_name, not_known, shown
 from dkto.data.encode import prepare_feedback
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.evaluation.generate import generate_all
@@ -276,11 +277,47 @@ def sweep_guidance(
 
 
 def read_settings(path: str | Path) -> dict:
-    """A committed search result (`dkto.paper.search`): `settings` by method, `guidance`, and how they were found."""
+    """A committed search result (`dkto.paper.search`): `settings` by method, `guidance`, and how they were found.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else; the sentence names file and field.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"settings file {path} does not exist: `dkto paper-search` writes one")
-    return read_json(path, "search result", ("settings", "guidance", "search"))
+    found = read_json(path, "search result", _RESULT)
+    check_fields(found, _RESULT, str(path))
+    search = found["search"]
+    counted = {name: _WHOLE for name in ("tries", "validation_prompts", "seed") if "tries" in search}
+    stated = {name: _TEXT for name in ("model", "ranges", "by_hand") if name in search}
+    check_fields(search, counted | stated, f"{path}, search")
+    tried = search.get("tried", [])
+    check_fields({"tried": tried}, {"tried": (lambda value: isinstance(value, list), "a list of tries")}, str(path))
+    for number, row in enumerate(tried, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, try {number}: expected an object, got {shown(row)}")
+        check_fields(row, _TRY, f"{path}, try {number}")
+    return found
+
+
+_WHOLE = (lambda value: type(value) is int, "a whole number")
+_TEXT = (lambda value: isinstance(value, str), "text")
+_PLAIN = str | int | float | bool | None
+_KNOBS = (lambda value: _by_name(value, _PLAIN), "an object of plain values by name")
+_RESULT = {
+    "settings": (
+        lambda value: _by_name(value, dict) and all(_KNOBS[0](v) for v in value.values()),
+        "objects by method",
+    ),
+    "guidance": (lambda value: type(value) in (int, float) and 0 < value < float("inf"), "a number above 0"),
+    "search": (lambda value: isinstance(value, dict), "an object"),
+}
+_TRY = {"method": _TEXT, "chosen": (lambda value: isinstance(value, bool), "true or false"), "settings": _KNOBS}
+
+
+def _by_name(value: object, kind: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, kind) for each in value.values())
 
 
 def settings_origin(found: Mapping, model: str = SMALL_WORLD) -> str:
@@ -306,7 +343,7 @@ def settings_origin(found: Mapping, model: str = SMALL_WORLD) -> str:
 
 def _at_ends(tried: Sequence[Mapping]) -> str:
     """Which chosen settings lie at an end of three or more values that were tried: the best may lie beyond."""
-    frame = pd.DataFrame([{"method": row["method"], "chosen": row["chosen"], **row["settings"]} for row in tried])
+    frame = pd.DataFrame([{**row["settings"], "method": row["method"], "chosen": row["chosen"]} for row in tried])
     found: dict[str, list[str]] = {}
     for method, rows in frame.groupby("method", sort=False) if len(frame) else ():
         for knob in rows.columns.drop(["method", "chosen"]):

@@ -668,13 +668,11 @@ class Sweep(Reader):
             path.write_text(f"notebook: tiny.ipynb\nx0: &a0 [1]\n{aliases}list: *a9\n")
         else:
             damage(rng, path)
-        return None
+        if path.is_file() and not path.is_symlink():
+            whole = str(folder / "tiny.ipynb").encode()
+            path.write_bytes(path.read_bytes().replace(b"tiny.ipynb", whole))
 
     def read(self, folder, value):
-        text = (folder / "s.yaml").read_bytes()
-        if b"tiny.ipynb" in text and (folder / "s.yaml").is_file() and not (folder / "s.yaml").is_symlink():
-            whole = str(folder / "tiny.ipynb").encode()
-            (folder / "s.yaml").write_bytes(text.replace(b"tiny.ipynb", whole))
         return read_sweep(folder / "s.yaml", folder / "out")
 
     def check(self, folder, value, found, warned):

@@ -212,6 +212,21 @@ def test_a_search_result_is_kept_and_read(tmp_path):
     assert other.startswith("Settings: found on the model small-world, not on hub/model")
     with pytest.raises(FileNotFoundError, match="`dkto paper-search` writes one"):
         read_settings(tmp_path / "none.json")
+    result = {"settings": {"kto": {"beta": 10.0}}, "guidance": 3.0, "search": tuned}
+    row = {"method": "kto", "chosen": True, "settings": {"beta": 1}}
+    for change, place in (
+        ({"settings": {"kto": {"beta": [1]}}}, r"settings.json: settings must be objects by method, got \{'kto'"),
+        ({"guidance": True}, "settings.json: guidance must be a number above 0, got True"),
+        ({"search": {**tuned, "seed": "x"}}, "settings.json, search: seed must be a whole number, got 'x'"),
+        (
+            {"search": {"tried": [row, row | {"chosen": 1}]}},
+            "settings.json, try 2: chosen must be true or false, got 1",
+        ),
+        ({"search": {"tried": [[]]}}, r"settings.json, try 1: expected an object, got \[\]"),
+    ):
+        write_json(path, result | change)
+        with pytest.raises(ValueError, match=place):
+            read_settings(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no search result: settings is missing"):
         read_settings(path)
