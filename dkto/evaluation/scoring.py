@@ -1,7 +1,7 @@
 """Scores of generated images as files beside them: `<folder>/scores/<scorer>.parquet`, only missing ones computed.
 
-A row holds prompt and image number, the score, and the size and time of change of the image file: an image that was
-drawn again is scored again, one that was deleted keeps its score. Beside them `<scorer>.json` says which model gave
+A row holds prompt and image number, the score, and a hash of the image file: an image whose content has changed is
+scored again, one that was deleted keeps its score. Beside them `<scorer>.json` says which model gave
 them, and for which prompts, seeds and weights the images were drawn: scores of others are refused. Whatever a scorer
 returned before it failed stays on disk, and what another process wrote meanwhile is kept.
 """
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from dkto.common.files import read_json, write_atomically, write_json
+from dkto.common.files import file_sha256, read_json, write_atomically, write_json
 from dkto.common.names import check_name
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
@@ -37,7 +38,7 @@ from dkto.evaluation.scorers import (
     scorer_name,
 )
 
-COLUMNS = ("prompt", "image", "score", "bytes", "changed")
+COLUMNS = {"prompt": "iu", "image": "iu", "score": "f", "sha256": "OTU"}  # with the kinds of their values
 SECONDS_BETWEEN_WRITES = 2.0
 
 
@@ -94,7 +95,10 @@ def score_all(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_comparable(folders)
     scorers = _distinct(scorers)
-    tables = {(name, scorer_name(s)): _Table(Path(folder), s) for s in scorers for name, folder in folders.items()}
+    hashes: dict[Path, str | None] = {}
+    tables = {
+        (name, scorer_name(s)): _Table(Path(folder), s, hashes) for s in scorers for name, folder in folders.items()
+    }
     tasks = [
         _Task(key, get_scorer(table.scorer), table.folder, table.prompts, table.missing[start : start + batch_size])
         for key, table in tables.items()
@@ -103,8 +107,8 @@ def score_all(
     if tasks:
         bar = progress(total=sum(len(task.keys) for task in tasks), desc="scoring", unit="image")
         try:
-            for task, values in _perform(tasks, min(num_processes, len(tasks))):
-                tables[task.table].add(task.keys, values)
+            for task, values, of in _perform(tasks, min(num_processes, len(tasks))):
+                tables[task.table].add(task.keys, values, of)
                 bar.update(len(values))
         finally:
             bar.close()
@@ -142,8 +146,8 @@ class _Task:
 class _Table:
     """The scores of one folder by one scorer: what is on disk and still holds, and what is new."""
 
-    def __init__(self, folder: Path, scorer: str | Scorer) -> None:
-        self.folder, self.scorer = folder, scorer
+    def __init__(self, folder: Path, scorer: str | Scorer, hashes: dict[Path, str | None]) -> None:
+        self.folder, self.scorer, self.hashes = folder, scorer, hashes
         manifest = read_manifest(folder)
         self.prompts: list[str] = manifest["prompts"]
         self.shape = len(self.prompts), manifest["images_per_prompt"]
@@ -159,18 +163,35 @@ class _Table:
             if not path.exists():
                 raise FileNotFoundError(f"image {path} does not exist")
 
-    def _stored(self) -> dict[tuple[int, int], tuple[float, int, int]]:
-        """Rows on disk that still hold: of images that have not changed, or are gone."""
+    def _stored(self) -> dict[tuple[int, int], tuple[float, str]]:
+        """Rows on disk that still hold: of images whose content is the same, or that are gone."""
         self._check_source()
         if not self.path.exists():
             return {}
-        frame = pd.read_parquet(self.path)[list(COLUMNS)]
-        stamps = {key: _stamp(image_path(self.folder, *key)) for key in self.keys}
+        try:
+            frame = pd.read_parquet(self.path)
+            if "bytes" in frame and "sha256" not in frame:  # of version 0.1: by size and time alone
+                frame["sha256"] = ""
+            frame = frame[list(COLUMNS)]
+            for name, kinds in COLUMNS.items():
+                if frame[name].dtype.kind not in kinds or frame[name].isna().any():
+                    raise ValueError(f"{name} is {frame[name].dtype}, or empty in a row")
+        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+            remedy = "remove that file and its .json to score again"
+            raise ValueError(f"{self.path} holds no scores that can be read ({error}): {remedy}") from error
+        keys = set(self.keys)
         return {
-            (prompt, image): (value, *stamp)
-            for prompt, image, value, *stamp in frame.itertuples(index=False, name=None)
-            if (prompt, image) in stamps and stamps[prompt, image] in (None, tuple(stamp))
+            (prompt, image): (value, of)
+            for prompt, image, value, of in frame.itertuples(index=False, name=None)
+            if (prompt, image) in keys and self._hash((prompt, image)) in (None, of)
         }
+
+    def _hash(self, key: tuple[int, int]) -> str | None:
+        """Of an image's content, once a call; None if it is gone."""
+        path = image_path(self.folder, *key)
+        if path not in self.hashes:
+            self.hashes[path] = _image_hash(path) if path.exists() else None
+        return self.hashes[path]
 
     def _check_source(self) -> None:
         """A folder's scores come from one model and are of one set of images; others are not mixed in.
@@ -205,10 +226,11 @@ class _Table:
             )
         self.about |= {key: stored[key] for key in unknown & stored.keys() if self.about[key] is None}
 
-    def add(self, keys: Sequence[tuple[int, int]], values: np.ndarray) -> None:
-        for key, value in zip(keys, values, strict=True):
+    def add(self, keys: Sequence[tuple[int, int]], values: np.ndarray, hashes: Sequence[str]) -> None:
+        for key, value, of in zip(keys, values, hashes, strict=True):
+            self.hashes[image_path(self.folder, *key)] = of
             if np.isfinite(value):
-                self.rows[key] = (float(value), *(_stamp(image_path(self.folder, *key)) or (0, 0)))
+                self.rows[key] = (float(value), of)
         if time.monotonic() - self.last_write > SECONDS_BETWEEN_WRITES:
             self.write()
 
@@ -239,20 +261,16 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of change in ns; None if there is no such file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def _image_hash(path: Path) -> str:
+    return file_sha256(path)[:16]
 
 
-def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarray]]:
-    """Tasks with their values as they come; the first failure is raised when nothing runs any more."""
+def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarray, list[str]]]:
+    """Tasks with their values and what `_score_chunk` read; the first failure is raised when nothing runs any more."""
     if workers < 2:
         for task in tasks:
-            yield task, (values := _score_chunk(task))
+            values, hashes = _score_chunk(task)
+            yield task, values, hashes
             check_finite(task.scorer, values, task.paths)
         return
     for scorer in {id(task.scorer): task.scorer for task in tasks}.values():
@@ -262,7 +280,8 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, np.ndarr
         failure = None
         for done, task in ((done, waiting[done]) for done in as_completed(waiting) if not done.cancelled()):
             try:
-                yield task, (values := done.result())
+                values, hashes = done.result()
+                yield task, values, hashes
                 check_finite(task.scorer, values, task.paths)
             except Exception as error:
                 if failure is None:
@@ -284,6 +303,11 @@ def _check_it_travels(scorer: str | Scorer) -> None:
         ) from error
 
 
-def _score_chunk(task: _Task) -> np.ndarray:
-    """Values as the scorer returns them, those that are not finite among them."""
-    return raw_scores(task.scorer, [load_image(path) for path in task.paths], [task.prompts[p] for p, _ in task.keys])
+def _score_chunk(task: _Task) -> tuple[np.ndarray, list[str]]:
+    """Values as the scorer returns them, also those that are not finite, and hashes of the images.
+
+    The hash comes first: an image that is drawn again meanwhile does not match it, and is scored again.
+    """
+    hashes = [_image_hash(path) for path in task.paths]
+    images = [load_image(path) for path in task.paths]
+    return raw_scores(task.scorer, images, [task.prompts[p] for p, _ in task.keys]), hashes

@@ -1,6 +1,6 @@
 import json
+import os
 import runpy
-import time
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,7 @@ def test_scores_have_one_row_per_prompt_and_do_not_depend_on_batches_or_processe
     expected = np.arange(12.0).reshape(6, 2)
     assert (score_images(folder, brightness, batch_size=5) == expected).all()
     stored = pd.read_parquet(folder / "scores" / "brightness.parquet")
-    assert list(stored.columns) == ["prompt", "image", "score", "bytes", "changed"] and len(stored) == 12
+    assert list(stored.columns) == ["prompt", "image", "score", "sha256"] and len(stored) == 12
     (folder / "scores" / "brightness.parquet").unlink()
     assert (score_images(folder, brightness, batch_size=3, num_processes=2) == expected).all()
 
@@ -64,11 +64,59 @@ def test_a_second_call_scores_only_what_is_missing_or_was_drawn_again(folder):
     first = score_images(folder, counting)
     assert counting.seen == 12
     assert (score_images(folder, counting) == first).all() and counting.seen == 12
-    time.sleep(0.01)
     Image.new("RGB", (4, 4), (99, 0, 0)).save(image_path(folder, 2, 1))
     again = score_images(folder, counting)
     assert counting.seen == 13 and again[2, 1] == 12.0
     assert (np.delete(again.ravel(), 5) == np.delete(first.ravel(), 5)).all()
+
+
+def test_an_image_that_was_replaced_is_scored_again(folder):
+    """Its size in bytes and its time are what they were; the time alone changes nothing."""
+    paths = [image_path(folder, k // 2, k % 2) for k in range(12)]
+    for k, path in enumerate(paths):
+        path.write_bytes(path.read_bytes() + bytes(8) + bytes([k]))  # after the end of a PNG: not looked at
+    first = score_images(folder, brightness)
+    other, before = paths[7], paths[7].stat()
+    other.write_bytes(paths[3].read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert other.stat().st_size == before.st_size
+    assert score_images(folder, brightness).ravel().tolist() == [*first.ravel()[:7], 3.0, *first.ravel()[8:]]
+    counting = Counting()
+    score_images(folder, counting)
+    other.touch()
+    score_images(folder, counting)
+    assert counting.seen == 12
+
+
+def test_scores_by_size_and_time_hold_only_where_the_image_is_gone(folder):
+    """As version 0.1 kept them."""
+    first = score_images(folder, brightness)
+    path = folder / "scores" / "brightness.parquet"
+    old = pd.read_parquet(path).drop(columns="sha256").assign(bytes=1, changed=2)
+    old.assign(score=old["score"] + 100).to_parquet(path)
+    image_path(folder, 0, 1).unlink()
+    assert score_images(folder, brightness).ravel().tolist() == [first[0, 0], 101.0, *first.ravel()[2:]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, frame: path.write_bytes(path.read_bytes()[:-30]),
+        lambda path, frame: path.write_bytes(b""),
+        lambda path, frame: frame.drop(columns="score").to_parquet(path),
+        lambda path, frame: frame.assign(score="high").to_parquet(path),
+        lambda path, frame: frame.assign(prompt=frame["prompt"] + 0.5).to_parquet(path),
+        lambda path, frame: frame.assign(score=np.nan).to_parquet(path),
+    ],
+)
+def test_a_damaged_file_of_scores_is_named(folder, damage):
+    score_images(folder, brightness)
+    path = folder / "scores" / "brightness.parquet"
+    damage(path, pd.read_parquet(path))
+    with pytest.raises(
+        ValueError, match=r"brightness\.parquet holds no scores that can be read .*: remove that file and"
+    ):
+        score_images(folder, brightness)
 
 
 def test_what_was_scored_before_a_failure_is_kept(folder):
@@ -110,7 +158,7 @@ def test_what_was_scored_can_be_read_where_the_weights_are_not_at_hand(folder):
     there.about, here.about = {"model": "one", "sha256": "ab"}, {"model": "one", "sha256": None}
     first = score_images(folder, there)
     assert (score_images(folder, here) == first).all() and here.seen == 0
-    image_path(folder, 0, 0).touch()
+    Image.new("RGB", (4, 4), (99, 0, 0)).save(image_path(folder, 0, 0))
     score_images(folder, here)
     assert here.seen == 1 and json.loads((folder / "scores" / "counting.json").read_text())["sha256"] == "ab"
     for about in ({"model": "two", "sha256": None}, {"model": "one"}, {"model": "one", "sha256": "cd"}):
