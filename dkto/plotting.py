@@ -274,10 +274,15 @@ def image_grid(
     return ax
 
 
-def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = None) -> Axes:
+def plot_win_rates(
+    results: Sequence[tuple[str, WinRate]], ax: Axes | None = None, *, dots: Sequence[Sequence[float]] = ()
+) -> Axes:
     """Win-rates, by label from top to bottom, with their intervals beside the line of equal chances.
 
-    No result raises a ValueError.
+    Args:
+        results: label and rate of each row; none raises a ValueError.
+        ax: where to draw.
+        dots: rates of the training seeds that each row is the mean of.
     """
     if not results:
         raise ValueError("results must hold at least one win-rate, got none")
@@ -286,6 +291,9 @@ def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = Non
         ax.plot([100 * result.low, 100 * result.high], [row, row], color=COLOURS["model"], lw=1.6)
         ax.plot(100 * result.rate, row, "o", color=COLOURS["model"], ms=6)
         label = f"{100 * result.rate:.0f} %"
+        if len(dots):
+            seeds = 100 * np.asarray(dots[row])
+            ax.plot(seeds, np.full(len(seeds), row + 0.22), "o", color=COLOURS["desirable"], ms=3.5)
         ax.annotate(label, (100 * result.rate, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     ax.axvline(50, color="0.6", ls="--", lw=1, zorder=0)
     counts = sorted({result.n for _, result in results})
@@ -293,7 +301,7 @@ def plot_win_rates(results: Sequence[tuple[str, WinRate]], ax: Axes | None = Non
     labels = [label if shared else f"{label} (n = {result.n})" for label, result in results]
     ax.set_yticks(range(len(results)), labels, parse_math=False)
     ax.set(xlim=(0, 102), ylim=(len(results) - 0.4, -0.8))
-    ax.set_xlabel(f"win-rate (%) with its interval{shared}")
+    ax.set_xlabel(f"win-rate (%) with Tango's 95 % interval{shared}")
     return ax
 
 

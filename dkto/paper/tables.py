@@ -37,6 +37,7 @@ PUBLISHED_WIN_RATES: dict[str, dict[str, tuple[float, ...]]] = {
 }
 USER_STUDY = {"base": 75.0, "dpo": 69.0}
 """Share of judges who preferred Diffusion-KTO on 100 HPS v2 prompts, in per cent (paper 5.2)."""
+HOLM = "Holm's p"
 PAPER_OPPONENTS = ("base", "sft", "csft", "alignprop", "dpo")
 
 
@@ -64,16 +65,20 @@ def verdict(result: WinRate) -> str:
     return "above" if result.low > 0.5 else "below" if result.high < 0.5 else "open"
 
 
-def orderings(results: Mapping[str, WinRate], scorer: str = "pickscore") -> pd.DataFrame:
+def orderings(
+    results: Mapping[str, WinRate], scorer: str = "pickscore", *, corrected: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """Which of the paper's orderings hold here: KTO over each opponent, on the paper's side of one half or not.
 
     Args:
         results: our win-rate of KTO over each opponent that was trained.
         scorer: the paper's column to hold against it; its learned preference by default.
+        corrected: p-values of one half, corrected for the number of comparisons; where they are given they decide what
+            stays open, and not each interval on its own.
 
     Returns:
         A row per opponent: the paper's rate (Table 1, per cent), ours with its interval, and `holds`
-        ("yes", "no", or "open" where our interval contains one half).
+        ("yes", "no", or "open" where our interval contains one half or `corrected` is 0.05 or more).
     """
     paper = published_table(scorer)["Pick-a-Pic test (Table 1)"]
     rows = []
@@ -81,10 +86,11 @@ def orderings(results: Mapping[str, WinRate], scorer: str = "pickscore") -> pd.D
         if opponent not in results:
             continue
         ours, theirs = results[opponent], float(paper[opponent])
-        side = verdict(ours)
+        side = verdict(ours) if corrected is None or corrected[opponent] < 0.05 else "open"
         holds = "open" if side == "open" else "yes" if (side == "above") == (theirs > 50) else "no"
         rates = {"ours, %": 100 * ours.rate, "low, %": 100 * ours.low, "high, %": 100 * ours.high}
-        rows.append({"ordering": f"kto over {opponent}", "paper, %": theirs, **rates, "n": ours.n, "holds": holds})
+        rates |= {"n": ours.n} | ({} if corrected is None else {HOLM: corrected[opponent]})
+        rows.append({"ordering": f"kto over {opponent}", "paper, %": theirs, **rates, "holds": holds})
     return pd.DataFrame(rows)
 
 
@@ -93,7 +99,9 @@ def ordering_cards(order: pd.DataFrame, *, measured: str, seeds: str, cost: str)
     made, cards = {"measured": measured, "seeds": seeds, "cost": cost}, []
     for row in order.to_dict("records"):
         paper = f"{row['paper, %']:.1f} % (PickScore, Table 1)"
-        ours = f"{row['ours, %']:.0f} % [{row['low, %']:.0f}, {row['high, %']:.0f}]"
+        ours = f"{row['ours, %']:.0f} % [{row['low, %']:.0f}, {row['high, %']:.0f}], n = {row['n']}"
+        if HOLM in row:
+            ours += f", {HOLM} {row[HOLM]:.3f}"
         cards.append(reproduction_card(claim=row["ordering"], paper=paper, ours=ours, verdict=row["holds"], **made))
     return pd.DataFrame(cards)
 

@@ -34,6 +34,8 @@ TABLES = tuple(Table(**each) for each in yaml.safe_load(ROWS.read_text(encoding=
 def figure(folder: str, key: str) -> str:
     """One kept number as a text shows it: the value, its 95 % interval, and how many prompts or seeds it is of.
 
+    `n = 3×500` is the mean of three trainings on 500 prompts each.
+
     Args:
         folder: of the kept run, below `papermill_runs/reference`.
         key: of its metrics.json.
@@ -55,7 +57,23 @@ def figure(folder: str, key: str) -> str:
         return text
     low, high = (f"{scale * metrics[f'{key}/{end}']:{form}}" for end in ("low", "high"))
     n = metrics.get(f"{key}/n") or parameters.get("prompts") or parameters["seeds"]
-    return f"{text} [{low}, {high}], n = {n:,}"
+    seeds = sum(f"seed-{seed}/{key}" in metrics for seed in range(round(metrics.get("seeds", 0))))
+    return f"{text} [{low}, {high}], n = {f'{seeds}×{n // seeds}' if seeds else n}"
+
+
+def over_seeds(folder: str, key: str) -> str:
+    """What stands beside a win-rate over seeds: p of one half with Holm's correction, Student's interval of the seeds.
+
+    >>> over_seeds("paper_full", "win_rate/kto_vs_kto_shuffled/world_utility")
+    "; Holm's p 0.012; seeds alone [46, 69]"
+    >>> over_seeds("40_win_rates", "win_rate/kto_vs_sft/world_redness")
+    ''
+    """
+    metrics = _kept(folder)["metrics"]
+    if f"{key}/holm" not in metrics:
+        return ""
+    p, low, high = (metrics[f"{key}/{name}"] for name in ("holm", "t_low", "t_high"))
+    return f"; Holm's p {'< 0.001' if p < 0.001 else f'{p:.3f}'}; seeds alone [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 @cache
@@ -68,16 +86,21 @@ def results_page() -> str:
     lines = [
         "# Results",
         "",
-        "Made by `make results` from the kept runs; each figure links to its run. In brackets is the 95 % interval: "
-        "Wilson over the prompts for win-rates, over seeds for the 2-D laboratory, a bootstrap over prompts for what "
-        "is lost. `n` counts prompts, or seeds in the laboratory. The base, the liked images and the judges are those "
-        "of the small world, on 2 CPU cores. The README says what we make of it.",
+        "Made by `make results` from the kept runs; each figure links to its run. In brackets is the 95 % interval. "
+        "For win-rates of one training it is Tango's score interval over prompts alone: another training is not in it. "
+        "Where `n` is 3×500 it is that of a mixed model over opponents and training seeds. In the 2-D laboratory it is "
+        "Student's over seeds, for what is lost a bootstrap over prompts. `n` counts prompts, or seeds in the "
+        "laboratory. The base, the liked images and the judges are those of the small world, on 2 CPU cores. The "
+        "README says what we make of it.",
     ]
     for table in TABLES:
         lines += ["", f"## {table.title}", "", table.about, ""]
         lines += ["| what | result | key in the kept run |", "|---|---|---|"]
         link = f"reference/{table.folder}/metrics.json"
-        lines += [f"| {what} | {figure(table.folder, key)} | [`{key}`]({link}) |" for what, key in table.rows.items()]
+        lines += [
+            f"| {what} | {figure(table.folder, key)}{over_seeds(table.folder, key)} | [`{key}`]({link}) |"
+            for what, key in table.rows.items()
+        ]
     return "\n".join(lines) + "\n\n" + NOTES.read_text(encoding="utf-8")
 
 

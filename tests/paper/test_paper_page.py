@@ -36,9 +36,11 @@ def test_the_first_paragraph_names_what_was_not_reached():
     missed = REACHED | rate("win_rate/kto_vs_sft_all/world_utility", 0.55)
     assert aims_sentence(missed).startswith(
         "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 5 of 6 aims. "
-        "An interval of these win-rates is up to 20 points wide, n = 40."
+        "An interval of these win-rates is up to 20 points wide, n = 40, of one training each."
     )
-    assert "n = 40 over 3 seeds, the widest of theirs." in aims_sentence(missed | {"seeds": 3})
+    assert "n = 40 over 3 seeds." in aims_sentence(missed | {"seeds": 3})
+    chance = REACHED | {"win_rate/kto_vs_sft_all/world_utility/holm": 0.06}
+    assert "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 5" in aims_sentence(chance)
     absent = {key: value for key, value in REACHED.items() if "d3po" not in key}
     assert "Not run in this profile: d3po raises its own reward" in aims_sentence(absent)
     assert aims(missed)["verdict"].tolist().count("not reached") == 1
