@@ -1,15 +1,17 @@
-"""The project as web pages: README, the lessons as they ran, verdict cards, every public function.
+"""The project as web pages: README, guides, the lessons as they ran, verdict cards, every public function.
 
 Sphinx renders, nothing is executed, and nothing is fetched when a page is read: mathematics becomes MathML here,
 and a page opens from disk. `python -m dkto.workshop.site` builds `papermill_runs/outputs/site`.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,7 +26,14 @@ SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
 NOT_FETCHED = {"index", "search", "next", "prev", "canonical", "author"}  # relations that a browser only notes
-FOLDERS = (("lessons", "Lessons, as they ran"), ("cards", "Verdict cards"), ("api", "Functions"))
+GUIDES = (
+    *("notebooks/README.md", "notebooks/your_own_likes.md", "papermill_runs/RESULTS.md", "tests/benchmarks/README.md"),
+    *("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
+)
+FOLDERS = (
+    *(("guides", "Guides and results"), ("lessons", "Lessons, as they ran")),
+    *(("cards", "Verdict cards"), ("api", "Functions")),
+)
 CONTENTS = """
 ```{{toctree}}
 :hidden:
@@ -65,54 +74,72 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
 
 
 def write_source(source: Path, reference: Path, root: Path) -> None:
-    """Lay out what Sphinx reads: the README, a page a lesson, the cards, a page a module."""
-    for folder in ("lessons", "cards", "api"):
+    """Lay out what Sphinx reads: the README, guides, a page a lesson, the cards, a page a module."""
+    for folder, _ in FOLDERS:
         (source / folder).mkdir(parents=True)
     lessons = sorted(path.parent.name for path in reference.glob("*/notebook.ipynb"))
-    for name in lessons:
+    origins = {name: next((root / "notebooks").glob(f"**/{name}.ipynb"), root / "notebooks" / name) for name in lessons}
+    guides = {root / path: path.replace("/", "-").lower() for path in GUIDES if (root / path).is_file()}
+    pages = {root / "README.md": source / "index.md"} | {path: source / "guides" / guides[path] for path in guides}
+    for name, origin in origins.items():
+        page = source / "lessons" / f"{name}.ipynb"
+        pages |= dict.fromkeys((origin.with_suffix(".ipynb"), reference / name / "notebook.ipynb"), page)
+    copy = _Copy(root, source, {path.resolve(): page for path, page in pages.items()})
+    for name, origin in origins.items():
         notebook = json.loads((reference / name / "notebook.ipynb").read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
-                cell["source"] = _rewrite("".join(cell["source"]), lessons)
+                cell["source"] = copy.rewrite("".join(cell["source"]), origin.parent, source / "lessons")
         notebook["metadata"].pop("widgets", None)  # a page has no kernel to show them
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
         _write_card(source / "cards", path)
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         _write_module(source / "api", path.relative_to(root), path.read_text(encoding="utf-8"))
-    text = (root / "README.md").read_text(encoding="utf-8")
-    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    for image in images:
-        target = source / image
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / image, target)
+    for path in guides:
+        text = copy.rewrite(path.read_text(encoding="utf-8"), path.parent, source / "guides")
+        pages[path].write_text(text, encoding="utf-8")
     filled = [(folder, caption) for folder, caption in FOLDERS if any((source / folder).iterdir())]
     contents = [CONTENTS.format(caption=caption, folder=folder) for folder, caption in filled]
-    text = "\n".join([_rewrite(text, lessons, keep=images, folder="lessons/"), *contents])
-    (source / "index.md").write_text(text, encoding="utf-8")
+    text = copy.rewrite((root / "README.md").read_text(encoding="utf-8"), root, source)
+    (source / "index.md").write_text("\n".join([text, *contents]), encoding="utf-8")
 
 
-def _rewrite(text: str, lessons: list[str], keep: Sequence[str] = (), folder: str = "") -> str:
-    """Links to a lesson become links to its page; a link into the checkout, which a site has not, becomes its words."""
+@dataclass(frozen=True)
+class _Copy:
+    """Texts of the checkout as pages: a link to what has a page leads there, an image comes along, others are words."""
 
-    def replace(match: re.Match) -> str:
-        words, target = match.groups()
-        scheme, name = urlsplit(target).scheme, Path(urlsplit(target).path)
-        if scheme in ELSEWHERE or target.startswith("#") or target in keep:
-            return match.group()
-        lesson = name.parent.name if name.name == "notebook.ipynb" else name.stem  # a kept run, or its source
-        if name.suffix == ".ipynb" and lesson in lessons and "solutions" not in name.parts:
-            return f"[{words}]({folder}{lesson}.ipynb)"
-        return words
+    root: Path
+    source: Path
+    pages: dict[Path, Path]  # by the file in the checkout
 
-    return re.sub(r'(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?: "[^"]*")?\)', replace, text)
+    def rewrite(self, text: str, place: Path, folder: Path) -> str:
+        """A text that lay in `place` of the checkout as a page of `folder`."""
+
+        def replace(match: re.Match) -> str:
+            image, words, target = match.groups()
+            if urlsplit(target).scheme in ELSEWHERE or target.startswith("#"):
+                return match.group()
+            path = (place / urlsplit(target).path).resolve()
+            if image:
+                page = self.source / path.relative_to(self.root.resolve())
+                page.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, page)
+            elif path in self.pages:
+                page = self.pages[path]
+            else:
+                return words
+            return f"{image}[{words}]({os.path.relpath(page, folder)})"
+
+        return re.sub(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)(?: "[^"]*")?\)', replace, text)
 
 
 def _write_card(folder: Path, path: Path) -> None:
     """A page for a table of a kept run that says paper value, ours and verdict."""
     lesson, title = path.parent.name, path.stem.replace("_", " ").capitalize()
     table = pd.read_csv(path, dtype=str, keep_default_na=False).to_html(index=False, border=0)
-    text = f"# {title}\n\nFrom the lesson {lesson}.\n\n```{{raw}} html\n{table}\n```\n"
+    lead = f"# {title} of {lesson}\n\nFrom the lesson [{lesson}](../lessons/{lesson}.ipynb)."
+    text = f"{lead}\n\n```{{raw}} html\n{table}\n```\n"
     (folder / f"{lesson}-{path.stem}.md").write_text(text, encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 nb_execution_mode = "off"  # the lessons are shown as they ran
 nb_ipywidgets_js = {}  # no script from elsewhere
@@ -45,8 +47,14 @@ def setup(app):
 
     app.add_html_math_renderer("mathml", (show(False), None), (show(True), None))
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip)
 
 
 def process(app, what, name, thing, options, lines):
     """Prepare a docstring for napoleon and reStructuredText."""
     lines[:] = literal_formulas(lines)
+
+
+def skip(app, what, name, thing, skipped, options):
+    """Fields of a named tuple, whose docstring only counts them, are described where their class is."""
+    return True if type(thing).__name__ == "_tuplegetter" else None

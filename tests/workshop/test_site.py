@@ -21,13 +21,17 @@ def checkout(tmp_path):
     root = tmp_path / "checkout"
     (root / "dkto" / "runs").mkdir(parents=True)
     (root / "toy").mkdir()
+    (root / "notebooks").mkdir()
+    text = "# Guide\n\n[one](10_first.ipynb) ![it](../picture.png) [home](../README.md)\n"
+    (root / "notebooks" / "README.md").write_text(text)
     shutil.copyfile(ROOT / "dkto" / "runs" / "yaml12.py", root / "dkto" / "runs" / "yaml12.py")
     (root / "dkto" / "empty.py").write_text("ONE = 1\n")
     (root / "picture.png").write_bytes((ROOT / "notebooks" / "likes" / "00.png").read_bytes())
     (root / "README.md").write_text(
         "# small\n\n![a picture](picture.png)\n\n"
         "[first](notebooks/10_first.ipynb), [`code`](dkto/runs/yaml12.py), [paper](https://example.org), "
-        '[here](#files), [0.01](papermill_runs/reference/20_second/notebook.ipynb "kl"), [62 %](m.json "b")\n\n'
+        "[here](#files), [guide](notebooks/README.md), "
+        '[0.01](papermill_runs/reference/20_second/notebook.ipynb "kl"), [62 %](m.json "b")\n\n'
         "## Files\n\nmore\n"
     )
     for name in ("10_first", "20_second"):
@@ -49,8 +53,10 @@ def test_what_sphinx_reads(checkout, tmp_path):
     write_source(tmp_path / "source", checkout / "papermill_runs" / "reference", checkout)
     index = (tmp_path / "source" / "index.md").read_text()
     assert "[first](lessons/10_first.ipynb), `code`, [paper](https://example.org), [here](#files)" in index
-    assert "[0.01](lessons/20_second.ipynb), 62 %\n" in index
-    assert index.index("lessons/*") < index.index("cards/*") < index.index("api/*")
+    assert "[0.01](lessons/20_second.ipynb), 62 %\n" in index and "[guide](guides/notebooks-readme.md)" in index
+    guide = (tmp_path / "source" / "guides" / "notebooks-readme.md").read_text()
+    assert guide == "# Guide\n\n[one](../lessons/10_first.ipynb) ![it](../picture.png) [home](../index.md)\n"
+    assert index.index("guides/*") < index.index("lessons/*") < index.index("cards/*") < index.index("api/*")
     assert (tmp_path / "source" / "picture.png").is_file()
     assert [path.stem for path in (tmp_path / "source" / "api").iterdir()] == ["dkto.runs.yaml12"]
     lesson = json.loads((tmp_path / "source" / "lessons" / "10_first.ipynb").read_text())
