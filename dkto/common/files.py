@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkto.common.json_text import parse_json
 from dkto.common.names import shown
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
     ValueError: ...files.py is no record of a run: Extra data: line 1 column 3 (char 2)
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no {what}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no {what}: expected an object, got {shown(found)}")

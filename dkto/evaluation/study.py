@@ -11,7 +11,6 @@ question mirrored. A judge may stop at any question and go on later. Sides and l
 is stored only in `key.json`, so knowing the seed does not unblind the study. `dkto.evaluation.study_answers` counts.
 """
 
-import json
 import re
 import secrets
 import warnings
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from dkto.common.files import Fields, append_record, check_fields, claim, read_json, stays_inside, write_json, write_png
+from dkto.common.json_text import parse_json
 from dkto.common.names import shown as said
 from dkto.data.images import load_image
 from dkto.data.prompts import even_rows
@@ -315,8 +315,8 @@ def _read_answers(path: Path, questions: int) -> list[dict]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
             if text.startswith("{") and not text.rstrip().endswith("}"):
                 warnings.warn(f"{path}, line {number} was cut short and is left out: {said(text)}", stacklevel=2)

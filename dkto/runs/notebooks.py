@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkto.common.files import write_atomically, write_json
+from dkto.common.json_text import parse_json
 from dkto.common.machine import versions
 from dkto.common.names import not_known, printable, shown
 from dkto.common.processes import sole_writer
@@ -136,10 +137,10 @@ def _read_as(kind: type, value: object) -> object:
         if isinstance(value, str) and kind is bool and value.lower() in (*YES, *NO):
             return value.lower() in YES
         if isinstance(value, str) and kind is list:
-            return json.loads(value)
+            return parse_json(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OverflowError):
         pass
     return value
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from dkto.common.files import Fields, check_fields, file_sha256, read_json, write_json
+from dkto.common.json_text import parse_json
 from dkto.common.machine import git_commit, hardware, largest_resident_mb, peak_memory_mb, versions
 from dkto.common.names import shown
 
@@ -40,8 +41,8 @@ def read_notebook(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"notebook {path} does not exist")
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        notebook = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"notebook {path} is no notebook: {error}") from error
     if not (isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)):
         raise ValueError(f"notebook {path} is no notebook: it holds no list of cells")

@@ -4,7 +4,6 @@ The browser computes every curve by itself (closed forms; a sampled table for ut
 know), so a slider moves the picture at once. `Explorer.figure` draws the same without a browser.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from dkto.common.files import Fields, check_fields, read_json, read_records, stays_inside
+from dkto.common.json_text import parse_json
 from dkto.common.names import printable, shown
 from dkto.data.sources import parse_label
 from dkto.data.tables import need_columns, refuse_rows, table_of_text
@@ -253,8 +253,8 @@ def rewards_of_text(text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         records = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                records += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as error:
+                records += [parse_json(line)] if line.strip() else []
+            except ValueError as error:
                 raise ValueError(f"{name} is not JSON lines: line {number}: {error}") from None
         if wrong := [record for record in records if not isinstance(record, dict)]:
             raise ValueError(f"{name} must hold one JSON object a line, got {shown(wrong[0])}")

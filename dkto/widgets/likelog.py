@@ -5,7 +5,6 @@ the log's folder and its SHA-256, so that a like stays with the picture and the 
 """
 
 import hashlib
-import json
 import os
 import stat
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dkto.common.files import Fields, append_record, check_fields, stays_inside
+from dkto.common.json_text import parse_json
 from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import IMAGE_SUFFIXES
@@ -100,8 +100,8 @@ def read_events(path: Path, session: str) -> list[dict]:
             continue
         where = f"{path}, line {number}"
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line)
+        except ValueError:
             text = line.decode(errors="replace").strip()
             if not text.startswith("{") or text.endswith("}"):
                 raise ValueError(f"{where} is damaged, got {shown(text)}: mend it, or remove the line") from None

@@ -291,7 +291,8 @@ def like_log(path: Path, found, warned: bool) -> str | None:
                 return f"line {number + 1} is no event, and nothing is said: {line[:80]!r}"
             continue
         index = {n: i for i, n in enumerate(found._names)}.get(event.get("image"))
-        if event["session"] != found.session or index is None or event.get("sha256") != found._hashes[index]:
+        other = index is None or event["prompt"] != found.pictures[index].prompt  # of another list
+        if other or event["session"] != found.session or event.get("sha256") != found._hashes[index]:
             continue
         state.pop(event["image"], None)
         if event["event"] != "undo":
