@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dkto.common.files import write_atomically
+from dkto.common.frames import write_frame
 from dkto.data.tables import need_columns, open_parquet, read_table, refuse_rows
 
 COLUMNS = ["chosen_row", "rejected_row"]
-TABLE_KEY = b"table"
+TABLE_KEY = "table"
 
 
 def write_comparisons(path: Path, frame: pd.DataFrame, comparisons: np.ndarray | None) -> None:
@@ -31,9 +29,7 @@ def write_comparisons(path: Path, frame: pd.DataFrame, comparisons: np.ndarray |
     if comparisons is None:
         beside.unlink(missing_ok=True)
         return
-    pairs = pa.Table.from_pandas(pd.DataFrame(comparisons, columns=COLUMNS), preserve_index=False)
-    pairs = pairs.replace_schema_metadata({TABLE_KEY: _table_hash(frame)})
-    write_atomically(beside, lambda part: pq.write_table(pairs, part))
+    write_frame(beside, pd.DataFrame(comparisons, columns=COLUMNS), {TABLE_KEY: _table_hash(frame)})
 
 
 def read_comparisons(path: Path, frame: pd.DataFrame) -> np.ndarray | None:
@@ -48,7 +44,7 @@ def read_comparisons(path: Path, frame: pd.DataFrame) -> np.ndarray | None:
     pairs = read_table(beside)
     need_columns(pairs.columns, COLUMNS, str(beside))
     with open_parquet(beside, str(beside)) as file:
-        belongs = (file.schema_arrow.metadata or {}).get(TABLE_KEY, b"").decode()
+        belongs = (file.schema_arrow.metadata or {}).get(TABLE_KEY.encode(), b"").decode()
     if not belongs:
         warnings.warn(
             f"{beside} does not say to which rows it belongs; {path.name} is taken as it is now", stacklevel=2

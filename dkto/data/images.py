@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dkto.common.pixels import put_on_white
 
@@ -44,5 +44,7 @@ def open_image(file: str | Path | BinaryIO, name: str, formats: Sequence[str] = 
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"image {name} does not exist") from None
+    except UnidentifiedImageError as error:  # its own text has an address in memory
+        raise ValueError(f"image {name} cannot be read: it is no {', '.join(formats)}") from error
     except Exception as error:  # a decoder raises whatever the bytes lead it to
         raise ValueError(f"image {name} cannot be read: {' '.join(str(error).split())}") from error

@@ -3,15 +3,16 @@
     likes/
       pairs.json                    what it is made from
       images/ab/abcd....jpg         each image once, named by its uid
-      votes/SHARD.parquet           the comparisons of one shard, written when its images are
-      votes/SHARD.skipped.jsonl     its rows that could not be used, with their reason
+      votes/SHARD.parquet           the comparisons of one shard, and the reasons of rows that could not be used;
+                                    written when its images are, with a hash of the shard
       likes_RULE.parquet            the table, for `dkto.data.feedback.read_feedback`; RULE is the partition
       likes_RULE.json               the rules and the counts
-      skipped.jsonl                 all rows that could not be used
+      skipped.jsonl                 all rows that could not be used, with their reason
+      .lock                         held by the call that writes here: a second one is refused
 
 Shards are read a few rows at a time: memory holds the images of one row group at most, whatever the number and size of
-the shards. Every file is whole or absent; a second call goes on where the first stopped, and with another rule it only
-counts the votes again.
+the shards. Every file is whole or absent; a second call goes on where the first stopped and makes a damaged file again.
+With another rule it only counts the votes again.
 """
 
 import glob
@@ -19,6 +20,8 @@ import hashlib
 import io
 import re
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,21 +32,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
 
-from dkto.common.files import claim, read_records, write_atomically, write_json, write_records
-from dkto.common.names import check_choice
+from dkto.common.files import claim, write_atomically, write_json, write_records
+from dkto.common.frames import read_frame, write_frame
+from dkto.common.names import check_choice, shown
+from dkto.common.processes import sole_writer
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
-from dkto.data.images import MAX_PIXELS
+from dkto.data.images import load_image, open_image
 from dkto.data.tables import need_columns, open_parquet
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
-VOTES = ["image_0", "image_1", "prompt", "label_0"]
+VOTES = dict.fromkeys(("image_0", "image_1", "prompt"), "text") | {"label_0": "floating", "row": "integer"}
+VOTES |= {"reason": "text"}
+"""Columns of the votes and what they hold; a row with a reason is no vote."""
+STAMP = "shard"
+NO_LABEL = "no label"
 LABEL_FLAG = "has_label"  # false where nobody judged the pair; may be absent
-IMAGE_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-STAMPED = 65_536  # bytes at the end of a shard by which it is known again
+FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # MPO: a JPEG with more behind it
+STAMPED_BLOCKS, STAMPED_BYTES = 256, 4096  # of a shard, spread evenly, by which it is known again
 ROWS_AT_ONCE = 16  # about 10 MB of Pick-a-Pic
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -55,6 +64,7 @@ def convert_pairs(
     partition: str = "at_least_once",
     ties: str = "ignore",
     files: str = "*.parquet",
+    strict: bool = False,
 ) -> Path:
     """Unpack pairs in the Pick-a-Pic v2 schema and write the table of single likes (paper 5.1.1).
 
@@ -66,52 +76,53 @@ def convert_pairs(
             `dkto.data.votes.PARTITIONS`.
         ties: what a tie makes of its two images: "ignore", "liked" or "disliked"; the paper does not state its own.
         files: for a folder or a hub id, the pattern that the shards' names match, for instance "data/train-*".
+        strict: raise at the first row that cannot be used, instead of setting it aside in `skipped.jsonl`.
 
     Returns:
         Path of the table, `likes_RULE.parquet` in `output_dir`; its counts lie beside it as .json.
 
     Raises:
         FileNotFoundError: if the source is nowhere to be found or holds no shard.
-        ValueError: if a shard lacks a column or has a label that is none, or the folder holds other pairs or a shard
-            as it was before it changed.
+        ValueError: if a shard lacks a column or cannot be read, no row of it can be used or, with `strict`, one cannot,
+            or the folder holds other pairs or a shard as it was before it changed.
+        BlockingIOError: if another call writes there.
     """
     check_choice("partition", partition, PARTITIONS)
     check_choice("ties", ties, TIE_RULES)
     output_dir = Path(output_dir)
     shards = list_shards(str(source), files, output_dir / "fetched")
-    for folder in ("images", "votes"):
-        (output_dir / folder).mkdir(parents=True, exist_ok=True)
-    claim(output_dir / "pairs.json", {"source": str(source), "files": files}, "pairs")
-    for shard in progress(shards, desc="unpacking pairs", unit="shard"):
-        votes, stamp = output_dir / "votes" / f"{shard.name}.parquet", output_dir / "votes" / f"{shard.name}.sha256"
-        if not votes.exists():
-            with shard.local() as path:
-                _unpack(path, shard.name, output_dir)
-            write_atomically(stamp, lambda part, text=shard.stamp: part.write_text(text))
-        elif stamp.exists() and stamp.read_text() != shard.stamp:
-            sentence = f"{shard.name} was unpacked into {output_dir} before it changed"
-            raise ValueError(f"{sentence}: choose another output_dir")
-    shutil.rmtree(output_dir / "fetched", ignore_errors=True)
-    return _write_likes(output_dir, shards, partition, ties)
+    with sole_writer(output_dir):
+        for folder in ("images", "votes"):
+            (output_dir / folder).mkdir(exist_ok=True)
+        claim(output_dir / "pairs.json", {"source": str(source), "files": files}, "pairs")
+        parts = [
+            _votes_of(shard, output_dir, strict) for shard in progress(shards, desc="unpacking pairs", unit="shard")
+        ]
+        shutil.rmtree(output_dir / "fetched", ignore_errors=True)
+        return _write_likes(output_dir, parts, partition, ties)
 
 
 @dataclass(frozen=True)
 class Shard:
     """One parquet file, here or on the hub; `local` gives it as a file for the length of a `with` block.
 
-    `stamp` is a hash of a local file's end, where parquet keeps its table of contents; "" on the hub.
+    `stamp` is a hash of the content: of a local file's size and of blocks spread over it, or the hub's own.
     """
 
     name: str
+    file: str
     local: Callable
-    stamp: str = ""
+    stamp: str
 
 
 def _stamp(path: Path) -> str:
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - STAMPED))
-        return hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
+        digest = hashlib.sha256(f"{size} ".encode())
+        for start in np.linspace(0, max(0, size - STAMPED_BYTES), STAMPED_BLOCKS).astype(int):
+            file.seek(int(start))
+            digest.update(file.read(STAMPED_BYTES))
+    return digest.hexdigest()
 
 
 def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
@@ -123,22 +134,28 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
         paths = sorted(Path(p) for p in glob.glob(source))
         where = f"pattern {source}"
     if paths:
-        return [Shard(_shard_name(str(path)), partial(nullcontext, path), _stamp(path)) for path in paths]
+        return [Shard(_shard_name(str(path)), path.name, partial(nullcontext, path), _stamp(path)) for path in paths]
     if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(".parquet"):
         raise FileNotFoundError(f"{where} holds no parquet file that matches {files!r}")
-    names = _hub_files(source, files)
-    return [Shard(_shard_name(name), partial(_from_hub, source, name, fetched)) for name in names]
+    found = _hub_files(source, files)
+    return [
+        Shard(_shard_name(name), Path(name).name, partial(_from_hub, source, name, fetched), found[name])
+        for name in sorted(found)
+    ]
 
 
 def _shard_name(path: str) -> str:
     return f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
-def _hub_files(source: str, files: str) -> list[str]:
+def _hub_files(source: str, files: str) -> dict[str, str]:
+    """Names of the shards, with what the hub calls their content."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     try:
-        names = sorted(HfApi().list_repo_files(source, repo_type="dataset"))
+        tree = HfApi().list_repo_tree(source, recursive=True, repo_type="dataset")
+        names = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in tree if isinstance(f, RepoFile)}
     except Exception as error:
         raise FileNotFoundError(
             f"pairs {source!r} are neither a parquet file, a folder, a pattern that matches something, nor a hub id "
@@ -147,7 +164,7 @@ def _hub_files(source: str, files: str) -> list[str]:
     found = [n for n in names if n.endswith(".parquet") and (fnmatch(n, files) or fnmatch(Path(n).name, files))]
     if not found:
         raise FileNotFoundError(f"hub data set {source} holds no parquet file that matches {files!r}")
-    return found
+    return {name: names[name] for name in found}
 
 
 @contextmanager
@@ -160,22 +177,46 @@ def _from_hub(source: str, name: str, fetched: Path) -> Iterator[Path]:
     path.unlink()
 
 
-def _unpack(path: Path, name: str, output_dir: Path) -> None:
-    """Write the images of one shard, then its votes."""
-    votes, skipped = [], []
+def _votes_of(shard: Shard, output_dir: Path, strict: bool) -> pd.DataFrame:
+    """The votes of a shard, unpacked now if they are not there, are damaged, or name no shard."""
+    path, stamp = output_dir / "votes" / f"{shard.name}.parquet", None
+    if path.exists():
+        try:
+            votes, about = read_frame(path, "votes", VOTES)
+            stamp = about.get(STAMP)
+        except ValueError:
+            stamp = None
+    if stamp is None:
+        with shard.local() as source:
+            write_frame(path, _unpack(source, output_dir, strict), {STAMP: shard.stamp})
+        votes, _ = read_frame(path, "votes", VOTES)
+    elif stamp != shard.stamp:
+        sentence = f"{shard.name} was unpacked into {output_dir} before it changed"
+        raise ValueError(f"{sentence}: choose another output_dir")
+    elif strict and len(bad := votes[votes["reason"].notna() & (votes["reason"] != NO_LABEL)]):
+        raise ValueError(f"{shard.file}, row {bad['row'].iloc[0]}: {bad['reason'].iloc[0]}")
+    return votes.assign(shard=shard.file)
+
+
+def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
+    """Write the images of one shard; returns its votes."""
+    rows = []
     pairs = (pair for batch in _read_rows(path) for pair in batch.to_pylist())
     for row, pair in enumerate(pairs, 1):
         try:
             if not pair.get(LABEL_FLAG, True):
-                raise _Unusable("no label")
-            label = _label(pair, f"{path.name}, row {row}")
+                raise _Unusable(NO_LABEL)
+            label, prompt = _label(pair), _text(pair["caption"], "caption")
             names = [_write_image(pair[f"image_{i}_uid"], pair[f"jpg_{i}"], output_dir) for i in (0, 1)]
-            votes.append((*names, pair["caption"], label))
+            rows.append((*names, prompt, label, row, None))
         except _Unusable as problem:
-            skipped.append({"shard": path.name, "row": row, "reason": str(problem)})
-    write_records(output_dir / "votes" / f"{name}.skipped.jsonl", skipped)
-    table = pd.DataFrame(votes, columns=VOTES)
-    write_atomically(output_dir / "votes" / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+            if strict and str(problem) != NO_LABEL:
+                raise ValueError(f"{path.name}, row {row}: {problem}") from problem
+            rows.append((None, None, None, -1.0, row, str(problem)))
+    kinds = {"text": pa.string(), "floating": pa.float64(), "integer": pa.int64()}
+    columns = zip(*rows, strict=True) if rows else [()] * len(VOTES)
+    arrays = [pa.array(values, kinds[kind]) for values, kind in zip(columns, VOTES.values(), strict=True)]
+    return pa.table(arrays, names=list(VOTES))
 
 
 def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
@@ -184,16 +225,31 @@ def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
         found = file.schema_arrow.names
         need_columns(found, COLUMNS, str(path))
         columns = [*COLUMNS, *([LABEL_FLAG] if LABEL_FLAG in found else [])]
-        yield from file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False)
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
+                texts = [i for i, kind in enumerate(batch.schema.types) if pa.types.is_string(kind)]
+                for i in texts:  # as bytes: whether they are text is asked row by row
+                    batch = batch.set_column(i, batch.schema.names[i], batch.column(i).cast(pa.binary()))
+                yield batch
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
 
 
-def _label(pair: dict, where: str) -> float:
+def _label(pair: dict) -> float:
     label = (pair["label_0"], pair["label_1"])
     if label not in ((1, 0), (0, 1), (0.5, 0.5)):
-        raise ValueError(f"{where}: label_0 and label_1 must be 1 and 0, 0 and 1, or 0.5 and 0.5, got {label}")
-    if not isinstance(pair["caption"], str):
-        raise ValueError(f"{where}: caption must be text, got {pair['caption']!r}")
+        raise _Unusable(f"label_0 and label_1 must be 1 and 0, 0 and 1, or 0.5 and 0.5, got {shown(label)}")
     return float(label[0])
+
+
+def _text(value: object, what: str) -> str:
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        text = None
+    if not isinstance(text, str) or not text.strip():
+        raise _Unusable(f"{what} must be text, got {shown(value)}")
+    return text
 
 
 class _Unusable(Exception):
@@ -202,44 +258,63 @@ class _Unusable(Exception):
 
 def _write_image(uid: object, data: object, output_dir: Path) -> str:
     """Write an image once; returns its path within `output_dir`. Only its header is looked at here."""
-    if not isinstance(uid, str) or not uid:
-        raise _Unusable(f"image uid must be text, got {uid!r}")
+    uid = _text(uid, "image uid")
+    data = data.get("bytes") if isinstance(data, dict) else data  # {bytes, path}, as `datasets` writes images
     if not isinstance(data, bytes):
-        raise _Unusable(f"image {uid!r} must be bytes, got {type(data).__name__}")
+        raise _Unusable(f"image {shown(uid)} must be bytes, got {type(data).__name__}")
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_ENDINGS)) as image:
-            size, ending = image.size, IMAGE_ENDINGS[image.format]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _Unusable(f"image {uid!r} is no {', '.join(IMAGE_ENDINGS)}: {error}") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise _Unusable(f"image {uid!r} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
+        with open_image(io.BytesIO(data), shown(uid), FORMATS) as image:
+            ending = IMAGE_ENDINGS[image.format]
+    except ValueError as error:
+        raise _Unusable(str(error)) from error
     stem = uid if PLAIN_NAME.fullmatch(uid) else "uid-" + hashlib.sha256(uid.encode()).hexdigest()[:40]
     path = output_dir / "images" / stem[:2].lower() / f"{stem}{ending}"
-    if not path.exists():
+    if (there := path.read_bytes() if path.exists() else None) != data:
+        if there and _is_image(path):
+            raise _Unusable(f"image {shown(uid)} is another one than that of the same uid before")
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda part: part.write_bytes(data))
     return str(path.relative_to(output_dir))
 
 
-def _write_likes(output_dir: Path, shards: list[Shard], partition: str, ties: str) -> Path:
-    folder = output_dir / "votes"
-    parts = [pd.read_parquet(folder / f"{shard.name}.parquet") for shard in shards]
-    parts = [part for part in parts if len(part)] or parts[:1]
-    skipped = [line for shard in shards for line in read_records(folder / f"{shard.name}.skipped.jsonl")]
-    write_records(output_dir / "skipped.jsonl", skipped)
-    reasons = [line["reason"] for line in skipped]
-    likes = likes_from_votes(pd.concat(parts, ignore_index=True), partition, ties)
+def _is_image(path: Path) -> bool:
+    """False for what a power cut left of one."""
+    try:
+        load_image(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _commonest(reasons: list[str]) -> str:
+    """An example of the reason that most have, names and values in it aside."""
+    kinds = [re.sub(r"'[^']*'|\(.*\)|\d+", "", reason) for reason in reasons]
+    return reasons[kinds.index(Counter(kinds).most_common(1)[0][0])]
+
+
+def _write_likes(output_dir: Path, parts: list[pd.DataFrame], partition: str, ties: str) -> Path:
+    rows = pd.concat(parts, ignore_index=True)
+    aside = rows["reason"].notna()
+    skipped = rows.loc[aside, ["shard", "row", "reason"]]
+    write_records(output_dir / "skipped.jsonl", skipped.to_dict("records"))
+    unlabelled = int((skipped["reason"] == NO_LABEL).sum())
+    likes = likes_from_votes(rows[~aside], partition, ties)
     counts = {
-        "shards": len(shards),
-        "rows_without_label": reasons.count("no label"),
-        "rows_set_aside": len(reasons) - reasons.count("no label"),
+        "shards": len(parts),
+        "rows_without_label": unlabelled,
+        "rows_set_aside": len(skipped) - unlabelled,
         **likes.counts,
         "the paper's counts for all of Pick-a-Pic v2": PAPER_COUNTS,
     }
+    why = f", most of them as: {_commonest(skipped['reason'].tolist())}" if len(skipped) else ""
     if not len(likes.images):
         raise ValueError(
-            f"{output_dir}: no image got a like or a dislike; {len(reasons)} rows were set aside, all others are ties"
+            f"{output_dir}: no image got a like or a dislike; {len(skipped)} of {len(rows)} rows were set aside{why}"
+            f"{'' if len(skipped) == len(rows) else '; all others are ties'}; see {output_dir / 'skipped.jsonl'}"
         )
+    if len(skipped) > unlabelled:
+        text = f"{len(skipped)} of {len(rows)} rows are set aside{why}; see {output_dir / 'skipped.jsonl'}"
+        warnings.warn(text, stacklevel=3)
     images = tuple(output_dir.absolute() / name for name in likes.images)
     no_ids = np.full(len(images), -1)
     table = FeedbackTable(images, tuple(likes.prompts), likes.is_desirable, no_ids, likes.pairs)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from dkto.common.files import file_sha256, read_json, write_atomically, write_json
+from dkto.common.files import file_sha256, read_json, write_json
+from dkto.common.frames import read_frame, write_frame
 from dkto.common.names import check_name
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
@@ -38,7 +38,7 @@ from dkto.evaluation.scorers import (
     scorer_name,
 )
 
-COLUMNS = {"prompt": "iu", "image": "iu", "score": "f", "sha256": "OTU"}  # with the kinds of their values
+COLUMNS = {"prompt": "integer", "image": "integer", "score": "floating"}
 SECONDS_BETWEEN_WRITES = 2.0
 
 
@@ -169,16 +169,14 @@ class _Table:
         if not self.path.exists():
             return {}
         try:
-            frame = pd.read_parquet(self.path)
-            if "bytes" in frame and "sha256" not in frame:  # of version 0.1: by size and time alone
-                frame["sha256"] = ""
-            frame = frame[list(COLUMNS)]
-            for name, kinds in COLUMNS.items():
-                if frame[name].dtype.kind not in kinds or frame[name].isna().any():
-                    raise ValueError(f"{name} is {frame[name].dtype}, or empty in a row")
-        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
-            remedy = "remove that file and its .json to score again"
-            raise ValueError(f"{self.path} holds no scores that can be read ({error}): {remedy}") from error
+            try:
+                frame, _ = read_frame(self.path, "scores", COLUMNS | {"sha256": "text"})
+            except ValueError:  # of version 0.1: by size and time alone
+                frame = read_frame(self.path, "scores", COLUMNS | {"bytes": "integer"})[0][list(COLUMNS)].assign(of="")
+            if not np.isfinite(frame["score"]).all():
+                raise ValueError(f"{self.path} holds scores that are not finite")
+        except ValueError as error:
+            raise ValueError(f"{error}: remove that file and its .json to score again") from error
         keys = set(self.keys)
         return {
             (prompt, image): (value, of)
@@ -242,8 +240,8 @@ class _Table:
             self.rows = self._stored() | self.rows
             write_json(self.path.with_suffix(".json"), self.about)
             rows = [(*key, *self.rows[key]) for key in sorted(self.rows)]
-            frame = pd.DataFrame(rows, columns=list(COLUMNS))
-            write_atomically(self.path, lambda part: frame.to_parquet(part, index=False))
+            frame = pd.DataFrame(rows, columns=[*COLUMNS, "sha256"])
+            write_frame(self.path, frame)
         self.written, self.last_write = len(self.rows), time.monotonic()
 
     def scores(self) -> np.ndarray:

@@ -12,11 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dkto.common.processes import sole_writer
 from dkto.data.feedback import read_feedback
 from dkto.data.images import load_image
 from dkto.data.pairs import convert_pairs
@@ -139,7 +141,7 @@ def test_names_cannot_leave_the_folder(tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("dkto.data.pairs.MAX_PIXELS", 400)
+    monkeypatch.setattr("dkto.data.images.MAX_PIXELS", 400)
     rows = [
         pair("a", "b", 1),
         pair("a", "c", 1, jpg_1=b"no picture"),
@@ -150,19 +152,21 @@ def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, monk
         pair("a", "h", 1, image_1_uid=None),
     ]
     write_shard(tmp_path / "s.parquet", rows)
-    path = convert_pairs(tmp_path / "s.parquet", tmp_path / "out")
+    with pytest.warns(UserWarning, match="6 of 7 rows are set aside, most of them as: image 'c' cannot be read"):
+        path = convert_pairs(tmp_path / "s.parquet", tmp_path / "out")
     assert names(read_feedback(path)) == {"a": True, "b": False}
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [line["row"] for line in skipped] == [2, 3, 4, 5, 6, 7] and skipped[0]["shard"] == "s.parquet"
     reasons = (
-        "is no JPEG",
+        "'c' cannot be read: it is no JPEG, PNG, WEBP",
         "must be bytes, got None",
         "32 x 32 pixels, more than 400",
         "no label",
-        "'g' is no",
+        "'g' cannot be read: it is no",
         "uid",
     )
-    assert all(words in line["reason"] for line, words in zip(skipped, reasons, strict=True))
+    for line, words in zip(skipped, reasons, strict=True):
+        assert words in line["reason"]
     counts = json.loads(path.with_suffix(".json").read_text())
     assert counts["rows_without_label"] == 1 and counts["rows_set_aside"] == 5
 
@@ -170,17 +174,111 @@ def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            {"label_1": 0.7},
-            r"s\.parquet, row 1: label_0 and label_1 must be 1 and 0, .*, got \(1\.0, 0\.7\)",
-        ),
-        ({"caption": None}, r"s\.parquet, row 1: caption must be text, got None"),
+        ({"label_1": 0.7}, r"label_0 and label_1 must be 1 and 0, 0 and 1, or 0\.5 and 0\.5, got \(1\.0, 0\.7\)"),
+        ({"label_0": None, "label_1": None}, r"label_0 and label_1 must be .*, got \(None, None\)"),
+        ({"caption": None}, "caption must be text, got None"),
+        ({"caption": "  "}, "caption must be text, got b?'  '"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, change, sentence):
-    write_shard(tmp_path / "s.parquet", [pair("a", "b", 1, **change)])
-    with pytest.raises(ValueError, match=sentence):
+def test_a_bad_row_is_set_aside_and_named_when_strict(tmp_path, change, sentence):
+    write_shard(tmp_path / "s.parquet", [pair("c", "d", 1), pair("a", "b", 1, **change)])
+    with pytest.warns(UserWarning, match=f"1 of 2 rows are set aside, most of them as: {sentence}; see .*skipped"):
+        table = read_feedback(convert_pairs(tmp_path / "s.parquet", tmp_path / "out"))
+    assert names(table) == {"c": True, "d": False}
+    for folder in ("out", "strict"):
+        with pytest.raises(ValueError, match=rf"s\.parquet, row 2: {sentence}"):
+            convert_pairs(tmp_path / "s.parquet", tmp_path / folder, strict=True)
+
+
+def test_where_no_row_can_be_used_the_commonest_reason_is_said(tmp_path):
+    rows = [pair(f"a{i}", f"b{i}", 1, jpg_1="text" if i else None) for i in range(4)]
+    for row in rows:
+        row["jpg_1"] = None if row["jpg_1"] is None else row["jpg_1"].encode()
+    write_shard(tmp_path / "s.parquet", rows)
+    text = "no image got a like or a dislike; 4 of 4 rows were set aside, most of them as: image 'b1' cannot be read"
+    with pytest.raises(ValueError, match=text):
         convert_pairs(tmp_path / "s.parquet", tmp_path / "out")
+
+
+def test_a_jpeg_of_two_images_is_unpacked(tmp_path):
+    """As telephones write them; Pillow calls the format MPO."""
+    file = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(picture(seed))) for seed in (1, 2))
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    write_shard(tmp_path / "s.parquet", [pair("a", "b", 1, jpg_0=file.getvalue())])
+    table = read_feedback(convert_pairs(tmp_path / "s.parquet", tmp_path / "out"))
+    assert names(table) == {"a": True, "b": False} and load_image(table.images[0]).size == (16, 16)
+
+
+def test_images_as_bytes_and_path_are_read(tmp_path):
+    """As `datasets` writes them; a path is not followed."""
+    rows = [pair("a", "b", 1), pair("c", "d", 1)]
+    for row in rows:
+        for name in ("jpg_0", "jpg_1"):
+            row[name] = {"bytes": row[name], "path": "/etc/hostname"}
+    rows[1]["jpg_0"]["bytes"] = None
+    write_shard(tmp_path / "s.parquet", rows)
+    with pytest.warns(UserWarning, match="image 'c' must be bytes, got None"):
+        assert names(read_feedback(convert_pairs(tmp_path / "s.parquet", tmp_path / "out"))) == {"a": True, "b": False}
+
+
+def test_a_caption_that_is_not_utf_8_sets_its_row_aside(tmp_path):
+    table = pa.Table.from_pylist([pair("a", "b", 1), pair("c", "d", 1)])
+    captions = pa.array([b"gr\xfcn", "grün".encode()]).view(pa.string())
+    table = table.set_column(table.schema.names.index("caption"), "caption", captions)
+    pq.write_table(table, tmp_path / "s.parquet")
+    with pytest.warns(UserWarning, match=r"caption must be text, got b'gr\\xfcn'"):
+        found = read_feedback(convert_pairs(tmp_path / "s.parquet", tmp_path / "out"))
+    assert names(found) == {"c": True, "d": False} and set(found.prompts) == {"grün"}
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = write_shard(tmp_path / "s.parquet", [pair("a", "b", 1)] * 40)
+    data = bytearray(path.read_bytes())
+    data[20 : len(data) // 2] = bytes(len(data) // 2 - 20)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"s\.parquet cannot be read as Parquet: "):
+        convert_pairs(path, tmp_path / "out")
+
+
+def test_one_uid_of_two_images_is_no_image_of_both(tmp_path):
+    write_shard(tmp_path / "s.parquet", [pair("a", "b", 1), pair("a", "c", 1, jpg_0=picture(99))])
+    with pytest.warns(UserWarning, match="image 'a' is another one than that of the same uid before"):
+        assert names(read_feedback(convert_pairs(tmp_path / "s.parquet", tmp_path / "out"))) == {"a": True, "b": False}
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no stamp"])
+def test_damaged_votes_and_images_are_made_again(shards, tmp_path, damage):
+    """A kill or a power cut, after which the shard changed: its former likes are not kept."""
+    expected = names(read_feedback(convert_pairs(shards, tmp_path / "out")))
+    votes = sorted((tmp_path / "out" / "votes").glob("*.parquet"))[0]
+    data = {"empty": b"", "cut": votes.read_bytes()[:-9]}.get(damage)
+    (tmp_path / "out" / "images" / "a" / "a.jpg").write_bytes(b"")
+    if data is None:
+        pd.read_parquet(votes).to_parquet(votes)
+    else:
+        votes.write_bytes(data)
+    assert names(read_feedback(convert_pairs(shards, tmp_path / "out"))) == expected
+    assert load_image(tmp_path / "out" / "images" / "a" / "a.jpg").size == (16, 16)
+    write_shard(shards / "train-0.parquet", [pair("b", "a", 1)])
+    with pytest.raises(ValueError, match="before it changed"):
+        convert_pairs(shards, tmp_path / "out")
+
+
+def test_a_shard_that_was_edited_in_place_is_noticed(shards, tmp_path):
+    convert_pairs(shards, tmp_path / "out")
+    path = shards / "train-0.parquet"
+    data, before = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="before it changed"):
+        convert_pairs(shards, tmp_path / "out")
+
+
+def test_a_folder_that_another_call_fills_is_refused(shards, tmp_path):
+    with sole_writer(tmp_path / "out"), pytest.raises(BlockingIOError, match=r"is being written by process \d+"):
+        convert_pairs(shards, tmp_path / "out")
 
 
 def test_bad_sources_are_named(shards, tmp_path):

@@ -93,7 +93,7 @@ def test_scores_by_size_and_time_hold_only_where_the_image_is_gone(folder):
     first = score_images(folder, brightness)
     path = folder / "scores" / "brightness.parquet"
     old = pd.read_parquet(path).drop(columns="sha256").assign(bytes=1, changed=2)
-    old.assign(score=old["score"] + 100).to_parquet(path)
+    old.assign(score=old["score"] + 100).to_parquet(path, index=False)
     image_path(folder, 0, 1).unlink()
     assert score_images(folder, brightness).ravel().tolist() == [first[0, 0], 101.0, *first.ravel()[2:]]
 
@@ -113,9 +113,7 @@ def test_a_damaged_file_of_scores_is_named(folder, damage):
     score_images(folder, brightness)
     path = folder / "scores" / "brightness.parquet"
     damage(path, pd.read_parquet(path))
-    with pytest.raises(
-        ValueError, match=r"brightness\.parquet holds no scores that can be read .*: remove that file and"
-    ):
+    with pytest.raises(ValueError, match=r"brightness\.parquet holds .*: remove that file and its .json to score"):
         score_images(folder, brightness)
 
 
