@@ -432,7 +432,6 @@ def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
 
 KILLED = """
 import sys
-from dkto.evaluation import tango_interval
 from dkto.paper.demo import run_demo
 run_demo(sys.argv[1], train={train!r}, judge={judge!r})
 """

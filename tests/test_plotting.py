@@ -196,9 +196,8 @@ def test_win_rates_show_rate_and_interval_from_top_to_bottom():
     assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first row is the upper one"
     assert [text.get_text() for text in ax.get_yticklabels()] == ["first (n = 4)", "second (n = 2)"]
     seeds = plot_win_rates(results, dots=[[0.5, 0.6], [0.7, 0.9]])
-    dots = [
-        line.get_xdata().tolist() for line in seeds.lines if line.get_marker() == "o" and len(line.get_xdata()) == 2
-    ]
+    points = [line.get_xdata().tolist() for line in seeds.lines if line.get_marker() == "o"]
+    dots = [point for point in points if len(point) == 2]
     assert dots == [pytest.approx([50, 60]), pytest.approx([70, 90])], "each seed is a dot"
     same = plot_win_rates([("first", results[0][1]), ("again", results[0][1])])
     assert "n = 4 prompts" in same.get_xlabel()
