@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "notebooks": ["environment_table", "run_notebook", "write_metrics"],
-        "page": ["table_html", "text_html"],
+        "page": ["styled", "table_html", "text_html"],
         "table": [
             "column",
             "diff_runs",

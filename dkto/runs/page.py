@@ -3,13 +3,18 @@
 import base64
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pandas as pd
 
 from dkto.common.files import write_atomically
 from dkto.runs.table import read_runs, varying_parameters
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 STYLE = """
 :root { color-scheme: light dark; --soft: light-dark(#667078, #9aa4ad); --line: #8884; }
@@ -55,6 +60,27 @@ def table_html(frame: pd.DataFrame, caption: str = "") -> str:
     return f'{text_html(caption, kind="note") if caption else ""}<div class="wide">{body}</div>'
 
 
+def styled(frame: pd.DataFrame, formats: str | Mapping[str, str] | None = None, *, precision: int = 6) -> "Styler":
+    """A data frame as a notebook shows it, with formats, and every text in it escaped: a Styler by itself escapes none.
+
+    Args:
+        frame: the table; its texts may come from files of others.
+        formats: of all values, or by column, such as "{:.3f}".
+        precision: digits after the point of other numbers.
+
+    >>> found = styled(pd.DataFrame({"<i>": ["<b>"], "x": [["<b>"]]}, index=["<b>"]).rename_axis("<u>")).to_html()
+    >>> any(tag in found for tag in ("<b>", "<i>", "<u>"))
+    False
+    """
+    names = {
+        axis: [html.escape(name) if isinstance(name, str) else name for name in getattr(frame, axis).names]
+        for axis in ("index", "columns")
+    }
+    plain = frame.map(lambda value: _shown(value) if isinstance(value, list | tuple | dict | set) else value)
+    found = plain.rename_axis(**names).style.format(formats, precision=precision, escape="html")
+    return found.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+
+
 def figure_html(path: Path, caption: str) -> str:
     """A PNG, its bytes in the page; ValueError if the file is none."""
     data = path.read_bytes()
@@ -86,10 +112,12 @@ def write_notebook_page(executed: str | Path, path: str | Path, title: str) -> P
 def write_page(folder: Path, name: str, states: dict[str, str]) -> Path:
     """Write a sweep's `table.csv`, one row a run, and `index.html`, which it returns; each whole or not at all.
 
-    `states` says how each run of the plan stands, by name: `done`, or the reason why not.
+    `states` says how each run of the plan stands, by name: `done`, or the reason why not. A text that a spreadsheet
+    would run as a formula begins with an apostrophe in `table.csv`.
     """
     table = _complete(folder, states)
-    write_atomically(folder / "table.csv", lambda part: part.write_text(table.to_csv(index=False)))
+    harmless = table.map(_no_formula).set_axis(map(_no_formula, table.columns), axis=1)
+    write_atomically(folder / "table.csv", lambda part: part.write_text(harmless.to_csv(index=False), encoding="utf-8"))
     undone = {run: state for run, state in states.items() if not state.startswith("done")}
     log = ', the engine\'s words are in <a href="engine.log">engine.log</a>' if (folder / "engine.log").exists() else ""
     parts = [text_html(name, "h1"), f"<p>{len(states) - len(undone)} of {len(states)} runs are done."]
@@ -118,6 +146,21 @@ def _complete(folder: Path, states: dict[str, str]) -> pd.DataFrame:
     return planned.merge(found, on="run", how="left")
 
 
+def _no_formula(value: object) -> object:
+    """A value for a table that a spreadsheet may open: text that begins as a formula gets an apostrophe.
+
+    >>> _no_formula("=1+1"), _no_formula("-0.5"), _no_formula(-0.5)
+    ("'=1+1", '-0.5', -0.5)
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def _link(folder: Path, run: str) -> str:
     """The name of a run, which leads to its executed notebook if there is one."""
     path = f"{run}/notebook.ipynb"
@@ -127,6 +170,6 @@ def _link(folder: Path, run: str) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return json.dumps(value)
+    if isinstance(value, list | tuple | dict | set):
+        return json.dumps(value, default=str)
     return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)

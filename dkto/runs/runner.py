@@ -20,15 +20,17 @@ from pathlib import Path
 
 import psutil
 
-from dkto.common.files import read_json, write_json
+from dkto.common.files import write_json
 from dkto.common.machine import accelerators
+from dkto.common.names import printable, shown
 from dkto.common.processes import following, has_writer, sole_writer
 from dkto.common.progress import QUIET_VARIABLE
 from dkto.runs.notebooks import run_notebook
-from dkto.runs.record import RECORD_NAME, files_of, rooms_of, source_hash
+from dkto.runs.record import RECORD_NAME, files_of, read_metrics, read_record, rooms_of, source_hash
 from dkto.runs.sweeps import CHECKOUT, Plan, PlannedRun, plan_to_dict
 from dkto.runs.yaml12 import read_yaml
 
+MOST_NAMED = 50  # runs that are not done, in the sentence at the end
 BATCH = CHECKOUT / "papermill_runs"
 ENGINE_LOG = "engine.log"
 CHANGES_NO_RESULT = "processes"  # the parameter that another machine may have another value of
@@ -46,7 +48,7 @@ class State:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.detail}" if self.detail else self.word
+        return f"{self.word}: {printable(self.detail)}" if self.detail else self.word
 
 
 def run_states(plan: Plan) -> dict[str, State]:
@@ -70,14 +72,14 @@ def _state(plan: Plan, run: PlannedRun, code: dict) -> tuple[State, str]:
     path = folder / RECORD_NAME
     if not path.is_file():
         return State("missing"), ""
-    record = read_json(path, "record of a run", ["status"])
-    stored, asked = record.get("parameters", run.parameters), run.parameters
+    record = read_record(path)
+    stored, asked = record["parameters"], run.parameters
     held = record["status"] == "running" and has_writer(folder)
     differ = [key for key in asked if key not in stored or stored[key] != asked[key]]
     changed = [key for key in differ if key != CHANGES_NO_RESULT and not key.endswith("_file")]  # its content counts
     if changed and not held:
         key = changed[0]
-        state = State("changed", f"{key} was {stored.get(key)!r} and is {asked[key]!r} now")
+        state = State("changed", f"{key} was {shown(stored.get(key))} and is {shown(asked[key])} now")
     elif record["status"] == "running":
         state = State("running") if held else State("killed", "it ended without a word; out of memory?")
     elif record["status"] == "failed":
@@ -187,16 +189,16 @@ def _run_in_turn(plan: Plan, todo: list[PlannedRun]) -> None:
             run_notebook(run.notebook, plan.executed(run), plan.told(run), progress=progress)
         except RuntimeError as error:
             failed.add(run.name)
-            print(f"{run.name} failed: {error}", flush=True)
+            print(f"{run.name} failed: {printable(error)}", flush=True)
 
 
 def results_of(folder: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Metrics and seconds by run of a sweep's folder; no names take all runs directly below it that finished."""
     metrics, seconds = {}, {}
     for path in [Path(folder, name, RECORD_NAME) for name in names] or sorted(Path(folder).glob(f"*/{RECORD_NAME}")):
-        record, name = read_json(path, "record of a run", ["status"]), str(path.parent.relative_to(folder))
+        record, name = read_record(path), str(path.parent.relative_to(folder))
         if record["status"] == "finished":
-            metrics[name] = read_json(path.with_name("metrics.json"), "table of metrics", ["metrics"])["metrics"]
+            metrics[name] = read_metrics(path.with_name("metrics.json"))
             seconds[name] = record["seconds"]
     return metrics, seconds
 
@@ -206,7 +208,7 @@ def _profile_folder(profile: str) -> Path:
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     known = ", ".join(sorted(path.parent.name for path in (BATCH / "profiles").glob("*/config.yaml")))
-    raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {profile!r}")
+    raise ValueError(f"profile must be one of {known}, or a folder with a config.yaml, got {shown(profile)}")
 
 
 def _to_do_again(plan: Plan, states: dict[str, State], redo: bool, renew: bool) -> set[str]:
@@ -299,10 +301,10 @@ def _tell(plan: Plan, todo: list[PlannedRun], engine: subprocess.Popen) -> None:
             path = plan.folder / run.name / RECORD_NAME
             if run.name in told or not path.is_file() or path.stat().st_mtime < began - 1:
                 continue
-            record = read_json(path, "record of a run", ["status"])
+            record = read_record(path)
             if record["status"] != "running":
                 told.add(run.name)
-                end = f": {record['error']}" if record["error"] else ""
+                end = f": {printable(record['error'])}" if record["error"] else ""
                 seconds = f"{record['seconds']:.0f} s"
                 print(f"[{len(told)}/{len(todo)}] {run.name} {record['status']}, {seconds}{end}", flush=True)
         if over:
@@ -328,7 +330,8 @@ def _conclude(plan: Plan) -> dict[str, State]:
         last = "\n".join(log.read_text().strip().splitlines()[-8:])
         raise RuntimeError(f"the engine stopped before any run failed; the end of {log}:\n{last}")
     head = f"{len(undone)} of {len(states)} runs are not done; the same call does just these"
-    raise RuntimeError(f"{head}: {'; '.join(undone)}")
+    more = f"; and {len(undone) - MOST_NAMED} more, see the page" if len(undone) > MOST_NAMED else ""
+    raise RuntimeError(f"{head}: {'; '.join(undone[:MOST_NAMED])}{more}")
 
 
 def _waits(run: PlannedRun, states: dict[str, State]) -> list[str]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dkto.common.files import read_json
-from dkto.common.names import not_known
-from dkto.runs.record import RECORD_NAME
+from dkto.common.files import stays_inside
+from dkto.common.names import not_known, shown
+from dkto.runs.record import RECORD_NAME, is_of_notebook, read_metrics, read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,35 +38,45 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if a folder does not exist.
-        ValueError: if there is no run in any of them.
+        ValueError: if there is no run in any of them, a record or its metrics are damaged, or one of these files is a
+            link that leads out of the folder.
     """
     rows = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"folder of runs {folder} does not exist")
         for path in sorted(folder.rglob(RECORD_NAME)):
-            record = read_json(path, "record of a run")
-            if "notebook" in record:
-                name = path.parent.relative_to(folder)
+            if is_of_notebook(_inside(path, folder)):
+                name, record = path.parent.relative_to(folder), read_record(path)
                 rows.setdefault(path.resolve(), _row(str(name) if name.parts else folder.name, path, record))
     if not rows:
         places = ", ".join(str(folder) for folder in folders) or "no folder"
         raise ValueError(f"no run in {places}: a run's folder holds {RECORD_NAME}, written by dkto run or dkto sweep")
     table = pd.DataFrame(rows.values())
     for name in table.columns:
-        if all(type(row[name]) is int for row in rows.values() if row.get(name) is not None):
+        if all(_is_whole(row[name]) for row in rows.values() if row.get(name) is not None):
             table[name] = table[name].astype("Int64")  # whole numbers stay whole where some are missing
     kinds = [name for kind in KINDS for name in table.columns if name.startswith(f"{kind}.")]
     return table[[*FIRST_COLUMNS, *kinds]]
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    if path.is_symlink() and not stays_inside(path, folder):
+        raise ValueError(f"{path} is a link that leaves the folder {folder}: put the file itself there")
+    return path
 
 
 def _row(name: str, path: Path, record: dict) -> dict:
     row = {key: record.get(key) for key in FIRST_COLUMNS} | {"run": name}
     result, metrics = path.with_name("metrics.json"), {}
     if record["status"] == "finished" and result.is_file():
-        metrics = read_json(result, "table of metrics", ["metrics"])["metrics"]
+        metrics = read_metrics(_inside(result, path.parent))
     parts = {"parameter": record["parameters"], "metric": metrics}
-    parts |= {kind: record[kind] for kind in ("versions", "hardware")}
+    parts |= {kind: record.get(kind, {}) for kind in ("versions", "hardware")}
     return row | {f"{kind}.{key}": value for kind, values in parts.items() for key, value in values.items()}
 
 
@@ -80,9 +90,9 @@ def column(table: pd.DataFrame, name: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise KeyError(f"{name!r} is the name of {' and of '.join(found)}: give it in full")
+        raise KeyError(f"{shown(name)} is the name of {' and of '.join(found)}: give it in full")
     known = [full.partition(".")[2] or full for full in table.columns if not full.startswith(("versions", "hardware"))]
-    raise KeyError(not_known(f"no column {name!r} in the table", name, known))
+    raise KeyError(not_known(f"no column {shown(name)} in the table", name, known))
 
 
 def varying_parameters(table: pd.DataFrame) -> list[str]:
@@ -170,7 +180,7 @@ def plot_over_seeds(
 
     for name in [x] if lines is None else [x, lines]:
         if name not in summary.columns:
-            raise KeyError(not_known(f"no column {name!r} in the summary", name, summary.columns))
+            raise KeyError(not_known(f"no column {shown(name)} in the summary", name, summary.columns))
     if ax is None:
         ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")[1]
     groups = [("", summary)] if lines is None else list(summary.groupby(lines, sort=False))

@@ -138,6 +138,7 @@ def _write_card(folder: Path, path: Path) -> None:
     """A page for a table of a kept run that says paper value, ours and verdict."""
     lesson, title = path.parent.name, path.stem.replace("_", " ").capitalize()
     table = pd.read_csv(path, dtype=str, keep_default_na=False).to_html(index=False, border=0)
+    table = table.replace("`", "&#96;")  # no cell ends the block
     page = f"lessons/{lesson}.ipynb"
     origin = f"the lesson [{lesson}](../{page})" if (folder.parent / page).exists() else f"`{lesson}`"
     text = f"# {title} of {lesson}\n\nFrom {origin}.\n\n```{{raw}} html\n{table}\n```\n"

@@ -264,7 +264,7 @@ def test_no_link_leads_out_of_a_study(study, tmp_path, name):
     path, elsewhere = study / name, tmp_path / "elsewhere"
     (path.rename if path.exists() else lambda place: place.write_text(""))(elsewhere)
     path.symlink_to(elsewhere)
-    with pytest.raises(ValueError, match="is a link that leaves the study .*: put the file itself there"):
+    with pytest.raises(ValueError, match=r"is a link that leaves the study .*: put the file itself there"):
         for session in [StudySession(study, "ann")] * 20:
             session.answer(session.next().number, "left")
         study_result(study)

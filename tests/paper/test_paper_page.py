@@ -76,7 +76,8 @@ def replay(tmp_path_factory):
         run = folder / name.split("/")[0]
         run.mkdir(exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
-        write_json(run / "run.json", {"status": "finished", "seconds": 2.0})
+        record = {"status": "finished", "seconds": 2.0, "notebook": "", "source_hash": "", "parameters": {}}
+        write_json(run / "run.json", record)
         write_json(run / "metrics.json", {"metrics": REACHED})
     noise = pd.DataFrame({"clean": [1.0], "flipped": [0.9], "lost": [0.1]}, index=["kto/0.3"])
     noise.to_csv(folder / "user_likes_red" / "noise.csv")

@@ -74,7 +74,8 @@ def test_how_a_run_stands_is_read_from_its_files(sweep):
     leave(plan, changed, beta=3.0)
     with pytest.raises(RuntimeError, match="no likes"):
         fail_in(plan, failed)
-    write_json(leave(plan, killed) / "run.json", {"notebook": "a", "status": "running"})
+    record = leave(plan, killed) / "run.json"
+    write_json(record, json.loads(record.read_text()) | {"status": "running"})
     (leave(plan, lost) / "metrics.json").unlink()
     states = run_states(plan)
     assert [str(states[run.name]) for run in plan.runs] == [
@@ -97,6 +98,21 @@ def fail_in(plan, run):
     folder.mkdir(parents=True)
     with recorded(folder, Path(run.notebook), folder / "notebook.ipynb", run.parameters):
         raise RuntimeError("no likes")
+
+
+def test_what_a_record_says_reaches_a_terminal_spelled_out_and_cut(sweep):
+    plan = sweep(ONE_STAGE + "grid: {{seed: [0, 1]}}")
+    with (
+        pytest.raises(ValueError, match="clear"),
+        recorded(leave(plan, plan.runs[0]), TRAIN, plan.folder / "n.ipynb", plan.runs[0].parameters),
+    ):
+        raise ValueError("\x1b[2J clear\n" + "x" * 5000)
+    shown = show_plan(plan)
+    assert "\\x1b[2J clear\\nxxx" in shown and all(line.isprintable() for line in shown.splitlines())
+    assert max(map(len, shown.splitlines())) < 1000
+    write_json(plan.folder / plan.runs[0].name / "run.json", {"notebook": "a", "status": "finished"})
+    with pytest.raises(ValueError, match=r"run.json is no record of a run: source_hash must be text, got nothing"):
+        run_states(plan)
 
 
 def test_other_code_of_a_room_other_settings_and_a_newer_input_are_said(sweep, monkeypatch):

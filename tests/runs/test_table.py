@@ -11,6 +11,7 @@ from scipy import stats
 
 from dkto.common.files import write_json
 from dkto.runs.record import recorded
+from dkto.runs.runner import results_of
 from dkto.runs.table import (
     column,
     diff_runs,
@@ -62,6 +63,49 @@ def test_a_failed_run_has_no_metrics_even_if_an_old_file_lies_there(tmp_path):
     record = json.loads((folder / "run.json").read_text()) | {"status": "failed", "error": "x"}
     write_json(folder / "run.json", record)
     assert "metric.kl" not in read_runs(tmp_path).columns
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("run", {"status": "done"}, r"status must be one of running, finished, failed, got 'done'"),
+        ("run", {"status": ["finished"]}, r"status must be one of"),
+        ("run", {"parameters": None}, r"parameters must be an object of numbers, texts and lists, got None"),
+        ("run", {"parameters": {"beta": {"a": 1}}}, r"parameters must be an object of numbers"),
+        ("run", {"seconds": "1"}, r"seconds must be a finite number, got '1'"),
+        ("run", {"error": 3}, r"error must be text or null, got 3"),
+        ("run", {"status": "failed"}, r"error must be text, got None"),
+        ("run", {"notebook": 3}, r"notebook must be text, got 3"),
+        ("run", {"versions": "x"}, r"versions must be an object of"),
+        ("run", "[" * 3000, r"maximum recursion depth"),
+        ("run", "", r"Expecting value"),
+        ("metrics", {"metrics": {"kl": "0.5"}}, r"metrics must be an object of numbers, got \{'kl': '0.5'\}"),
+        ("metrics", {"metrics": {"kl": [1]}}, r"metrics must be an object of numbers"),
+        ("metrics", {"metrics": {"kl": True}}, r"metrics must be an object of numbers"),
+        ("metrics", {"metrics": {"kl": float("nan")}}, r"metrics must be an object of numbers"),
+        ("metrics", {"metrics": [1]}, r"metrics must be an object of numbers, got \[1\]"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_field(tmp_path, name, change, sentence):
+    path = leave(tmp_path / "run", beta=1.0, likes="few", seed=0) / f"{name}.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    for read in (read_runs, results_of):
+        with pytest.raises(ValueError, match=rf"{name}\.json is no (record of a run|table of metrics): {sentence}"):
+            read(tmp_path)
+
+
+def test_whole_numbers_of_any_size_are_kept(tmp_path):
+    leave(tmp_path / "a", beta=1.0, likes="few", seed=2**70)
+    assert read_runs(tmp_path)["parameter.seed"].tolist() == [2**70]
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
+def test_no_link_leads_out_of_a_folder_of_runs(tmp_path, name):
+    run = leave(tmp_path / "runs" / "a", beta=1.0, likes="few", seed=0)
+    (run / name).rename(tmp_path / name)
+    (run / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is a link that leaves the folder .*: put the file itself there"):
+        read_runs(tmp_path / "runs")
 
 
 def test_folders_without_runs_are_told_apart_from_missing_ones(tmp_path):

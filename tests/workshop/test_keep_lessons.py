@@ -213,7 +213,8 @@ def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     for name, status in (("tables-0", "finished"), ("tables-1", "failed")):
-        write_json(folder / name / "run.json", {"status": status, "seconds": 1.0})
+        record = {"status": status, "seconds": 1.0, "error": "", "notebook": "", "source_hash": "", "parameters": {}}
+        write_json(folder / name / "run.json", record)
     write_json(folder / "tables-0" / "metrics.json", {"metrics": {}})
     kept.mkdir()
     (kept / "former.csv").write_text("of another replay")
