@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dkto.common.commands import Calls, run_commands
-from dkto.common.progress import QUIET_VARIABLE, progress
 
 if TYPE_CHECKING:
     from dkto.training.config import RunConfig
@@ -60,11 +59,9 @@ def train_online(config: Calls("dkto.training.config:OnlineConfig"), threads: Th
 
 
 def _tune(config: "RunConfig", threads: int) -> None:
-    from dkto.common.processes import join_family
     from dkto.training.loop import run_training
     from dkto.training.run_folder import RunFolder
 
-    join_family()
     _use_threads(threads)
     run_training(config)
     stopped = "stopped at a checkpoint; the same command goes on from it:"
@@ -102,6 +99,7 @@ def memory(
     measure: Annotated[bool, "measure batch 1 in float32 on this CPU instead, beside the computed memory"] = False,
 ) -> None:
     """Say how much memory a training takes, and the largest batch for some GPUs, without taking it; minutes a row."""
+    from dkto.common.progress import progress
     from dkto.training.memory import SIZES, measured_step_memory, memory_table, step_memory
 
     wanted = [(name, rank) for name in models for rank in lora_ranks]
@@ -161,10 +159,10 @@ def run(
     """Execute a notebook with papermill, refusing parameters that it does not declare."""
     # a second of every run: jsonschema compiles a grammar of IRIs if it can, and no notebook's schema holds one
     sys.modules.setdefault("rfc3987_syntax", None)
-    from dkto.common.processes import die_with_engine, graphics_cards
+    from dkto.common.processes import graphics_cards
+    from dkto.common.progress import QUIET_VARIABLE
     from dkto.runs.notebooks import run_notebook
 
-    die_with_engine()
     given: dict[str, str] = {}
     for text in parameters:
         name, equals, value = text.partition("=")

@@ -1,14 +1,11 @@
 """`python -m toy`: the headline of the laboratory, the sweep `toy.yaml`, its numbers and where they landed."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal
 
-import pandas as pd
-import tyro
-
-from dkto.runs.runner import results_of, run_sweep
-from dkto.runs.sweeps import SHIPPED, read_sweep
+from dkto.common.ends import guarded
 
 
 def run_headline(
@@ -28,6 +25,9 @@ def run_headline(
     Raises:
         FileNotFoundError: outside a checkout, where there are no sweeps.
     """
+    from dkto.runs.runner import results_of, run_sweep  # an interruption while this is imported ends in a sentence too
+    from dkto.runs.sweeps import SHIPPED, read_sweep
+
     changes = {"profile": profile, "seeds": seeds, "processes": processes}
     plan = read_sweep(SHIPPED / "toy.yaml", output_dir, changes)
     run_sweep(plan, in_turn=True, renew=True)
@@ -49,6 +49,8 @@ def run_headline(
 
 def format_headline(metrics: dict[str, float]) -> str:
     """KL, undesirable share and pair accuracy by method as a text table with intervals and diverged seeds."""
+    import pandas as pd
+
     names = [key.removeprefix("diverged/") for key in metrics if key.startswith("diverged/")]
     columns = [("KL", "kl", 1, 3), ("undesirable", "undesirable_share", 100, 1), ("accuracy", "pair_accuracy", 100, 1)]
     rows = []
@@ -62,5 +64,11 @@ def format_headline(metrics: dict[str, float]) -> str:
     return pd.DataFrame(rows).to_string(index=False)
 
 
-if __name__ == "__main__":
+def _main() -> None:
+    import tyro
+
     tyro.cli(run_headline)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(_main, "toy"))

@@ -1,9 +1,7 @@
 """An experiment: methods x seeds, trained as stacked ensembles, one process a core, sampled and measured (paper 7)."""
 
-import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dkto.common.processes import worker_pool
 from toy.measures import Estimate, bounds_of, has_diverged, held_out_rewards, measure_points, over_seeds
 from toy.network import Architecture, Ensemble
 from toy.objectives import Method
@@ -123,8 +122,7 @@ def run_experiment(
     if len(jobs) == 1:
         parts = [_work(*jobs[0])]
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(len(jobs), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with worker_pool(len(jobs)) as pool:
             parts = list(pool.map(_work, *zip(*jobs, strict=True)))
     measuring = max(part.pop("seconds") for part in parts)
     seconds = {"ensemble": time.perf_counter() - start - measuring, "measures": measuring}

@@ -14,12 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
-import tyro
-from docstring_parser import parse_from_object
-
+from dkto.common.ends import guarded
 from dkto.common.names import not_known
 
-MISTAKES = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError)
 SIMPLER = {str | Path: str, str | Path | None: str | None}  # to a command line both are text
 
 
@@ -32,27 +29,29 @@ class Calls:
 
 
 def run_commands(functions: Iterable[Callable[..., None]], arguments: list[str] | None, prog: str) -> int:
-    """Run the command that the arguments name; a mistake of the user ends in one sentence and exit code 2.
+    """Run the command that the arguments name; it ends as `dkto.common.ends.guarded` says.
 
     The list of all commands shows the first line of each function's docstring. Without `arguments`, it takes those of
     this process.
     """
+    own_process, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     commands = {function.__name__.replace("_", "-"): function for function in functions}
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return guarded(lambda: _call(commands, arguments, prog), prog.split()[-1], own_process=own_process)
+
+
+def _call(commands: dict[str, Callable[..., None]], arguments: list[str], prog: str) -> None:
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [OPTIONS]; {prog} COMMAND --help says more\n")
         print("\n".join(f"  {name:<14}{command.__doc__.splitlines()[0]}" for name, command in commands.items()))
-        return 0
+        return
+    import tyro
+
     if name.startswith("--tyro-"):  # completion of a shell
         tyro.extras.subcommand_cli_from_dict({n: command_line(c) for n, c in commands.items()}, args=[name, *rest])
-    try:
-        if name not in commands:
-            raise ValueError(not_known(f"there is no command {name!r}", name, commands))
-        tyro.cli(command_line(commands[name]), args=rest, prog=f"{prog} {name}")()
-    except MISTAKES as error:
-        print(f"{prog.split()[-1]}: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    if name not in commands:
+        raise ValueError(not_known(f"there is no command {name!r}", name, commands))
+    tyro.cli(command_line(commands[name]), args=rest, prog=f"{prog} {name}")()
 
 
 def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -63,6 +62,7 @@ def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], Non
     >>> def greet(name: str, times: Annotated[int, "how often"] = 1) -> None:
     ...     "Say hello."
     ...     print("hello", *[name] * times)
+    >>> import tyro
     >>> tyro.cli(command_line(greet), args=["Ada", "--times", "2"])()
     hello Ada Ada
     """
@@ -89,6 +89,9 @@ def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], Non
 
 def _options(function: Callable) -> dict[str, inspect.Parameter]:
     """Parameters by name, annotated for tyro: with their help, and whether they are positional."""
+    import tyro  # an interruption while it is imported ends in a sentence too
+    from docstring_parser import parse_from_object
+
     hints, help_of = get_type_hints(function, include_extras=True), {}
     for described in (function,) if not inspect.isclass(function) else function.__mro__[-2::-1]:  # fields are inherited
         for entry in parse_from_object(described).params:

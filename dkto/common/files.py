@@ -6,10 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkto.common.ends import REMEDIES, is_alive
 from dkto.common.json_text import parse_json
 from dkto.common.names import shown
 
@@ -27,13 +31,34 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     processes of this machine that are gone left unfinished in that folder is removed.
     """
     clear_parts(path.parent)
-    part = path.with_name(f"{path.name}.{os.getpid()}@{_node()}{PART}")
+    part = part_of(path)
     try:
         write(part)
         publish(part, path)
-    except BaseException:
+    except BaseException as error:
         remove(part)
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            raise not_written(path, error) from error
         raise
+
+
+def part_of(path: Path) -> Path:
+    """Where this thread writes what becomes `path`."""
+    thread = "" if threading.current_thread() is threading.main_thread() else f".{threading.get_native_id()}"
+    return path.with_name(f"{path.name}{thread}.{os.getpid()}@{_node()}{PART}")
+
+
+def not_written(path: Path, error: OSError) -> OSError:
+    """The error of a file that cannot be written, as a sentence with its place and what to do."""
+    return type(error)(f"{path} could not be written: {error.strerror}; {REMEDIES[error.errno]}")
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that a kill leaves it whole, or under the name of what is not complete."""
+    part = part_of(folder)
+    remove(part)
+    folder.replace(part)
+    remove(part)
 
 
 def publish(part: Path, path: Path) -> None:
@@ -65,7 +90,7 @@ def clear_parts(folder: Path) -> None:
     _CLEARED.add(folder)
     for found in folder.glob(f"*@{glob.escape(_node())}{PART}"):
         number = found.name.removesuffix(f"@{_node()}{PART}").rpartition(".")[2]
-        if number.isdecimal() and not _is_alive(int(number)):
+        if number.isdecimal() and not is_alive(int(number)):
             remove(found)
 
 
@@ -92,16 +117,6 @@ def _umask() -> int:
         return mask
 
 
-def _is_alive(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def write_png(path: Path, image: "Image.Image") -> None:
     """Write an image whole or not at all."""
     write_atomically(path, lambda part: image.save(part, format="PNG"))
@@ -125,9 +140,13 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
     ValueError: ...files.py is no record of a run: Extra data: line 1 column 3 (char 2)
     """
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is no {what}: {error}") from error
+    except OSError as error:
+        if error.filename is None:  # the disk failed while it was read
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no {what}: expected an object, got {shown(found)}")
     for key in keys:
@@ -160,35 +179,91 @@ def stays_inside(path: Path, folder: Path) -> bool:
 def claim(path: Path, about: dict, what: str) -> None:
     """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
 
+    Of two processes that claim at the same instant one makes the file, and the other checks it.
+
     Raises:
         ValueError: if the folder was claimed for something else, or the file cannot be read.
     """
     if not path.exists():
-        write_json(path, about)
-        return
+        clear_parts(path.parent)
+        part = part_of(path)
+        try:
+            part.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+            publish(part, part)
+            _link(part, path)
+        finally:
+            remove(part)
     stored = read_json(path, f"record of what {path.parent} holds")
-    differs = [key for key in about if stored.get(key) != about[key]]
+    differs = [key for key in about if stored.get(key) != json.loads(json.dumps(about[key]))]
     if differs:
         raise ValueError(
             f"{path.parent} holds {what} of another run ({', '.join(differs)} differ): choose another folder"
         )
 
 
+def _link(part: Path, path: Path) -> None:
+    """Make a complete file known as `path`, unless that is there by now."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this file system: the name is taken first, and filled at once
+        with suppress(FileExistsError), path.open("x") as file:
+            file.write(part.read_text())
+    force_to_disk(path.parent)
+
+
+def records_of(path: str | Path) -> Iterator[dict]:
+    """The records of a file of JSON lines one by one; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: for another line that is no record; the sentence names file and line.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = parse_json(line)
+                if not isinstance(record, dict):
+                    raise ValueError("expected an object")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                text = shown(line.decode(errors="replace").strip())
+                raise ValueError(
+                    f"{path}, line {number} is no record ({error}), got {text}: remove this line, or restore the file"
+                ) from error
+            yield record
+
+
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a file of JSON lines, as `metrics.jsonl`; a last line that a kill cut short is left out."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """All records of a file of JSON lines, as `metrics.jsonl`, see `records_of`."""
+    return list(records_of(path))
+
+
+def last_record(path: Path) -> dict | None:
+    """The last record of a file of JSON lines that has an end, None if there is none; the rest is not read."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for length in (2**14, size):  # a record is shorter, as a rule
+            file.seek(max(0, size - length))
+            for line in reversed(file.read().split(b"\n")[1 if length < size else 0 : -1]):
+                try:
+                    return json.loads(line)
+                except ValueError:
+                    continue
+    return None
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
     """Write records, one line of JSON each, whole or not at all."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(path, lambda part: part.write_text(text))
+
+    def write(part: Path) -> None:
+        with part.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    write_atomically(path, write)
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -198,14 +273,17 @@ def append_record(path: Path, record: dict) -> None:
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a crash cut the last line
-                line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash cut the last line
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_written(path, error) if error.errno in REMEDIES else error from error
 
 
 def file_sha256(path: Path) -> str:
@@ -215,6 +293,10 @@ def file_sha256(path: Path) -> str:
 
 
 def keep_records(path: Path, last_step: int) -> None:
-    """Drop the records after `last_step`: a resumed run writes them again."""
+    """Drop the records after `last_step`: a resumed run writes them again.
+
+    Raises:
+        ValueError: if one before it is damaged; nothing is rewritten then.
+    """
     if path.exists():
-        write_records(path, [record for record in read_records(path) if record["global_step"] <= last_step])
+        write_records(path, takewhile(lambda record: record.get("global_step", 0) <= last_step, records_of(path)))

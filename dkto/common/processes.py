@@ -2,52 +2,58 @@
 
 import fcntl
 import multiprocessing
-import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from dkto.common import follow
+from dkto.common.ends import end_with
 
-PARENT_VARIABLE = "DKTO_PARENT"  # process that a run of a sweep dies with; set by papermill_runs/Snakefile
 LOCK_NAME = ".lock"
-FAMILY_VARIABLE = "DKTO_ENDS_WITH_PARENT"  # the process that started a training, read by `dkto train`
 
 
-def join_family() -> None:
-    """In a process started below a launcher (accelerate, torchrun) by `start_training`: end when the launcher does.
-
-    The kernel's request is not handed on to children, so each training process makes it itself.
-    """
-    if started := os.environ.get(FAMILY_VARIABLE):
-        follow.die_with_parent()
-        if os.getppid() == 1 != int(started):  # the launcher was gone before the request
-            sys.exit(f"{FAMILY_VARIABLE} is set, but what started this training has ended")
-
-
-def start_worker(threads: int = 1) -> None:
-    """In each process of a pool: its threads, and an end with the pool's own process, or it would wait indefinitely."""
+def _start_worker(threads: int, payload: bytes) -> None:
+    end_with(multiprocessing.parent_process().pid)  # before the imports that unpickling brings, which take long
+    warnings.formatwarning = lambda text, *_, **__: f"{text}\n"
+    initializer, arguments = pickle.loads(payload)
     import torch
 
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer(*arguments)
 
 
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+@contextmanager
+def worker_pool(
+    count: int, initializer: Callable[..., object] = int, arguments: Sequence = (), threads: int = 1
+) -> Iterator[ProcessPoolExecutor]:
+    """`count` fresh processes of some threads each, which end with this one; an interruption ends them at once.
 
-
-def worker_pool(count: int) -> ProcessPoolExecutor:
-    """`count` fresh processes of one thread each, which end with this one."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
+    Ctrl-C reaches all processes of a terminal: here only this one takes it.
+    """
+    context, payload = multiprocessing.get_context("spawn"), pickle.dumps((initializer, arguments))
+    pool = ProcessPoolExecutor(count, context, _start_worker, (threads, payload))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask
+    try:
+        pool.submit(int)  # starts all of them
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield pool
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            for process in list(pool._processes.values()):
+                process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]:
@@ -59,15 +65,6 @@ def following(command: Sequence[str], number: int = signal.SIGTERM) -> list[str]
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", follow.__file__, str(os.getpid()), str(int(number)), *command]
-
-
-def die_with_engine() -> None:
-    """In a run of a sweep: end when the engine ends, also if it ended before this line."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is not None:
-        follow.die_with_parent(signal.SIGKILL)
-        if str(os.getppid()) != parent:
-            sys.exit(f"process {parent}, which started this run, has ended")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dkto.common.files import write_atomically
+from dkto.common.names import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,36 @@ def read_tensors(path: Path, what: str) -> "dict[str, Tensor]":
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} holds no {what} that can be read ({error}): remove it, or write it again") from error
+
+
+def check_tensors(path: Path, what: str, shapes: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, which is read tensor by tensor.
+
+    Args:
+        path, what: as in `read_tensors`.
+        shapes: what it should hold, if that is known.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is cut or damaged, holds other tensors, or one that is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_header(path, what)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            bad = [name for name in found if not bool(file.get_tensor(name).isfinite().all())]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} holds no {what} that can be read ({error})") from error
+    if bad:
+        raise ValueError(f"{path} holds no {what}: {shown(bad[0])} is not finite")
+    if shapes is not None and found != shapes:
+        other = next(name for name in sorted(found.keys() | shapes.keys()) if found.get(name) != shapes.get(name))
+        raise ValueError(
+            f"{path} holds no {what}: {shown(other)} should have shape {shapes.get(other)}, got {found.get(other)}"
+        )
+    return found
 
 
 def check_header(path: Path, what: str) -> int:

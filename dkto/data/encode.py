@@ -24,7 +24,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
 from dkto.common.names import check_choice
-from dkto.common.processes import sole_writer, start_worker
+from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
 from dkto.common.tensors import write_tensors
 from dkto.data.encoded import (
@@ -227,9 +227,8 @@ class _Job:
         if min(processes, len(tasks)) < 2:
             yield from map(self.run, tasks)
             return
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("i", 0)
-        with ProcessPoolExecutor(processes, context, _start_worker, (self, counter, processes)) as pool:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with worker_pool(processes, _start_worker, (self,), threads) as pool:
             yield from pool.map(_work, tasks)
 
     def run(self, task: tuple[str, int]) -> None:
@@ -305,14 +304,12 @@ class _Job:
 _worker_job: _Job | None = None
 
 
-def _start_worker(job: _Job, counter, processes: int) -> None:
+def _start_worker(job: _Job) -> None:
     global _worker_job
-    with counter.get_lock():
-        place, counter.value = counter.value, counter.value + 1
     if torch.cuda.is_available():
-        job.device = f"cuda:{place % torch.cuda.device_count()}"
+        number = int(multiprocessing.current_process().name.rpartition("-")[2])  # workers are numbered in turn
+        job.device = f"cuda:{number % torch.cuda.device_count()}"
     _worker_job = job
-    start_worker(max(1, (os.cpu_count() or 1) // processes))
 
 
 def _work(task: tuple[str, int]) -> None:

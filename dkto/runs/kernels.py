@@ -11,6 +11,7 @@ from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from dkto.common.ends import take_signals_back
 from dkto.common.progress import QUIET_VARIABLE
 
 ENVIRONMENT = {
@@ -63,7 +64,8 @@ class AskingKernelManager(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict())
 
     async def start_kernel(self, **options: object) -> None:
-        """Start the kernel with `ENVIRONMENT` over this process's own."""
+        """Start the kernel with `ENVIRONMENT` over this process's own; nbclient keeps no signal from the command."""
+        take_signals_back(asyncio.get_running_loop())
         await super().start_kernel(env=os.environ | ENVIRONMENT, **options)
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:

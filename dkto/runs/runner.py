@@ -34,7 +34,6 @@ MOST_NAMED = 50  # runs that are not done, in the sentence at the end
 BATCH = CHECKOUT / "papermill_runs"
 ENGINE_LOG = "engine.log"
 CHANGES_NO_RESULT = "processes"  # the parameter that another machine may have another value of
-GRACE = 30.0  # seconds that the engine has to end its jobs after an interruption
 
 
 @dataclass(frozen=True)
@@ -277,19 +276,14 @@ def _engine(plan: Plan, arguments: list[str], hold: int) -> Iterator[subprocess.
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[hold],
-            start_new_session=True,  # an interrupt from the keyboard comes here, and is passed on once
+            start_new_session=True,  # an interrupt from the keyboard comes to this process alone
             env=os.environ | {QUIET_VARIABLE: "1"},
         )
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(GRACE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            process.kill()  # if it is still there this process was interrupted; its runs end with it
+            process.wait()
 
 
 def _tell(plan: Plan, todo: list[PlannedRun], engine: subprocess.Popen) -> None:

@@ -1,12 +1,13 @@
 """The card beside tuned weights: what they are, how they were made, how they are used, what they inherit."""
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
-from dkto.common.files import read_json, read_records
+from dkto.common.files import read_json, records_of
 from dkto.common.machine import versions
 from dkto.models import SMALL_WORLD, DiffusionModel
 from dkto.objective.methods import METHODS
@@ -45,7 +46,7 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
         prepared = Path(config.prepared_dir) / "prepared.json"
         rows = read_json(prepared, "record of prepared feedback", ["rows"])["rows"] if prepared.exists() else 0
         data = f"{rows} rated images"
-    records = read_records(run / "metrics.jsonl")[-20:]
+    records = deque(records_of(run / "metrics.jsonl"), 20)
     measured = {name: [r[name] for r in records if name in r] for name in SHOWN}
     figures = "\n".join(f"| {name} | {sum(v) / len(v):.4g} |" for name, v in measured.items() if v)
     method = METHODS[config.objective]

@@ -58,7 +58,10 @@ class RunConfig:
 
     # what changes nothing about the result, so that a run may go on with other values
     NEUTRAL: ClassVar[frozenset[str]] = frozenset(
-        {"prepared_dir", "output_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "tracker"}
+        {
+            *("prepared_dir", "output_dir", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "tracker"),
+            "max_train_steps",  # no step depends on how many follow it
+        }
     )
 
     def __post_init__(self) -> None:

@@ -17,8 +17,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from dkto.common.files import read_json, write_json
 from dkto.common.machine import peak_memory_mb
-from dkto.common.tensors import read_tensors, write_tensors
+from dkto.common.names import shown
+from dkto.common.tensors import check_tensors, read_tensors, write_tensors
 from dkto.models import DiffusionModel, make_policy
+from dkto.models.base import WEIGHTS_FILE
+from dkto.models.policy import LORA_FILE
 from dkto.training.config import RunConfig
 
 WHOLE_STATE = "engine"  # what DeepSpeed writes for itself
@@ -220,6 +223,32 @@ class Engine:
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(folder / WHOLE_STATE)
         self.accelerator.wait_for_everyone()
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse a checkpoint that cannot be gone on from; the engine has not been started.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if one is damaged, of other shapes, or holds what is not finite.
+        """
+        wanted = {"scaler": self.scaler is not None, "ema_step": bool(self.config.ema_decay)}
+        read_json(folder / "engine.json", "state of an engine", [key for key, there in wanted.items() if there])
+        trained = {name: list(parameter.shape) for name, parameter in self.pair.trainable().items()}
+        if self.pair.reference is None:
+            weights = {f"{self.pair.part}.{name.replace('.default.', '.')}": shape for name, shape in trained.items()}
+            check_tensors(folder / LORA_FILE, "weights", weights)
+        else:
+            weights = {name: list(value.shape) for name, value in self.pair.policy.state_dict().items()}
+            check_tensors(folder / self.pair.part / WEIGHTS_FILE, "weights", weights)
+        if self.config.ema_decay:
+            check_tensors(folder / "ema.safetensors", "average of weights", trained)
+        if self.deepspeed:
+            return
+        path = folder / "optimizer.safetensors"
+        for name, shape in check_tensors(path, "optimizer state").items():
+            parameter, _, key = name.rpartition("/")
+            if parameter not in trained or (key.startswith("exp_avg") and shape != trained[parameter]):
+                raise ValueError(f"{path} holds no optimizer state: {shown(name)} of shape {shape} is of other weights")
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `write_state` wrote; the engine has been started."""

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dkto.common.files import read_records
-from dkto.common.processes import FAMILY_VARIABLE, following
+from dkto.common.ends import PARENT_VARIABLE
+from dkto.common.files import last_record
+from dkto.common.processes import following
 from dkto.common.progress import progress
 from dkto.training.config import OnlineConfig, RunConfig, TrainConfig
 
@@ -62,7 +63,7 @@ def start_training(
     """
     command = training_command(config, threads=threads, ranks=ranks, accelerate_config=accelerate_config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {FAMILY_VARIABLE: str(os.getpid())}
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
     with (config.output_dir / "train.log").open("a") as log:
         return subprocess.Popen(following(command), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -110,9 +111,9 @@ def run_trainings(
                 running.remove((config, process))
     finally:
         for _, process in running:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.terminate()
+        for _, process in running:
+            process.wait()
         bar.close()
 
 
@@ -124,6 +125,5 @@ def _failure(config: RunConfig, code: int) -> str:
 
 
 def _steps_done(config: RunConfig) -> int:
-    path = config.output_dir / "metrics.jsonl"
-    records = read_records(path) if path.exists() else []
-    return records[-1]["global_step"] if records else 0
+    record = last_record(config.output_dir / "metrics.jsonl")
+    return record["global_step"] if record else 0

@@ -34,8 +34,9 @@ def learning_rate_at(step: int, config: RunConfig) -> float:
 def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[dict]:
     """Train and yield one record per optimiser step.
 
-    A run whose output folder holds checkpoints of the same configuration goes on from the last one;
-    one that is finished yields nothing. A step whose loss or gradient is not finite changes nothing,
+    A run whose output folder holds checkpoints of the same configuration goes on from the last one that is whole;
+    one that is finished yields nothing. More steps may be asked of a run that is not finished.
+    A step whose loss or gradient is not finite changes nothing,
     leaves no record and is counted in `skipped_steps`.
     At the end the folder holds `metrics.jsonl`, `training.json` and the weights for plain diffusers:
     `model/`, a whole pipeline, after full fine-tuning; `lora/` after training adapters.
@@ -48,15 +49,17 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     Raises:
         ValueError: if the feedback was prepared with another model, has one class only while both are asked for, has no
             pairs for "dpo", the utility is unknown, AlignProp's reward has no gradient, a reward cannot read a prompt,
-            an online method meets a flow model, or the folder belongs to another configuration.
+            an online method meets a flow model, the folder belongs to another configuration, or
+            none of its checkpoints is whole.
         KeyError: if no scorer has the reward's name.
         FileNotFoundError: if prepared feedback, prompts or a reward's weights are missing.
         BlockingIOError: if another process trains into the folder.
         FloatingPointError: after `max_bad_steps` steps in a row with a non-finite loss or gradient.
-        RuntimeError: if a checkpoint cannot be written.
+        RuntimeError: if a checkpoint or the tuned weights cannot be written.
     """
     folder = RunFolder(config)
     if folder.is_finished():
+        folder.clear()
         return
     run = open_run(config)
     main = run.engine.accelerator.is_main_process
@@ -107,7 +110,7 @@ def gradients_of(run: Run) -> dict[str, float]:
 
 def resume(run: Run, folder: RunFolder) -> None:
     """Put a run where its last checkpoint left it, if there is one, and start its engine."""
-    checkpoint, state = folder.last_checkpoint() or (None, {})
+    checkpoint, state = folder.last_checkpoint(run.engine.check_checkpoint) or (None, {})
     if checkpoint is not None:
         read_weights(run.engine.pair, checkpoint)
     run.engine.start()

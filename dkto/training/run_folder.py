@@ -6,19 +6,32 @@ The folder of a run:
     checkpoint-00000500/                          whole or absent; the last `keep_checkpoints` of them
     checkpoint-*/unet/ or pytorch_lora_weights.safetensors            as diffusers loads them
     checkpoint-*/state.json, engine.json, optimizer.safetensors, ...  to go on from
-    latest -> checkpoint-00000500                 at the end -> model or lora
+    latest -> checkpoint-00000500                 at the end -> model or lora; a text file where there are no links
     model/ or lora/                               at the end: for plain diffusers, with a card
 """
 
 import json
-import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from dkto.common.files import keep_records, publish, read_json, write_json
+from dkto.common.ends import REMEDIES
+from dkto.common.files import (
+    PART,
+    discard,
+    force_to_disk,
+    keep_records,
+    not_written,
+    publish,
+    read_json,
+    remove,
+    write_json,
+)
 from dkto.common.machine import git_commit, hardware, versions
 from dkto.models import write_weights
 from dkto.models.system import TRAINING_RECORD
@@ -28,6 +41,7 @@ from dkto.training.config import RunConfig
 if TYPE_CHECKING:
     from dkto.training.step import Run
 
+PROGRESS = ("global_step", "skipped_steps", "bad_steps", "seconds")  # of `dkto.training.step.Progress`
 FORMER_RECORD = "run.json"  # of version 0.1
 
 
@@ -41,10 +55,14 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(".part"))
+        return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(PART))
 
     def is_finished(self) -> bool:
-        """Whether this very configuration was trained to its end here; ValueError for another or other feedback."""
+        """Whether this very configuration was trained to its end here.
+
+        Raises:
+            ValueError: for another configuration or length, or other feedback.
+        """
         path = self.path / TRAINING_RECORD
         if not path.exists():
             former = self.path / FORMER_RECORD
@@ -56,17 +74,29 @@ class RunFolder:
             return False
         about = read_json(path, "record of a training", ["fingerprint", "config"])
         self._check_same(self.path, about)
+        steps = about["config"].get("max_train_steps")
+        if about.get("finished") and steps != self.config.max_train_steps:
+            raise ValueError(
+                f"{self.path} was trained to its end of {steps} steps and keeps no checkpoint: train "
+                f"{self.config.max_train_steps} steps in another output_dir (only a run that has not ended can be made "
+                "longer)"
+            )
         return bool(about.get("finished"))
 
     def begin(self, num_processes: int, last_step: int) -> None:
         """Write training.json, and drop the records after `last_step`, which will be written again."""
+        for part in self.path.glob(f"*{PART}"):  # the folder is held: whoever wrote these is gone
+            remove(part)
         keep_records(self.records_path, last_step)
         self._describe(num_processes)
 
     def append(self, record: dict) -> None:
         """Add one record; each line is flushed, so that a viewer sees it at once."""
-        with self.records_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.records_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise not_written(self.records_path, error) if error.errno in REMEDIES else error from error
 
     def save(self, run: "Run") -> None:
         """Write `checkpoint-STEP/`; every rank makes the call.
@@ -75,61 +105,114 @@ class RunFolder:
             RuntimeError: if it cannot be written, for instance on a full disk; the former checkpoint is whole.
         """
         engine, target = run.engine, self.path / f"checkpoint-{run.progress.global_step:08d}"
-        part = target.with_name(target.name + ".part")
-        weights, moments = engine.full_weights(), engine.moments()
-        if engine.accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
-            try:
-                part.mkdir(parents=True)
+        main, weights, moments = engine.accelerator.is_main_process, engine.full_weights(), engine.moments()
+        with self._part_of(target, main) as part:
+            if main:
                 write_weights(engine.pair, part, weights)
                 engine.write_state(part, moments)
                 write_json(part / "state.json", asdict(run.progress) | self._identity())
-            except (OSError, SafetensorError) as error:
-                shutil.rmtree(part, ignore_errors=True)
-                kept = self.checkpoints()
-                rest = f"{kept[-1].name} before it is whole" if kept else "there was none before it"
-                raise RuntimeError(
-                    f"{target.name} could not be written ({error}); {rest}: make room and call again"
-                ) from error
-        engine.save_whole_state(part)
-        if engine.accelerator.is_main_process:
-            publish(part, target)
-            self._point_latest(target)
-            for old in self.checkpoints()[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+            engine.save_whole_state(part)
+            if main:
+                self._publish(part, target)
+        if main:
+            found = self.checkpoints()
+            place = found.index(target) + 1
+            for old in [*found[: max(0, place - self.config.keep_checkpoints)], *found[place:]]:
+                discard(old)  # a newer one is broken: the run went on from one before it
 
-    def last_checkpoint(self) -> tuple[Path, dict] | None:
-        """The last complete checkpoint and its state, or None; ValueError for another configuration or feedback."""
-        found = self.checkpoints()
-        if not found:
-            return None
-        state = read_json(found[-1] / "state.json", "state of a checkpoint", ["fingerprint", "config"])
-        self._check_same(found[-1], state)
-        return found[-1], state
+    @contextmanager
+    def _part_of(self, target: Path, main: bool) -> Iterator[Path]:
+        """The folder that becomes `target`; one that cannot be written is removed, with a sentence."""
+        part = target.with_name(target.name + PART)
+        try:
+            if main:
+                remove(part)
+                part.mkdir(parents=True)
+            yield part
+        except (OSError, SafetensorError) as error:
+            remove(part)
+            kept = self.checkpoints()
+            rest = f"{kept[-1].name} before it is whole" if kept else "there was none before it"
+            raise RuntimeError(
+                f"{target.name} could not be written ({error}); {rest}: make room and call again"
+            ) from error
+
+    def _publish(self, part: Path, target: Path) -> None:
+        """Let a complete folder be `target`, and the records that lead to it be on disk before."""
+        if self.records_path.exists():
+            force_to_disk(self.records_path)
+        if target.exists():
+            discard(target)
+        publish(part, target)
+        self._point_latest(target)
+
+    def last_checkpoint(self, check: Callable[[Path], None]) -> tuple[Path, dict] | None:
+        """The newest checkpoint that is whole and its state, or None if there is none at all.
+
+        Args:
+            check: raises a ValueError or FileNotFoundError for one that cannot be gone on from.
+
+        Raises:
+            ValueError: if none is whole, for another configuration or feedback, or if more steps are done than asked.
+        """
+        broken = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                state = read_json(folder / "state.json", "state of a checkpoint", ["fingerprint", "config", *PROGRESS])
+                if any(type(state[name]) not in (int, float) for name in PROGRESS):
+                    raise ValueError(f"{folder / 'state.json'} is no state of a checkpoint: a number is none")
+            except (ValueError, FileNotFoundError) as error:
+                broken.append(f"{folder.name} is broken ({error})")
+                continue
+            self._check_same(folder, state)
+            try:
+                check(folder)
+            except (ValueError, FileNotFoundError) as error:
+                broken.append(f"{folder.name} is broken ({error})")
+                continue
+            if state["global_step"] > self.config.max_train_steps:
+                raise ValueError(
+                    f"{self.path} has done {state['global_step']} steps, more than max_train_steps "
+                    f"{self.config.max_train_steps}: ask for more, or choose another output_dir"
+                )
+            if broken:
+                warnings.warn(f"{'; '.join(broken)}: going on from {folder.name}", stacklevel=2)
+            return folder, state
+        if broken:
+            raise ValueError(
+                f"no checkpoint in {self.path} is whole: {'; '.join(broken)}: remove them to train from the beginning, "
+                "or choose another output_dir"
+            )
+        return None
 
     def finish(self, run: "Run") -> None:
-        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls."""
+        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls.
+
+        Raises:
+            RuntimeError: if they cannot be written, for instance on a full disk.
+        """
         engine = run.engine
+        target = self.path / ("lora" if self.config.lora_rank else "model")
         with engine.averaged():
             weights = engine.full_weights()
             if not engine.accelerator.is_main_process:
                 return
-            target = self.path / ("lora" if self.config.lora_rank else "model")
-            part = target.with_name(target.name + ".part")
-            shutil.rmtree(part, ignore_errors=True)
-            if self.config.lora_rank:
-                write_weights(engine.pair, part, weights)
-            else:
-                run.model.write_pipeline(engine.pair.policy, part, weights)
-        write_card(part, self.path, self.config, run.model, run.progress)
-        shutil.rmtree(target, ignore_errors=True)
-        publish(part, target)
-        self._point_latest(target)
+            with self._part_of(target, main=True) as part:
+                if self.config.lora_rank:
+                    write_weights(engine.pair, part, weights)
+                else:
+                    run.model.write_pipeline(engine.pair.policy, part, weights)
+                write_card(part, self.path, self.config, run.model, run.progress)
+                self._publish(part, target)
         seconds, skipped = run.progress.seconds, run.progress.skipped_steps
         done = {"seconds": round(seconds, 2), "hours": round(seconds / 3600, 4), "skipped_steps": skipped}
         self._describe(engine.rank[1], **done, finished=True)
-        for old in self.path.glob("checkpoint-*"):  # the half of one that a kill left as well
-            shutil.rmtree(old)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a finished run, and the half of one that a kill left."""
+        for old in self.path.glob("checkpoint-*"):
+            remove(old)
 
     def _describe(self, num_processes: int, **more: object) -> None:
         about = {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}
@@ -157,7 +240,10 @@ class RunFolder:
         return read_json(path, "record of prepared feedback").get("feedback") if path.is_file() else None
 
     def _point_latest(self, target: Path) -> None:
-        part = self.path / "latest.part"
-        part.unlink(missing_ok=True)
-        part.symlink_to(target.name)
+        part = self.path / f"latest{PART}"
+        remove(part)
+        try:
+            part.symlink_to(target.name)
+        except OSError:  # a file system without links: a file that names it
+            part.write_text(f"{target.name}\n")
         part.replace(self.path / "latest")

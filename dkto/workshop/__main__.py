@@ -14,9 +14,12 @@ Three commands of their own keep the rest: `python -m dkto.workshop.keep_lessons
 `python -m dkto.workshop.results` (tables of results) and `python -m dkto.workshop.site` (web pages).
 """
 
+import sys
+
 import torch
 import tyro
 
+from dkto.common.ends import guarded
 from dkto.workshop.export import export
 from dkto.workshop.pretrain import train_unet, train_vae
 from dkto.workshop.scorers_card import train_scorers
@@ -31,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main, "dkto.workshop"))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dkto.common.ends import guarded
 from dkto.common.files import read_json, write_atomically
 from dkto.runs.notebooks import Parameter, declared_parameters
 from dkto.runs.record import RECORD_NAME, source_hash
@@ -236,13 +237,14 @@ def _smaller(encoded: str) -> str:
     return base64.b64encode(file.getvalue()).decode() if len(file.getvalue()) < len(data) else encoded
 
 
+def _main() -> None:
+    if len(sys.argv) > 1:
+        found = keep_paper(Path(sys.argv[1]), ROOT / "papermill_runs" / "reference" / PAPER)
+        print(f"steps kept: {', '.join(found)}")
+    else:
+        print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
+        print(f"refreshed without running: {', '.join(refresh()) or 'none'}")
+
+
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) > 1:
-            found = keep_paper(Path(sys.argv[1]), ROOT / "papermill_runs" / "reference" / PAPER)
-            print(f"steps kept: {', '.join(found)}")
-        else:
-            print(f"reference runs made: {', '.join(make_reference()) or 'none was missing or outdated'}")
-            print(f"refreshed without running: {', '.join(refresh()) or 'none'}")
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"dkto: {error}")
+    sys.exit(guarded(_main, "dkto"))

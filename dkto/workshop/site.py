@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pandas as pd
 from bs4 import BeautifulSoup
 
+from dkto.common.ends import guarded
 from dkto.workshop.keep_lessons import CARDS
 
 ROOT = Path(__file__).parents[2]
@@ -233,4 +234,4 @@ def _escaped(line: str) -> str:
 
 
 if __name__ == "__main__":
-    print(f"the site is in {build_site()}")
+    sys.exit(guarded(lambda: print(f"the site is in {build_site()}"), "dkto"))

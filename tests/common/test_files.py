@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -54,6 +56,63 @@ def test_a_folder_is_claimed_once(tmp_path):
     claim(tmp_path / "m.json", {"seed": 0, "prompts": ["a"]}, "images")
     with pytest.raises(ValueError, match=r"holds images of another run \(seed, prompts differ\)"):
         claim(tmp_path / "m.json", {"seed": 1, "prompts": ["b"]}, "images")
+
+
+def test_of_two_claims_at_the_same_instant_one_holds(tmp_path):
+    """Eight threads at a gate, each for something else: one folder is claimed once, and no part is left."""
+    for turn in range(20):
+        path, gate, won = tmp_path / f"{turn}.json", threading.Barrier(8), []
+
+        def want(number, path=path, gate=gate, won=won):
+            gate.wait()
+            with suppress(ValueError):
+                claim(path, {"seed": number}, "images")
+                won.append(number)
+
+        threads = [threading.Thread(target=want, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert won == [read_json(path, "claim")["seed"]]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_without_hard_links_a_claim_is_exclusive_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    claim(tmp_path / "m.json", {"seed": 0}, "images")
+    with pytest.raises(ValueError, match="another run"):
+        claim(tmp_path / "m.json", {"seed": 1}, "images")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_only_the_last_record_may_be_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 1}\n{"glo\n{"global_step": 3}\n')
+    for read in (read_records, lambda path: keep_records(path, 3)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no record .*got '{\"glo': remove this line"):
+            read(path)
+    path.write_text('{"global_step": 1}\n[]\n')
+    with pytest.raises(ValueError, match=r"line 2 is no record \(expected an object\)"):
+        read_records(path)
+    path.write_text('{"global_step": 1}\n{"global_step": 2}\n{"glo\n')
+    keep_records(path, 1)  # what is damaged is written again
+    assert path.read_text() == '{"global_step": 1}\n'
+    path.write_text('{"global_step": 1}\n' * 3000 + '{"global_step": 7}\n{"glo')
+    assert files.last_record(path) == {"global_step": 7} and files.last_record(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(28, "make room and call again"), (5, "the disk or its"), (13, "choose")]
+)
+def test_what_the_disk_refuses_is_a_sentence_with_file_and_remedy(number, remedy, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", refused)
+    for write in (write_json, files.append_record):
+        with pytest.raises(OSError, match=rf"^\S+a\.json could not be written: {os.strerror(number)}; {remedy}"):
+            write(tmp_path / "a.json", {"a": 1})
 
 
 def test_versions_and_hardware_are_named():

@@ -9,7 +9,8 @@ import threading
 import psutil
 import pytest
 
-from dkto.common.processes import PARENT_VARIABLE, graphics_cards, has_writer, sole_writer
+from dkto.common.ends import PARENT_VARIABLE
+from dkto.common.processes import graphics_cards, has_writer, sole_writer
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom dkto.common.processes import sole_writer\n"
 HOLD += "with sole_writer(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
@@ -94,39 +95,41 @@ def test_more_cards_than_there_are_is_refused(tmp_path):
 
 CHILD = """
 import os, subprocess, sys, time
-code = "from dkto.common.processes import die_with_engine as d; d(); print(1, flush=True); import time; time.sleep(60)"
+code = "import os, sys; from dkto.common.ends import guarded; import time\\n"
+code += "guarded(lambda: (print(os.getpid(), flush=True), time.sleep(60)), 'run')"
 environment = os.environ | {"DKTO_PARENT": str(os.getpid())}
-child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
-child.stdout.readline()
-print(child.pid, flush=True)
+launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+child = subprocess.Popen([sys.executable, "-c", launcher, code], env=environment)
 time.sleep(60)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
-def test_a_run_dies_with_its_engine(tmp_path):
+def test_a_command_ends_with_whom_it_follows_also_below_a_launcher():
     engine = start(CHILD)
     child = psutil.Process(int(engine.line))
+    launcher = child.parent()
     engine.send_signal(signal.SIGKILL)
-    psutil.wait_procs([child], timeout=60)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    _, left = psutil.wait_procs([child], timeout=10)
+    assert not left or child.status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs([launcher], timeout=10)
     end(engine)
 
 
 def test_a_run_whose_engine_has_ended_already_does_not_start():
-    code = "from dkto.common.processes import die_with_engine; die_with_engine(); print('started')"
-    environment = os.environ | {PARENT_VARIABLE: "1" if os.getpid() != 1 else "2"}
+    code = "from dkto.common.ends import guarded; guarded(lambda: print('started'), 'run')"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environment = os.environ | {PARENT_VARIABLE: str(gone.pid)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and done.stdout == ""
-    assert "which started this run, has ended" in done.stderr
+    assert "which started this, has ended" in done.stderr
 
 
 POOL = """
-import multiprocessing, os, time
-from concurrent.futures import ProcessPoolExecutor
-from dkto.common.processes import start_worker
+import os, time
+from dkto.common.processes import worker_pool
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
+    with worker_pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         time.sleep(60)
 """

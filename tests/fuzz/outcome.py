@@ -70,11 +70,11 @@ def observe(read: Callable[[], object], check: Callable[[object, bool], str | No
 
 def refusal(error: Exception, places: list[str]) -> Outcome:
     """How clear an error is: a sentence of dkto's own with its place, another sentence, or none."""
-    from dkto.common.commands import MISTAKES
+    from dkto.common.ends import MISTAKES
 
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     about = f"{type(error).__name__}: {text}"
-    if not isinstance(error, MISTAKES):
+    if not isinstance(error, (*MISTAKES, KeyError, TypeError)):
         return Outcome("uncaught", about)
     ours = _raised_by_dkto(error)
     if not ours and not isinstance(error, ValueError | OSError):

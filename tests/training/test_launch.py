@@ -10,7 +10,6 @@ import nbformat
 import psutil
 import pytest
 
-from dkto.common.processes import FAMILY_VARIABLE, join_family
 from dkto.objective.utilities import define_utility
 from dkto.training.launch import config_arguments
 from dkto.training.loop import train
@@ -59,7 +58,7 @@ def test_a_killed_papermill_leaves_no_orphan(config, tmp_path):
         children = psutil.Process(papermill.pid).children(recursive=True)
         papermill.send_signal(signal.SIGKILL)
         papermill.wait()
-        assert wait(lambda: not living(config.output_dir), 60), living(config.output_dir)
+        assert wait(lambda: not living(config.output_dir), 20), living(config.output_dir)
         assert wait(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children), 60)
     finally:
         papermill.kill()
@@ -79,14 +78,3 @@ def test_a_utility_defined_as_text_is_one_configuration_here_and_there(config):
     assert config_arguments(named) == config_arguments(told)
     list(train(replace(told, max_train_steps=1)))
     assert RunFolder(replace(named, max_train_steps=1)).is_finished()
-
-
-def test_a_training_of_the_first_process_of_a_container_is_no_orphan(monkeypatch):
-    """There the parent's number is 1, as it is of an orphan elsewhere."""
-    monkeypatch.setattr("dkto.common.follow.die_with_parent", lambda: None)
-    monkeypatch.setattr("os.getppid", lambda: 1)
-    monkeypatch.setenv(FAMILY_VARIABLE, "1")
-    join_family()
-    monkeypatch.setenv(FAMILY_VARIABLE, "4711")
-    with pytest.raises(SystemExit, match="what started this training has ended"):
-        join_family()

@@ -14,13 +14,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dkto.common.files import read_records
 from dkto.data.encode import prepare_feedback
 from dkto.training.engine import Engine
 from dkto.training.launch import config_arguments
-from dkto.training.loop import run_training, train
+from dkto.training.loop import open_run, run_training, train
 from dkto.training.run_folder import RunFolder
 
 TIMED = {"samples_per_second", "peak_memory_mb"}
@@ -114,6 +114,131 @@ def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
     assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000003"]
     assert not list(config.output_dir.glob("*.part"))
     assert len(list(train(config))) == 5
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(config):
+    """The run goes on from the one before, with a warning, ends the same, and keeps what is whole."""
+    config = replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6, keep_checkpoints=1)
+    whole = replace(config, output_dir=config.output_dir.with_name("whole"))
+    run_training(whole)
+    stop_after(replace(config, keep_checkpoints=2), 5)
+    damage(config.output_dir / "checkpoint-00000004" / "optimizer.safetensors", b"")
+    sentence = r"checkpoint-00000004 is broken \(.*optimizer.*\): going on from checkpoint-00000002"
+    with pytest.warns(UserWarning, match=sentence):
+        stop_after(replace(config, checkpoint_every=1), 1)
+    assert [p.name for p in RunFolder(config).checkpoints()] == ["checkpoint-00000003"]
+    assert [record["global_step"] for record in train(config)] == [4, 5, 6]
+    lora = "lora/pytorch_lora_weights.safetensors"
+    assert (config.output_dir / lora).read_bytes() == (whole.output_dir / lora).read_bytes()
+
+
+def test_what_is_broken_in_a_checkpoint_is_found(config):
+    """Empty, cut, not finite, of other weights or missing: without a whole one a sentence says what to do."""
+    config = replace(config, lora_rank=2, checkpoint_every=2)
+    stop_after(config, 3)
+    folder, check = RunFolder(config), open_run(config).engine.check_checkpoint
+    checkpoint = config.output_dir / "checkpoint-00000002"
+    assert folder.last_checkpoint(check)[1]["global_step"] == 2
+    kept = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    broken = [(name, content) for name in kept for content in (b"", None)]
+    broken += [("optimizer.safetensors", 1000), ("state.json", b'{"fingerprint": 1, "config": {}}')]
+    broken += [("pytorch_lora_weights.safetensors", what) for what in (400, "nan", "name", "shape")]
+    for name, content in broken:
+        damage(checkpoint / name, content)
+        with pytest.raises(
+            ValueError, match=rf"no checkpoint in .*run is whole: .*{name}.*: remove them to train from"
+        ):
+            folder.last_checkpoint(check)
+        (checkpoint / name).write_bytes(kept[name])
+
+
+def damage(path, content):
+    """Make a file of this content, of so many of its bytes, with another first tensor, or absent."""
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        (name, first), *others = load_file(path).items()
+        changed = {"nan": first * float("nan"), "name": first, "shape": first[:1].contiguous()}[content]
+        save_file({f"x{name}" if content == "name" else name: changed, **dict(others)}, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:content])
+
+
+def test_a_damaged_record_is_never_rewritten_away(config):
+    stop_after(config, 4)
+    path = config.output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = "".join([lines[0], lines[1][:9] + "\n", *lines[2:]])
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no record .*: remove this line, or restore"):
+        next(train(config))
+    assert path.read_text() == damaged
+
+
+def test_records_are_on_disk_before_the_checkpoint_that_follows_them(config, monkeypatch):
+    forced = []
+    monkeypatch.setattr("dkto.training.run_folder.force_to_disk", lambda path: forced.append(path.read_text()))
+    stop_after(config, 4)
+    assert [len(text.splitlines()) for text in forced] == [3]
+
+
+def test_a_full_disk_at_the_end_is_one_sentence_and_the_next_call_ends(config, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dkto.training.run_folder.write_card", full)
+        with pytest.raises(
+            RuntimeError, match=r"^model could not be written \(.*No space left.*\); checkpoint-00000006"
+        ):
+            list(train(config))
+    assert not list(config.output_dir.glob("*.part"))
+    assert [record["global_step"] for record in train(config)] == [7, 8]
+
+
+def test_checkpoints_that_a_kill_left_of_a_finished_run_go_with_the_next_call(config):
+    list(train(config))
+    (config.output_dir / "checkpoint-00000006").mkdir()
+    assert list(train(config)) == []
+    assert not list(config.output_dir.glob("checkpoint-*"))
+
+
+def test_without_links_latest_is_a_file(config, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refused)
+    stop_after(config, 4)
+    assert (config.output_dir / "latest").read_text() == "checkpoint-00000003\n"
+    list(train(config))
+    assert (config.output_dir / "latest").read_text() == "model\n"
+
+
+def test_a_run_that_has_not_ended_can_be_made_longer(config):
+    """As many steps from the start give the same weights; a run that has ended, or one too short, says what to do."""
+    whole = replace(config, output_dir=config.output_dir.with_name("whole"), max_train_steps=9)
+    run_training(whole)
+    stop_after(config, 7)
+    with pytest.raises(ValueError, match=r"has done 6 steps, more than max_train_steps 5: ask for more"):
+        next(train(replace(config, max_train_steps=5)))
+    run_training(replace(config, max_train_steps=9))
+    assert_same_run(config.output_dir, whole.output_dir)
+    with pytest.raises(ValueError, match=r"trained to its end of 9 steps and keeps no checkpoint: train 12 steps in"):
+        next(train(replace(config, max_train_steps=12)))
+
+
+def test_modes_of_a_training_follow_the_umask(config):
+    config, before = replace(config, max_train_steps=2, checkpoint_every=1), os.umask(0o027)
+    seen = {}
+    try:
+        for _ in train(config):
+            seen |= {path: path.lstat().st_mode for path in config.output_dir.rglob("*") if not path.is_symlink()}
+        seen |= {path: path.stat().st_mode for path in config.output_dir.rglob("*")}
+    finally:
+        os.umask(before)
+    assert any("checkpoint-" in str(path) for path in seen) and any("model" in str(path) for path in seen)
+    for path, mode in seen.items():
+        assert oct(mode)[-3:] == ("750" if oct(mode).startswith("0o4") else "640"), path
 
 
 def test_another_configuration_does_not_resume(config):
