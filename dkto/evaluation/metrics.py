@@ -4,6 +4,7 @@ Paired scores are (P,), of the same prompts in the same order: other shapes, no 
 raise a ValueError. `confidence` is that of an interval, in (0, 1).
 """
 
+import warnings
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -107,12 +108,20 @@ def tango_interval(wins: int, ties: int, losses: int, confidence: float = 0.95) 
 
 
 def gaps(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
-    """(P,) ours minus theirs, rounded to 1e-6, so that a tie is 0.
+    """(P,) ours minus theirs, rounded to 1e-6, so that a tie is 0; warns where a scorer's scale makes everything tie.
 
     >>> gaps([0.5, 0.5], [0.50000003, 0.25]).tolist()
     [0.0, 0.25]
     """
-    return np.subtract(*_paired(ours, theirs)).round(TIE_DECIMALS) + 0.0  # no negative zero
+    ours, theirs = _paired(ours, theirs)
+    spread = np.ptp([ours, theirs])
+    if len(ours) > 1 and 0 < spread < 10**-TIE_DECIMALS:
+        warnings.warn(
+            f"all scores lie within {spread:.2g} of each other and tie, since differences below 1e-6 count as ties: "
+            "give the scorer a larger scale",
+            stacklevel=2,
+        )
+    return (ours - theirs).round(TIE_DECIMALS) + 0.0  # no negative zero
 
 
 def win_rate(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.95) -> WinRate:

@@ -66,5 +66,5 @@ def format_table(metrics: dict[str, float]) -> str:
                 low, high, n = (metrics[f"{name}/{end}"] for end in ("low", "high", "n"))
                 interval = f"[{100 * low:.0f}, {100 * high:.0f}]"
                 rows.append((title, name.removeprefix(prefix), f"{100 * metrics[name]:.0f} %", interval, int(n)))
-    frame = pd.DataFrame(rows, columns=["comparison", "scorer", "win-rate", "95 % interval", "prompts"])
+    frame = pd.DataFrame(rows, columns=["comparison", "scorer", "win-rate", "95 % interval (Tango)", "prompts"])
     return frame.to_string(index=False)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dkto.evaluation.metrics import gaps
 from dkto.evaluation.scorers import PixelScorer, check_scorers, get_pixel_scorer, score
 from dkto.models import StableDiffusion, load_model
 from dkto.training.batches import stream
@@ -137,7 +138,7 @@ def d3po_step(run: Run) -> dict[str, float]:
         states = list(chain.draw(pair.policy, noise))
         images = to_images(online.decode(states[-1]))
     rewards = score(config.reward, images, prompts)
-    sign = torch.from_numpy(np.sign(rewards[0::2] - rewards[1::2])).float().to(online.device)
+    sign = torch.from_numpy(np.sign(gaps(rewards[0::2], rewards[1::2]))).float().to(online.device)
     probable = [index for index, which in enumerate(chain.steps) if which.std > 0]  # a last step may add no noise
     shuffled = stream(config.seed, run.progress.global_step, CHAIN_STEPS).permutation(probable)
     order = shuffled[: config.chain_steps or None]

@@ -133,6 +133,8 @@ def test_a_difference_in_the_seventh_decimal_is_a_tie():
     result = win_rate(ours, theirs)
     assert (result.wins, result.ties, result.losses) == (1, 2, 0) and sign_test(ours, theirs) == 1.0
     assert agreement([3e-8, 1.0], [1.0, 1.0]).n == 1
+    with pytest.warns(UserWarning, match="all scores lie within 3e-07 of each other and tie, .*a larger scale"):
+        assert win_rate([3e-7, 1e-7], [0.0, 2e-7]).ties == 2
 
 
 def test_a_win_rate_reads_as_one_line():

@@ -48,7 +48,7 @@ def register_scorer(name: str, scorer: Scorer) -> None:
 
     Args:
         name: letters, digits, `_`, `-` and `.`; it becomes a file name and a key of tables.
-        scorer: (images, prompts) -> (N,), higher is better.
+        scorer: (images, prompts) -> (N,), higher is better. Scores that differ by less than 1e-6 tie.
 
     Raises:
         ValueError: if the name is taken by another scorer, or has other characters.
