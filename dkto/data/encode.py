@@ -41,6 +41,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
+from dkto.common.frames import write_frame
 from dkto.common.names import check_choice
 from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
@@ -51,7 +52,9 @@ from dkto.data.encoded import (
     model_fingerprint,
     open_shard,
     read_about,
+    row_checksum,
     rows_of_shard,
+    shard_notes,
     shard_numbers,
     shard_path,
 )
@@ -235,6 +238,7 @@ class _Job:
         """Encode one shard into its file."""
         kind, number = task
         shard, notes = (self._latents if kind == "latents" else self._prompts)(kind, number)
+        notes["checks"] = {name: list(map(row_checksum, values)) for name, values in shard.items()}
         metadata = {"notes": json.dumps(notes)}  # one entry: several would come in any order
         write_tensors(shard_path(self.folder, kind, number), shard, metadata)
 
@@ -366,8 +370,8 @@ def _read_notes(folder: Path, about: dict, kind: str, number: int) -> tuple[list
     path = shard_path(folder, kind, number)
     first = number * about["shard_rows" if kind == "latents" else "prompt_shard_rows"]
     shard = open_shard(path, rows_of_shard(about, kind, number))
+    told = shard_notes(path, shard)
     try:
-        told = json.loads(shard.metadata()["notes"])
         return [(first + int(row), str(text)) for row, text in told["rows"]], int(told["on_white"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say what became of its rows ({error}): remove it") from error
@@ -391,9 +395,9 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
     frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"])
     frame = frame.iloc[kept].assign(row=kept)
-    write_atomically(folder / "index.parquet", lambda path: frame.to_parquet(path, index=False))
     pairs = feedback.subset(kept).pairs if reasons else feedback.pairs
     write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))
+    write_frame(folder / "index.parquet", frame, {"pairs": file_sha256(folder / "pairs.npy")})
     truncated = len({row for _, row, _ in cut})
     summary = {"rows": len(feedback), "kept": len(kept), "skipped": len(reasons), "pairs": len(pairs)}
     summary |= {"desirable": int(frame["is_desirable"].sum()), "prompts": about["prompts"], "truncated": truncated}

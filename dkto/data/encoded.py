@@ -1,18 +1,19 @@
 """What `dkto.data.encode` wrote: an index in memory, latents and embeddings mapped from disk row by row."""
 
+import json
 import os
+import zlib
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dkto.common.files import read_json
+from dkto.common.files import file_sha256, read_json
+from dkto.common.frames import read_frame
 from dkto.common.names import shown
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import DiffusionModel
@@ -62,6 +63,22 @@ def rows_of_shard(about: dict, kind: str, number: int) -> int:
     """How many rows a shard holds; the last one of a set may hold fewer."""
     rows, per_shard = ("rows", "shard_rows") if kind == "latents" else ("prompts", "prompt_shard_rows")
     return min(about[per_shard], about[rows] - number * about[per_shard])
+
+
+def row_checksum(row: Tensor) -> int:
+    """Of one row of a shard, with its type and shape: it shows what a damaged disk changes."""
+    return zlib.crc32(row.contiguous().numpy().tobytes(), zlib.crc32(f"{row.dtype} {tuple(row.shape)}".encode()))
+
+
+def shard_notes(path: Path, shard: safe_open) -> dict:
+    """What was written about the rows of a shard."""
+    try:
+        notes = json.loads((shard.metadata() or {}).get("notes", "{}"))
+        if not isinstance(notes, dict):
+            raise ValueError(f"expected an object, got {shown(notes)}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has notes that cannot be read ({error}): run prepare again") from error
+    return notes
 
 
 def open_shard(path: Path, rows: int) -> safe_open:
@@ -125,22 +142,22 @@ class PreparedFeedback:
         self.is_desirable, self.prompt_ids, self._slots = self._index()  # slots: where each row lies in the shards
         self.has_flips: bool = self._about["flip"]
         self._open: dict[tuple[str, int], safe_open] = {}
+        self._checks: dict[tuple[str, int], dict | None] = {}
 
     def _index(self) -> list[np.ndarray]:
         path, bounds = self.folder / "index.parquet", {"prompt_id": "prompts", "row": "rows"}
         try:
-            index = pq.read_table(path)
+            index, self._index_about = read_frame(
+                path, "index", {"is_desirable": "boolean", **dict.fromkeys(bounds, "integer")}
+            )
             found = [index[name].to_numpy() for name in ("is_desirable", *bounds)]
-            kinds = [values.dtype.kind for values in found]
-            if kinds != ["b", "i", "i"]:
-                raise ValueError(f"is_desirable, prompt_id and row must be bool, int and int, got {shown(kinds)}")
             for values, (name, limit) in zip(found[1:], bounds.items(), strict=True):
                 if len(values) and not 0 <= values.min() <= values.max() < self._about[limit]:
-                    raise ValueError(f"{name} must be in [0, {self._about[limit]})")
+                    raise ValueError(f"{path}: {name} must be in [0, {self._about[limit]})")
             if (np.diff(found[2]) <= 0).any():
-                raise ValueError("row must increase")
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no index that can be read ({error}): run prepare again") from error
+                raise ValueError(f"{path}: row must increase")
+        except ValueError as error:
+            raise ValueError(f"{error}: run prepare again") from error
         return found
 
     def __len__(self) -> int:
@@ -154,6 +171,8 @@ class PreparedFeedback:
             pairs = np.load(path, mmap_mode="r", allow_pickle=False)
             if pairs.dtype != np.int64 or pairs.shape[1:] != (2,):
                 raise ValueError(f"expected int64 of shape (pairs, 2), got {pairs.dtype} of {pairs.shape}")
+            if self._index_about.get("pairs", told := file_sha256(path)) != told:
+                raise ValueError("they are not those that were written with index.parquet")
             if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(self):
                 raise ValueError(f"they name rows outside [0, {len(self)})")
         except Exception as error:  # numpy raises whatever the bytes lead it to
@@ -218,15 +237,20 @@ class PreparedFeedback:
         number, offset = divmod(row, self._about[per_shard])
         if (kind, number) not in self._open:
             rows = rows_of_shard(self._about, kind, number)
-            self._open[kind, number] = open_shard(shard_path(self.folder, kind, number), rows)
+            path = shard_path(self.folder, kind, number)
+            shard = open_shard(path, rows)
+            self._checks[kind, number] = shard_notes(path, shard).get("checks")
+            self._open[kind, number] = shard
         return (kind, number), offset
 
     def _row(self, place: tuple[tuple[str, int], int], name: str) -> Tensor:
         shard, offset = place
         try:
-            return self._open[shard].get_slice(name)[offset]
-        except SafetensorError as error:
+            row = self._open[shard].get_slice(name)[offset]
+            if (checks := self._checks[shard]) is not None and checks[name][offset] != row_checksum(row):
+                raise ValueError("its checksum is another")
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
             path = shard_path(self.folder, *shard)
-            raise ValueError(
-                f"{path} holds no {name} that can be read ({error}): prepare into another folder"
-            ) from error
+            text = f"{path}, row {offset + 1}: {name} cannot be read ({error})"
+            raise ValueError(f"{text}: remove that file and run prepare again") from error
+        return row

@@ -224,17 +224,36 @@ def test_a_damaged_small_file_is_named(prepared, tiny_pipeline, tmp_path, name, 
         PreparedFeedback(folder, load_model(str(tiny_pipeline))).pairs  # noqa: B018
 
 
+def test_a_bit_that_changed_on_disk_is_found(prepared, tiny_pipeline, tmp_path):
+    """In latents, embeddings and pairs, wherever it lies in their values."""
+    model, rows = load_model(str(tiny_pipeline)), np.arange(12)
+    for name, at in (("latents-00000", -1), ("latents-00000", -2000), ("prompts-00000", -700)):
+        folder = shutil.copytree(prepared, tmp_path / f"{name}{at}")
+        (path,) = folder.glob(f"{name}.*")
+        data = bytearray(path.read_bytes())
+        data[at] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{path.name}.* run prepare again"):  # {at}
+            data = PreparedFeedback(folder, model)
+            data.latents(rows), data.conditioning(rows)
+    folder = shutil.copytree(prepared, tmp_path / "pairs")
+    np.save(folder / "pairs.npy", np.array([[0, 1]]))
+    with pytest.raises(ValueError, match=r"pairs\.npy .*they are not those that were written with index\.parquet"):
+        PreparedFeedback(folder, model).pairs  # noqa: B018
+
+
 def test_an_index_or_pairs_of_other_rows_are_refused(prepared, tiny_pipeline, tmp_path):
     folder, model = shutil.copytree(prepared, tmp_path / "p"), load_model(str(tiny_pipeline))
     np.save(folder / "pairs.npy", np.array([[0, 12]]))
+    index = pd.read_parquet(folder / "index.parquet")
+    index.to_parquet(folder / "index.parquet", index=False)
     with pytest.raises(ValueError, match=r"pairs\.npy .*they name rows outside \[0, 12\)\): run prepare again"):
         PreparedFeedback(folder, model).pairs  # noqa: B018
-    index = pd.read_parquet(folder / "index.parquet")
     for column, value in {"prompt_id": 4, "row": 12}.items():
         index.assign(**{column: index[column].where(index[column] < index[column].max(), value)}).to_parquet(
             folder / "index.parquet"
         )
-        with pytest.raises(ValueError, match=rf"index\.parquet .*{column} must be in \[0, {value}\)"):
+        with pytest.raises(ValueError, match=rf"index\.parquet: {column} must be in \[0, {value}\)"):
             PreparedFeedback(folder, model)
     for values in ({"rows": 10**18}, {"rows": -1}, {"flip": 1}, {"prompt_shard_rows": "x"}):
         (folder / "prepared.json").write_text(json.dumps(json.loads((prepared / "prepared.json").read_text()) | values))
