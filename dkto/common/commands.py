@@ -77,9 +77,9 @@ def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], Non
             options[name] = option
 
     def filled_in(**values: object) -> Callable[[], None]:
-        for name, (function, names) in called.items():
-            values[name] = partial(function, **{key: values.pop(key) for key in names})
-        return partial(command, **values)
+        bound = {n: partial(each, **{key: values[key] for key in names}) for n, (each, names) in called.items()}
+        taken = {key for _, names in called.values() for key in names}  # two functions may share an option
+        return partial(command, **{key: value for key, value in values.items() if key not in taken}, **bound)
 
     filled_in.__doc__ = command.__doc__
     filled_in.__signature__ = inspect.Signature(list(options.values()))

@@ -7,6 +7,7 @@ unpacked by `dkto.data.pairs`.) Each image stays in its folder: a file name that
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,12 @@ import pandas as pd
 
 from dkto.common.files import write_atomically
 from dkto.data.comparisons import write_comparisons
-from dkto.data.sources import ImageFolder, parse_label, read_file, read_folder, refuse_unused
+from dkto.data.folders import Folder
+from dkto.data.sources import SetAside, commonest_reasons, parse_label, read_file, read_folder, refuse_unused
+from dkto.data.tables import whole_numbers
+from dkto.data.texts import check_prompt, same_prompt
+
+MOST_PAIRS = 20_000_000  # that pair ids may make: a third of a gigabyte
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class FeedbackTable:
         comparisons: (P, 2) int64, rows of the chosen and the rejected image, where an image may be in
             several comparisons; None where `pair_ids` tell all there is.
         counts: how the table was made, in words and numbers; empty where it was simply read.
+        set_aside: rows of the source that could not be used: source_row, image and reason of each.
     """
 
     images: tuple[Path, ...]
@@ -39,6 +46,7 @@ class FeedbackTable:
     pair_ids: np.ndarray
     comparisons: np.ndarray | None = None
     counts: dict = field(default_factory=dict)
+    set_aside: tuple[dict, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.images), len(self.prompts), len(self.is_desirable), len(self.pair_ids)}
@@ -60,7 +68,11 @@ class FeedbackTable:
     def __str__(self) -> str:
         liked = int(self.is_desirable.sum())
         text = f"{len(self)} images, {liked} liked, {len(self) - liked} disliked, {len(set(self.prompts))} prompts"
-        return "\n".join([text, *(f"  {name}: {value}" for name, value in self.counts.items())])
+        lines = [text, *(f"  {name}: {value}" for name, value in self.counts.items())]
+        if self.set_aside:
+            reasons = commonest_reasons(each["reason"] for each in self.set_aside)
+            lines.append(f"  rows or images set aside: {len(self.set_aside)}: {reasons}")
+        return "\n".join(lines)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -70,10 +82,21 @@ class FeedbackTable:
         """
         if self.comparisons is not None:
             return self.comparisons
+        if (count := self.count_pairs()) > MOST_PAIRS:
+            raise ValueError(f"pair_id must join few images, but its values make {count:,} pairs, over {MOST_PAIRS:,}")
         has_id = self.pair_ids >= 0
         sides = pd.DataFrame({"pair_id": self.pair_ids, "row": np.arange(len(self))})
         liked, disliked = sides[has_id & self.is_desirable], sides[has_id & ~self.is_desirable]
         return liked.merge(disliked, on="pair_id")[["row_x", "row_y"]].to_numpy(np.int64)
+
+    def count_pairs(self) -> int:
+        """How many `pairs` there are."""
+        if self.comparisons is not None:
+            return len(self.comparisons)
+        has_id = self.pair_ids >= 0
+        codes = np.unique(self.pair_ids[has_id], return_inverse=True)[1]
+        liked = np.bincount(codes, self.is_desirable[has_id])
+        return int((liked * (np.bincount(codes) - liked)).sum()) if len(codes) else 0
 
     def subset(self, rows: np.ndarray) -> "FeedbackTable":
         """Some rows, in the order given; comparisons with an image outside them are left out."""
@@ -90,17 +113,26 @@ class FeedbackTable:
     def split_by_prompt(self, held_out_fraction: float, seed: int = 0) -> tuple["FeedbackTable", "FeedbackTable"]:
         """Training and held-out rows that share no prompt, by a hash of the prompt.
 
-        A prompt falls on the same side in every table. Case and spaces do not matter to the hash.
+        A prompt falls on the same side in every table; `dkto.data.texts.same_prompt` says which are one.
 
         Args:
             held_out_fraction: expected share of the prompts to hold out, in [0, 1].
             seed: another seed holds out other prompts.
+
+        Returns:
+            Both tables; rows that were set aside stay with the first.
         """
-        if not 0 <= held_out_fraction <= 1:
-            raise ValueError(f"held_out_fraction must be in [0, 1], got {held_out_fraction}")
-        place = {prompt: _hash_place(prompt, seed) for prompt in set(self.prompts)}
-        held_out = np.array([place[prompt] < held_out_fraction for prompt in self.prompts], dtype=bool)
-        return self.subset(np.flatnonzero(~held_out)), self.subset(np.flatnonzero(held_out))
+        held_out = self._held_out(held_out_fraction, seed)
+        train = replace(self.subset(np.flatnonzero(~held_out)), set_aside=self.set_aside)
+        return train, self.subset(np.flatnonzero(held_out))
+
+    def _held_out(self, fraction: float, seed: int) -> np.ndarray:
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"held_out_fraction must be in [0, 1], got {fraction}")
+        if fraction == 0:
+            return np.zeros(len(self), bool)
+        codes, prompts = pd.factorize(np.array(self.prompts, dtype=object))
+        return np.array([_hash_place(prompt, seed) < fraction for prompt in prompts], dtype=bool)[codes]
 
     def flipped(self, rate: float, seed: int = 0) -> "FeedbackTable":
         """The same images with contradictions: each like, and each comparison, is turned by chance.
@@ -141,13 +173,19 @@ def make_feedback(
 ) -> FeedbackTable:
     """Build a table from lists; `liked` may hold bools, 0/1 or "like"/"dislike".
 
+    Raises:
+        ValueError: if the lists differ in length, or one of the values has no meaning; the sentence names the row.
+
     >>> str(make_feedback(["a.png", "b.png"], ["a star", "a star"], ["like", "dislike"]))
     '2 images, 1 liked, 1 disliked, 1 prompts'
     """
     paths = tuple(Path(image).absolute() for image in images)
+    texts = tuple(check_prompt(value, f"row {row}") for row, value in enumerate(prompts))
     labels = np.array([parse_label(value, f"row {row}") for row, value in enumerate(liked)], dtype=bool)
-    pairs = np.full(len(paths), -1) if pair_ids is None else np.array(list(pair_ids), dtype=np.int64)
-    return FeedbackTable(paths, tuple(prompts), labels, pairs)
+    pairs = np.full(len(paths), -1)
+    if pair_ids is not None:
+        pairs = whole_numbers(pd.Series(list(pair_ids), dtype=object), "pair_ids", "pair_id", least=-1, blank=-1)
+    return FeedbackTable(paths, texts, labels, pairs)
 
 
 def read_feedback(
@@ -156,17 +194,23 @@ def read_feedback(
     partition: str | None = None,
     ties: str | None = None,
     image_folder: str | Path | None = None,
+    strict: bool = False,
 ) -> FeedbackTable:
     """Read likes and dislikes from a file or a folder.
 
-    A file (.csv, .tsv, .jsonl, .parquet) needs the columns `image` (path relative to `image_folder`),
-    `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
+    A file (.csv, .tsv, .jsonl, .parquet, or .json with a list of rows) needs the columns `image` (path relative to
+    `image_folder`), `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
     `is_desirable` and `label` are taken as their synonyms; `pair_id` is kept where present. Instead of `liked` it may
     have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A
-    .json file holds rankings as HPDv2's, see `dkto.data.votes.read_rankings`.
+    .json file may hold rankings as HPDv2's too, see `dkto.data.votes.read_rankings`. What spreadsheets write is taken,
+    see `dkto.data.tables`.
 
-    A folder needs `liked/` and `disliked/`; the prompt of `x.png` is in `x.txt` beside it, or in a
-    `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above.
+    A folder needs `liked/` and `disliked/`; the prompt of `x.png` is in `x.txt` beside it, in a
+    `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above, or inside the PNG,
+    as AUTOMATIC1111's web UI writes it. A warning names what a folder holds and is not read.
+
+    A row that cannot be used (its image does not exist, its prompt is empty, its label is blank) is set aside with its
+    reason, and a warning counts them; `dkto.data.sources` says which rows these are, and what is refused as a whole.
 
     Args:
         source: the file or folder.
@@ -174,27 +218,40 @@ def read_feedback(
             default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`.
         ties: for rankings, what an equal rank says: "ignore" (the default), "liked" or "disliked" for both images.
         image_folder: where the images of a file lie; the file's own folder if not given.
+        strict: raise at the first row or image that cannot be used.
 
     Raises:
-        FileNotFoundError: if the source or an image does not exist.
-        ValueError: if a column is missing, a label is neither like nor dislike, a prompt is not
-            text, a file name leaves its folder, an option does not apply to the source, or the table is
-            empty. The message names the row.
+        FileNotFoundError: if the source does not exist, or no row is left and an image of the first does not exist.
+        ValueError: if a column is missing or there twice, the labels are no likes, a pair_id is no whole number,
+            a file name leaves its folder, an option does not apply to the source, or no row can be used. The message
+            names the row.
     """
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"feedback source {source} does not exist")
+    aside = SetAside(source.name, strict)
     if source.is_dir():
         refuse_unused(f"{source} is a folder", partition=partition, ties=ties, image_folder=image_folder)
-        columns = read_folder(source)
+        columns = read_folder(source, aside)
+    elif source.is_file():
+        images = Folder(source.parent if image_folder is None else Path(image_folder))
+        columns = read_file(source, images, partition, ties, aside)
     else:
-        images = ImageFolder(source.parent if image_folder is None else Path(image_folder))
-        columns = read_file(source, images, partition, ties)
+        raise ValueError(f"feedback source {source} must be a file or a folder, and is neither")
+    set_aside = aside.records()
+    reasons = commonest_reasons(each["reason"] for each in set_aside)
     if len(columns.images) == 0:
-        raise ValueError(f"{source} holds no feedback: expected at least one image")
+        text = f"{source} holds no feedback: expected at least one image"
+        kind = type(next(iter(aside.errors.values()), ValueError()))
+        raise kind(f"{text}, but each of {len(set_aside)} is set aside: {reasons}" if set_aside else text)
+    if set_aside:
+        text = f"{source}: rows or images set aside: {len(set_aside)}, kept: {len(columns.images)}"
+        warnings.warn(f"{text}; {reasons}", stacklevel=2)
     pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
     images, prompts = tuple(columns.images), tuple(columns.prompts)
-    return FeedbackTable(images, prompts, columns.is_desirable, pair_ids, columns.comparisons, columns.counts)
+    return FeedbackTable(
+        images, prompts, columns.is_desirable, pair_ids, columns.comparisons, columns.counts, set_aside
+    )
 
 
 def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_fraction: float) -> str:
@@ -210,7 +267,7 @@ def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_
     """
     liked, disliked = int(table.is_desirable.sum()), int((~table.is_desirable).sum())
     lines = [str(table), f"liked: {liked / len(table):.1%} of the images".replace("%", " %")]
-    lines.append(f"pairs of a liked and a disliked image: {len(table.pairs)}")
+    lines.append(f"pairs of a liked and a disliked image: {table.count_pairs()}")
     if liked and disliked and not 0 < desirable_fraction < 1:
         drawn = "liked" if desirable_fraction else "disliked"
         lines.append(f"gamma {desirable_fraction}: only {drawn} images are drawn")
@@ -219,8 +276,8 @@ def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_
         lines.append(f"gamma {desirable_fraction}: a liked image is drawn {ratio:.3g} times as often as a disliked one")
     else:
         lines.append("one class only: train with desirable_fraction 1 or 0, or with the objective sft")
-    held_out = table.split_by_prompt(held_out_fraction)[1]
-    text = f"{len(held_out)} images, {int(held_out.is_desirable.sum())} liked"
+    held_out = table._held_out(held_out_fraction, seed=0)
+    text = f"{held_out.sum()} images, {(held_out & table.is_desirable).sum()} liked"
     return "\n".join([*lines, f"held out by prompt at {held_out_fraction}: {text}"])
 
 
@@ -231,7 +288,7 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    root = ImageFolder(path.parent)
+    root = Folder(path.parent)
     frame = table.to_frame()
     frame["image"] = [root.relative(image) for image in table.images]
     frame["liked"] = np.where(frame.pop("is_desirable"), "like", "dislike")
@@ -245,6 +302,6 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
 
 
 def _hash_place(prompt: str, seed: int) -> float:
-    """Where in [0, 1) a prompt falls, case and spaces aside."""
-    text = f"{seed}\0{' '.join(prompt.casefold().split())}"
+    """Where in [0, 1) a prompt falls."""
+    text = f"{seed}\0{same_prompt(prompt)}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

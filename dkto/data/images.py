@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dkto.common.pixels import put_on_white
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"})
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's names; of others some start programs to decode
 MAX_PIXELS = 64_000_000  # an image larger than this is refused before it is decoded
 

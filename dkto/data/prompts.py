@@ -17,8 +17,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dkto.common.names import not_known
-from dkto.data.tables import TABLE_SUFFIXES, read_parquet, read_table, read_text, read_values
+from dkto.common.names import not_known, shown
+from dkto.data.folders import Folder, listed, warn_unread
+from dkto.data.tables import (
+    TABLE_SUFFIXES,
+    column_names,
+    is_blank,
+    read_parquet,
+    read_table,
+    read_values,
+    said,
+    table_of_objects,
+)
+from dkto.data.texts import check_prompt, read_text, same_prompt
 from dkto.world.scenes import parse, prompts_for
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -80,7 +91,9 @@ def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
     """
     if not 0 < count <= len(styles):
         raise ValueError(f"count must be in [1, {len(styles)}], the number of prompts, got {count}")
-    rows_of = {style: [i for i, s in enumerate(styles) if s == style] for style in dict.fromkeys(styles)}
+    rows_of: dict[str, list[int]] = {}
+    for row, style in enumerate(styles):
+        rows_of.setdefault(style, []).append(row)
     shares = dict.fromkeys(rows_of, 0)
     while (left := count - sum(shares.values())) > 0:
         open_styles = [style for style in rows_of if shares[style] < len(rows_of[style])]
@@ -148,16 +161,17 @@ def check_disjoint(*, judged: Iterable[str], **others: Iterable[str]) -> None:
     """See to it that no judged prompt was used before: settings that were chosen, or weights trained, on it know it.
 
     `others` are prompts of validation or training, by what they were used for; the error names the first shared one.
+    `dkto.data.texts.same_prompt` says which are one.
 
     >>> check_disjoint(judged=["a star"], validation=["a ring"], training=["a dot"])
     """
     judged = list(dict.fromkeys(judged))
     for name, prompts in others.items():
-        used = set(prompts)
-        if shared := [prompt for prompt in judged if prompt in used]:
+        used = set(map(same_prompt, prompts))
+        if shared := [prompt for prompt in judged if same_prompt(prompt) in used]:
             raise ValueError(
                 f"judged and {name} prompts must differ, but share {len(shared)} of {len(judged)}, "
-                f"the first {shared[0]!r}"
+                f"the first {shown(shared[0])}"
             )
 
 
@@ -165,8 +179,9 @@ def read_prompts(path: str | Path) -> PromptSet:
     """Prompts of a file, or of a folder whose files are the styles; formats as in `load_prompts`."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        rows = [(prompt, file.stem) for file in files for prompt, _ in _read_file(file)]
+        (files, unread), inside = listed(path, SUFFIXES), Folder(path)
+        rows = [(prompt, file.stem) for file in files for prompt, _ in _read_file(inside.path(file))]
+        warn_unread(path, unread, SUFFIXES)
     elif path.is_file():
         rows = _read_file(path)
     else:
@@ -206,7 +221,8 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     if suffix not in SUFFIXES:
         raise ValueError(f"prompts must be a {', '.join(SUFFIXES)} file, got {path.name}")
     if suffix == ".txt":
-        return [(line.strip(), "") for line in read_text(path).split("\n") if line.strip()]
+        lines = enumerate(read_text(path).split("\n"), 1)
+        return [(check_prompt(line, f"{path}, line {row}"), "") for row, line in lines if line.strip()]
     if suffix in (".json", ".jsonl"):
         return _json_rows(read_values(path), path)
     return _table_rows(read_table(path, COLUMNS), path)
@@ -217,40 +233,38 @@ def _json_rows(values: object, path: object) -> list[tuple[str, str]]:
         raise ValueError(f"{path} holds columns: write a list of rows, each with its prompt and style")
     if isinstance(values, dict) and all(isinstance(prompts, list) for prompts in values.values()):
         return [
-            (_text(prompt, path, row), style) for style, texts in values.items() for row, prompt in enumerate(texts, 1)
+            (check_prompt(prompt, f"{path}, row {row}"), style)
+            for style, texts in values.items()
+            for row, prompt in enumerate(texts, 1)
         ]
     if isinstance(values, list) and all(isinstance(value, str) for value in values):
-        return [(_text(prompt, path, row), "") for row, prompt in enumerate(values, 1)]
+        return [(check_prompt(prompt, f"{path}, row {row}"), "") for row, prompt in enumerate(values, 1)]
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-        return _table_rows(pd.DataFrame(values), path)
+        return _table_rows(table_of_objects(values, str(path), COLUMNS), path)
     raise ValueError(f"{path} must hold a list of prompts, a list of rows, or lists of prompts by style")
 
 
 def _table_rows(frame: pd.DataFrame, path: object) -> list[tuple[str, str]]:
-    if frame.columns.empty:
+    found = frame.attrs.get("columns", list(frame.columns))
+    if not found:
         return []
-    names = {str(name).lower(): name for name in reversed(frame.columns)}
+    names = column_names(frame.columns, str(path))
     prompt, style = (next((names[n] for n in known if n in names), None) for known in (PROMPT_COLUMNS, STYLE_COLUMNS))
     if prompt is None:
         wanted = f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}"
-        raise ValueError(f"{path} needs a column {wanted}, got {', '.join(map(str, frame.columns))}")
-    texts = [_text(value, path, row) for row, value in enumerate(frame[prompt], 1)]
-    styles = [""] * len(frame) if style is None else [_style(s, path, row) for row, s in enumerate(frame[style], 1)]
+        raise ValueError(f"{path} needs a column {wanted}, got {said(', '.join(map(str, found)), 400)}")
+    rows = [f"{path}, row {number + 1}" for number in frame.index]
+    texts = map(check_prompt, frame[prompt], rows)
+    styles = [""] * len(frame) if style is None else map(_style, frame[style], rows)
     return list(zip(texts, styles, strict=True))
 
 
-def _style(value: object, path: object, row: int) -> str:
+def _style(value: object, where: str) -> str:
     if isinstance(value, str | int | np.integer):
         return str(value)
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if is_blank(value):
         return ""
-    raise ValueError(f"{path}, row {row}: style must be text, got {value!r}")
-
-
-def _text(value: object, path: object, row: int) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{path}, row {row}: prompt must be text, got {value!r}")
-    return value.strip()
+    raise ValueError(f"{where}: style must be text, got {shown(value)}")
 
 
 def _hub_set(name: str, hub_id: str) -> PromptSet:

@@ -4,7 +4,8 @@ Pairs (Pick-a-Pic) and rankings (HPDv2, ImageRewardDB) both become votes: image_
 is 1 if image_0 was preferred, 0 if image_1 was and 0.5 for a tie. `likes_from_votes` then applies a stated rule.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dkto.common.names import check_choice
-from dkto.data.tables import read_values, refuse_rows
+from dkto.common.names import check_choice, shown
+from dkto.data.tables import is_blank, read_values
+from dkto.data.texts import check_prompt
 
 PARTITIONS = {
     "at_least_once": "liked if preferred at least once (paper 5.1.1)",
@@ -121,6 +123,8 @@ def votes_from_rankings(rankings: Iterable[Ranking]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["image_0", "image_1", "prompt", "label_0"])
 
 
+MOST_RANKED = 1000  # images of one ranking: half a million comparisons
+LARGEST = 1e300  # the largest score
 IMAGE_KEYS = ("images", "image_path", "file_path")
 GOODNESS_KEYS = {"scores": 1.0, "human_preference": 1.0, "rank": -1.0, "ranks": -1.0}
 """Name of the list in an entry, and its sign: a rank of 1 is the best, a higher score is better."""
@@ -139,31 +143,70 @@ def read_rankings(path: Path) -> Iterator[Ranking]:
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of rankings, got {type(entries).__name__}")
     for number, entry in enumerate(entries, 1):
-        yield _ranking(entry, f"{path.name}, entry {number}")
+        yield ranking_of(entry, f"{path.name}, entry {number}")
 
 
-def _ranking(entry: object, where: str) -> Ranking:
+def ranking_of(entry: object, where: str) -> Ranking:
+    """The ranking of one entry; see `read_rankings`."""
     entry = entry if isinstance(entry, dict) else {}
     images = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key in GOODNESS_KEYS if key in entry), None)
-    if not isinstance(entry.get("prompt"), str) or not isinstance(images, list) or key is None:
+    if "prompt" not in entry or not isinstance(images, list) or key is None:
         raise ValueError(
             f"{where} needs prompt, one of {', '.join(IMAGE_KEYS)} and one of {', '.join(GOODNESS_KEYS)}; "
-            f"found: {', '.join(entry) or 'nothing'}"
+            f"found: {shown(', '.join(entry)) if entry else 'nothing'}"
         )
     values = entry[key]
     if not isinstance(values, list) or len(values) != len(images):
         got = len(values) if isinstance(values, list) else type(values).__name__
         raise ValueError(f"{where}: {key} must be a list of {len(images)} numbers, one per image, got {got}")
-    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
-        raise ValueError(f"{where}: {key} must be finite numbers, got {values!r}")
-    return Ranking(entry["prompt"], tuple(images), tuple(GOODNESS_KEYS[key] * value for value in values))
+    if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in values):
+        raise ValueError(f"{where}: {key} must be finite numbers, got {shown(values)}")
+    sign = GOODNESS_KEYS[key]
+    return _checked(check_prompt(entry["prompt"], where), images, [sign * float(value) for value in values], where)
+
+
+def _checked(prompt: str, images: Sequence[object], goodness: Sequence[float], where: str) -> Ranking:
+    """A ranking whose images are names, each once, and not too many for a list of all pairs."""
+    if len(images) > MOST_RANKED:
+        raise ValueError(f"{where}: a ranking must have at most {MOST_RANKED} images, got {len(images)}")
+    for image in images:
+        if not isinstance(image, str) or not image.strip():
+            raise ValueError(f"{where}: image must be a file name, got {shown(image)}")
+        if images.count(image) > 1:
+            raise ValueError(f"{where}: the image {shown(image)} is ranked more than once")
+    return Ranking(prompt, tuple(images), tuple(goodness))
+
+
+def rank_of(value: object) -> float:
+    """A rank as a number; not a number where it is none."""
+    try:
+        return float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else np.nan
+    except (ValueError, OverflowError):
+        return np.nan
 
 
 def group_rankings(frame: pd.DataFrame, where: str) -> Iterator[Ranking]:
-    """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known."""
-    ranks = pd.to_numeric(frame["rank"], errors="coerce").to_numpy(float)
-    refuse_rows(frame["rank"], np.isfinite(ranks), where, "rank must be a number, 1 for the best")
-    by = "prompt_id" if "prompt_id" in frame else "prompt"
-    for _, rows in frame.assign(rank=ranks).groupby(by, sort=False):
-        yield Ranking(rows["prompt"].iloc[0], tuple(rows["image"]), tuple(-rows["rank"]))
+    """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known.
+
+    A row without its prompt_id is ranked with the others of its prompt, and a warning says so.
+
+    Args:
+        frame: the rows, with ranks as numbers; its index counts the rows of the file from 0.
+        where: the file, for the sentences.
+    """
+    groups = frame["prompt"]
+    if "prompt_id" in frame:
+        lacks = np.fromiter(map(is_blank, frame["prompt_id"]), bool, len(frame))
+        ids = frame["prompt_id"].astype(str).where(~lacks)
+        # a row that lacks it gets that of its prompt, where another row has one; else a group of its own prompt
+        groups = ids.fillna(ids.groupby(frame["prompt"]).transform("first")).fillna("\0" + frame["prompt"])
+        if lacks.any():
+            text = f"{where}: {lacks.sum()} of {len(frame)} rows have no prompt_id, the first is row"
+            warnings.warn(f"{text} {frame.index[lacks][0] + 1}; they are ranked by their prompt", stacklevel=2)
+    for _, rows in frame.groupby(groups, sort=False):
+        place = f"{where}, row {rows.index[0] + 1}"
+        prompt, *others = dict.fromkeys(rows["prompt"])
+        if others:
+            raise ValueError(f"{place}: its prompt_id stands for two prompts, {shown(prompt)} and {shown(others[0])}")
+        yield _checked(prompt, list(rows["image"]), (-rows["rank"]).tolist(), place)

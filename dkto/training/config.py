@@ -249,13 +249,13 @@ class OnlineConfig(RunConfig):
         return self.batch_size
 
     def prompts(self) -> list[str]:
-        """The training prompts; an error if there is no such file, or none in it."""
-        if not self.prompts_file.is_file():
-            raise FileNotFoundError(f"prompts_file {self.prompts_file} does not exist")
-        prompts = [line.strip() for line in self.prompts_file.read_text(encoding="utf-8").split("\n") if line.strip()]
-        if not prompts:
-            raise ValueError(f"prompts_file {self.prompts_file} holds no prompt")
-        return prompts
+        """The training prompts, each once, read as `dkto.data.prompts.load_prompts` does."""
+        from dkto.data.prompts import load_prompts  # pandas, which a run on prepared likes does without
+
+        try:
+            return list(load_prompts(self.prompts_file).prompts)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"prompts_file {self.prompts_file} does not exist: {error}") from None
 
     def _content(self) -> Iterator[object]:
         yield self.prompts()

@@ -18,6 +18,7 @@ from dkto.common.files import Fields, append_record, check_fields, stays_inside
 from dkto.common.json_text import parse_json
 from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
+from dkto.data.folders import Folder, listed_images, prompt_beside, warn_unread
 from dkto.data.images import IMAGE_SUFFIXES
 from dkto.evaluation.manifest import image_path, read_manifest
 
@@ -41,6 +42,8 @@ class Picture:
 def pictures_in(folder: str | Path) -> list[Picture]:
     """The pictures of a folder: as `dkto.evaluation.generate` wrote them, or any images with their prompt in a `.txt`.
 
+    A warning names what else is in the folder.
+
     Raises:
         FileNotFoundError: if the folder does not exist, or a picture has no prompt.
         ValueError: if it holds no picture, one or its prompt is a link to elsewhere, or a prompt is not UTF-8.
@@ -56,25 +59,14 @@ def pictures_in(folder: str | Path) -> list[Picture]:
         if missing:
             raise FileNotFoundError(f"{folder} is not complete ({missing[0]} is missing): draw the pictures again")
     else:
-        found = []
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."):
-            text = path.with_suffix(".txt")
-            if not text.is_file():
-                raise FileNotFoundError(f"{path} has no prompt: expected it in {text.name} beside the image")
-            _refuse_leaving(text, folder)
-            found.append(Picture(path, _prompt(text)))
+        (images, unread), inside = listed_images(folder), Folder(folder)
+        found = [Picture(image, prompt_beside(image, inside)) for image in images]
+        warn_unread(folder, unread, IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder} holds no picture")
     for picture in found:
         _refuse_leaving(picture.image, folder)
     return found
-
-
-def _prompt(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
 
 def _refuse_leaving(path: Path, folder: Path) -> None:

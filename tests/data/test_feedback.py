@@ -88,12 +88,16 @@ def test_rankings_of_one_row_per_image_and_of_one_entry_per_prompt_agree(folder)
     rows.to_parquet(folder / "metadata.parquet")
     (folder / "test.json").write_text(json.dumps([{"prompt": "x", "image_path": names, "rank": ranks}]))
     for name in ("metadata.parquet", "test.json"):
-        table = read_feedback(folder / name)
+        with pytest.warns(UserWarning, match=r"set aside: 1, kept: 3; .*ranking 1: image 'gone\.png' does not exist"):
+            table = read_feedback(folder / name)
         assert [path.name for path in table.images] == names[:3]
         assert table.is_desirable.tolist() == [True, False, False]
         assert table.pairs.tolist() == [[0, 1], [0, 2]]
         assert table.counts["images_not_there"] == 1 and table.counts["ties"] == 1
-        assert read_feedback(folder / name, ties="liked").is_desirable.tolist() == [True, True, True]
+        with pytest.warns(UserWarning, match="set aside: 1"):
+            assert read_feedback(folder / name, ties="liked").is_desirable.tolist() == [True, True, True]
+        with pytest.raises(FileNotFoundError, match=r"ranking 1: image 'gone\.png' does not exist"):
+            read_feedback(folder / name, strict=True)
 
 
 def test_rankings_without_any_image_and_out_of_the_folder(folder):
@@ -143,7 +147,9 @@ def test_metadata_without_captions(tmp_path):
     for name in ("liked", "disliked"):
         (tmp_path / name).mkdir()
     (tmp_path / "metadata.csv").write_text("file_name,tags\nliked/x.png,y\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv needs .* image, prompt; missing: prompt; found: image, tags"):
+    with pytest.raises(
+        ValueError, match=r"metadata\.csv needs .* prompt; missing: prompt; found: file_name, tags"
+    ):
         read_feedback(tmp_path)
 
 
@@ -200,9 +206,9 @@ def test_a_camera_s_orientation_is_applied(tmp_path):
 
 
 def test_a_written_table_reads_back_the_same(folder):
-    table = make_feedback([folder / "a.png", folder / "b.png"], ['says "hi"', "$5, <b>"], ["like", 0], [3, 3])
+    table = make_feedback([folder / "a.png", folder / "b.png"], ['says "hi"', "$5, <b>"], ["like", 0], [3, 4])
     back = read_feedback(write_feedback(table, folder / "out.csv"))
-    assert back.prompts == table.prompts and back.pair_ids.tolist() == [3, 3]
+    assert back.prompts == table.prompts and back.pair_ids.tolist() == [3, 4]
     assert back.is_desirable.tolist() == [True, False]
     assert [p.name for p in back.images] == ["a.png", "b.png"]
 
@@ -220,7 +226,7 @@ def test_a_written_table_reads_back_the_same(folder):
             ValueError,
             "likes.csv, row 1: liked must be 0/1, true/false or like/dislike, got 'maybe'",
         ),
-        ("image,prompt,liked\na.png,x,1\nc.png,x,1\n", FileNotFoundError, "row 2: image 'c.png' does not exist"),
+        ("image,prompt,liked\nc.png,x,1\n", FileNotFoundError, "row 1: image 'c.png' does not exist"),
         ("image,prompt,liked\n../a.png,x,1\n", ValueError, "row 1: image '../a.png' leaves the folder"),
         ("image,prompt,liked\n/etc/passwd,x,1\n", ValueError, "leaves the folder"),
         ("image,prompt,liked\n,x,1\n", ValueError, "row 1: image must be a file name, got ''"),
@@ -235,7 +241,7 @@ def test_a_written_table_reads_back_the_same(folder):
         ("image,prompt,liked\na.png,x\n", ValueError, "row 1: expected 3 fields as in the header, got 2"),
         ("image,prompt,prompt,liked\na.png,x,y,1\n", ValueError, "names the column 'prompt' more than once"),
         ("image,file_name,prompt,liked\na.png,a.png,x,1\n", ValueError, "two columns for image: image and file_name"),
-        ("image,prompt,liked,pair_id\na.png,x,1,7\nb.png,x,0,\n", ValueError, "row 2: pair_id must be an integer"),
+        ("image,prompt,liked,pair_id\na.png,x,1,7\nb.png,x,0,1.5\n", ValueError, "row 2: pair_id must be an integer"),
         ("image,prompt,split\na.png,x,exclusive\n", ValueError, "row 1: split must be one of exclusive_win, inter"),
         ("image,prompt,rank\na.png,x,first\n", ValueError, "row 1: rank must be a number, 1 for the best, got 'first'"),
     ],
