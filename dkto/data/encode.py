@@ -8,7 +8,8 @@
       csft-prefix-liked-00000.safetensors  on demand: the same with the like written before the prompt
       latents-00000.safetensors   posterior `mean` and `std` of up to SHARD_ROWS images, float16, and their sizes
       index.parquet, pairs.npy    the rows that could be encoded and their pairs, for `dkto.data.encoded`
-      skipped.jsonl               images that could not be read, with their reason
+      skipped.jsonl               rows that `read_feedback` set aside (source_row) and images that could not be read
+                                  (row of feedback.parquet, from 1), with their reason
       .lock                       held by the call that writes here: a second one is refused
       truncated.jsonl             prompts longer than the text encoder takes
       summary.json                all of it in numbers
@@ -388,7 +389,7 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     reasons, on_white = _notes(folder, about, "latents")
     kept = np.setdiff1d(np.arange(len(feedback)), list(reasons)).astype(np.int32)
     lines = [{"row": row + 1, "image": str(feedback.images[row]), "reason": why} for row, why in reasons.items()]
-    write_records(folder / "skipped.jsonl", lines)
+    write_records(folder / "skipped.jsonl", [*feedback.set_aside, *lines])
     cut = [(kind, row, text) for kind in _sets_there(folder) for row, text in _notes(folder, about, kind)[0].items()]
     write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
@@ -399,7 +400,8 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))
     write_frame(folder / "index.parquet", frame, {"pairs": file_sha256(folder / "pairs.npy")})
     truncated = len({row for _, row, _ in cut})
-    summary = {"rows": len(feedback), "kept": len(kept), "skipped": len(reasons), "pairs": len(pairs)}
+    skipped = len(feedback.set_aside) + len(reasons)
+    summary = {"rows": len(kept) + skipped, "kept": len(kept), "skipped": skipped, "pairs": len(pairs)}
     summary |= {"desirable": int(frame["is_desirable"].sum()), "prompts": about["prompts"], "truncated": truncated}
     summary |= {"composited on white": on_white}
     write_json(folder / "summary.json", summary)

@@ -39,8 +39,10 @@ from dkto.common.names import check_choice, shown
 from dkto.common.processes import sole_writer
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
+from dkto.data.folders import Folder, OutsideError
 from dkto.data.images import load_image, open_image
 from dkto.data.tables import need_columns, open_parquet
+from dkto.data.texts import clean_prompt
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
@@ -128,7 +130,12 @@ def _stamp(path: Path) -> str:
 def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
     """The shards behind a path, a pattern or a hub id, sorted by name."""
     if Path(source).is_dir():
-        paths = sorted(p for p in Path(source).rglob("*.parquet") if fnmatch(p.name, files))
+        found = sorted(p for p in Path(source).rglob("*.parquet") if fnmatch(p.name, files) and p.name[0] != ".")
+        inside = Folder(Path(source))
+        try:
+            paths = [path for path in found if inside.path(path, "shard")]
+        except OutsideError as error:
+            raise OutsideError(f"{error} by a link: name shards elsewhere by a pattern, '{source}/*.parquet'") from None
         where = f"folder {source}"
     else:
         paths = sorted(Path(p) for p in glob.glob(source))
@@ -207,6 +214,8 @@ def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
             if not pair.get(LABEL_FLAG, True):
                 raise _Unusable(NO_LABEL)
             label, prompt = _label(pair), _text(pair["caption"], "caption")
+            if not (prompt := clean_prompt(prompt)):
+                raise _Unusable(f"caption must be text, got {shown(pair['caption'])}")
             names = [_write_image(pair[f"image_{i}_uid"], pair[f"jpg_{i}"], output_dir) for i in (0, 1)]
             rows.append((*names, prompt, label, row, None))
         except _Unusable as problem:

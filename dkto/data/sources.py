@@ -77,7 +77,7 @@ class SetAside:
         self._images: dict[object, object] = {}
 
     def add(self, row: object, image: object, error: Exception) -> None:
-        """Note a row by its number or name, with what it says of its image."""
+        """Note a row by its number or name, with the image that it names."""
         if self.strict:
             raise error
         self.errors.setdefault(row, error)
@@ -115,7 +115,7 @@ def commonest_reasons(reasons: Iterable[str]) -> str:
         counts[kind] += 1
     more = {kind: f" (and {count - 1} more like it)" if count > 1 else "" for kind, count in counts.items()}
     text = "; ".join(first[kind] + more[kind] for kind, _ in counts.most_common(SAID))
-    return text + (f"; {len(counts) - SAID} other reasons" if len(counts) > SAID else "")
+    return text + (f"; other reasons: {len(counts) - SAID}" if len(counts) > SAID else "")
 
 
 def parse_label(value: object, where: str) -> bool:

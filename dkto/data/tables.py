@@ -8,7 +8,6 @@ aside and empty ones with them; lines of a .jsonl are its rows. Names of columns
 
 import csv
 import io
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice
@@ -19,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dkto.common.json_text import parse_json
 from dkto.common.names import shown
 from dkto.data.texts import NO_VALUE, open_text, read_text
 
@@ -75,20 +75,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where} cannot be read as JSON: {error}") from error
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object names {shown(next(n for n in names if names.count(n) > 1))} more than once")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _object_chunks(rows: Iterable[tuple[int, object]], where: str, columns: Collection[str]) -> Iterator[Chunk]:

@@ -20,6 +20,7 @@ from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.folders import Folder, listed_images, prompt_beside, warn_unread
 from dkto.data.images import IMAGE_SUFFIXES
+from dkto.data.tables import TABLE_SUFFIXES
 from dkto.evaluation.manifest import image_path, read_manifest
 
 JUDGEMENTS = ("like", "dislike", "skip")
@@ -42,7 +43,7 @@ class Picture:
 def pictures_in(folder: str | Path) -> list[Picture]:
     """The pictures of a folder: as `dkto.evaluation.generate` wrote them, or any images with their prompt in a `.txt`.
 
-    A warning names what else is in the folder.
+    A warning names the files in the folder that are neither, nor a table.
 
     Raises:
         FileNotFoundError: if the folder does not exist, or a picture has no prompt.
@@ -61,7 +62,8 @@ def pictures_in(folder: str | Path) -> list[Picture]:
     else:
         (images, unread), inside = listed_images(folder), Folder(folder)
         found = [Picture(image, prompt_beside(image, inside)) for image in images]
-        warn_unread(folder, unread, IMAGE_SUFFIXES)
+        beside = (".json", *TABLE_SUFFIXES)  # likes of these pictures lie here, and folders of what was tuned on them
+        warn_unread(folder, [p for p in unread if p.is_file() and p.suffix.lower() not in beside], IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder} holds no picture")
     for picture in found:

@@ -39,7 +39,7 @@ def test_a_table_that_changed_is_noticed(tmp_path, other):
         ({"chosen_row": [0, 1.5]}, "needs the columns .*; missing: rejected_row"),
         ({"chosen_row": [0, 1.5], "rejected_row": [1, 2]}, r"row 2: chosen_row must be a row of t\.csv, .*2, got 1\.5"),
         ({"chosen_row": [0, 1], "rejected_row": [1, 3]}, r"row 2: rejected_row must be a row of t\.csv, .*2, got 3"),
-        ({"chosen_row": [0, 1], "rejected_row": [1, None]}, r"row 2: rejected_row must be a row of t\.csv, .*got nan"),
+        ({"chosen_row": [0, 1], "rejected_row": [1, None]}, r"row 2: rejected_row must be a row of t\.csv, .*got None"),
         ({"chosen_row": ["a", "1"], "rejected_row": [1, 2]}, r"row 1: chosen_row must be a row of t\.csv, .*got 'a'"),
     ],
 )

@@ -147,9 +147,7 @@ def test_metadata_without_captions(tmp_path):
     for name in ("liked", "disliked"):
         (tmp_path / name).mkdir()
     (tmp_path / "metadata.csv").write_text("file_name,tags\nliked/x.png,y\n")
-    with pytest.raises(
-        ValueError, match=r"metadata\.csv needs .* prompt; missing: prompt; found: file_name, tags"
-    ):
+    with pytest.raises(ValueError, match=r"metadata\.csv needs .* prompt; missing: prompt; found: file_name, tags"):
         read_feedback(tmp_path)
 
 
