@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES += [*(ROOT / "papermill_runs").glob("*.md"), *(ROOT / "notebooks").glob("*.md")]
 PAGES += [ROOT / "tests" / "benchmarks" / "README.md", *(ROOT / "dkto" / "world").rglob("README.md")]
 NOTEBOOKS = [path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]

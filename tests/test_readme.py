@@ -23,7 +23,7 @@ KEPT = ROOT / "papermill_runs" / "reference"
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "papermill_runs/RESULTS.md")]
 PAGES += [ROOT / name for name in ("papermill_runs/README.md", "notebooks/README.md", "notebooks/your_own_likes.md")]
-PAGES += [ROOT / "tests" / "benchmarks" / "README.md"]
+PAGES += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "SECURITY.md"]
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 # a figure of a kept run: what is shown, the run, the key of its metrics.json as the link's title
 FIGURE = re.compile(
