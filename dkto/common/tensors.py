@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dkto.common.files import write_atomically
-from dkto.common.names import shown
+from dkto.common.names import printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,8 @@ def read_tensors(path: Path, what: str) -> "dict[str, Tensor]":
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} holds no {what} that can be read ({error}): remove it, or write it again") from error
+        text = printable(error, 200)
+        raise ValueError(f"{path} holds no {what} that can be read ({text}): remove it, or write it again") from error
 
 
 def check_tensors(path: Path, what: str, shapes: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
@@ -68,7 +69,7 @@ def check_tensors(path: Path, what: str, shapes: Mapping[str, list[int]] | None 
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             bad = [name for name in found if not bool(file.get_tensor(name).isfinite().all())]
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} holds no {what} that can be read ({error})") from error
+        raise ValueError(f"{path} holds no {what} that can be read ({printable(error, 200)})") from error
     if bad:
         raise ValueError(f"{path} holds no {what}: {shown(bad[0])} is not finite")
     if shapes is not None and found != shapes:

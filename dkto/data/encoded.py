@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dkto.common.files import file_sha256, read_json
 from dkto.common.frames import read_frame
-from dkto.common.names import shown
+from dkto.common.names import printable, shown
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import DiffusionModel
 from dkto.objective.methods import CSFT_PREFIXES
@@ -77,7 +77,9 @@ def shard_notes(path: Path, shard: safe_open) -> dict:
         if not isinstance(notes, dict):
             raise ValueError(f"expected an object, got {shown(notes)}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has notes that cannot be read ({error}): run prepare again") from error
+        raise ValueError(
+            f"{path} has notes that cannot be read ({printable(error, 200)}): run prepare again"
+        ) from error
     return notes
 
 
@@ -94,7 +96,9 @@ def open_shard(path: Path, rows: int) -> safe_open:
         shard = safe_open(path, framework="pt")
         lengths = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): run prepare again, which makes it again") from error
+        raise ValueError(
+            f"{path} cannot be read ({printable(error)}): run prepare again, which makes it again"
+        ) from error
     if lengths != {rows}:
         raise ValueError(
             f"{path} should hold {rows} rows, got {shown(lengths)}: run prepare again, which makes it again"
@@ -176,7 +180,9 @@ class PreparedFeedback:
             if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(self):
                 raise ValueError(f"they name rows outside [0, {len(self)})")
         except Exception as error:  # numpy raises whatever the bytes lead it to
-            raise ValueError(f"{path} holds no pairs that can be read ({error}): run prepare again") from error
+            raise ValueError(
+                f"{path} holds no pairs that can be read ({printable(error, 200)}): run prepare again"
+            ) from error
         return pairs
 
     def latents(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -219,7 +225,7 @@ class PreparedFeedback:
             places = [self._place(name, int(i), "prompt_shard_rows") for name, i in zip(sets, ids, strict=True)]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}: run prepare again with csft={csft!r}") from None
-        names = self._open[places[0][0]].keys()
+        names = self._model.prompt_tensors
         found = {name: torch.stack([self._row(place, name) for place in places]).float() for name in names}
         if hasattr(self._model, "image_conditioning"):
             found |= self._model.image_conditioning(self.sizes(rows))

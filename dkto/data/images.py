@@ -1,5 +1,7 @@
 """Decode the image of a row of feedback: known formats only, bounded size, the right way up."""
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dkto.common.names import printable
 from dkto.common.pixels import put_on_white
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"})
@@ -38,6 +41,8 @@ def decode_image(image: Image.Image) -> tuple[Image.Image, bool]:
 def open_image(file: str | Path | BinaryIO, name: str, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Image.Image]:
     """An image of which only the header is read yet; what cannot be decoded within the block is refused by its name."""
     try:
+        if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would wait
+            raise ValueError("it is no file")
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -47,4 +52,4 @@ def open_image(file: str | Path | BinaryIO, name: str, formats: Sequence[str] = 
     except UnidentifiedImageError as error:  # its own text has an address in memory
         raise ValueError(f"image {name} cannot be read: it is no {', '.join(formats)}") from error
     except Exception as error:  # a decoder raises whatever the bytes lead it to
-        raise ValueError(f"image {name} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"image {name} cannot be read: {printable(error, 200)}") from error

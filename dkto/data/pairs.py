@@ -140,6 +140,9 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
     else:
         paths = sorted(Path(p) for p in glob.glob(source))
         where = f"pattern {source}"
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} must be a parquet file, but it is none: a folder, a pipe or a link to nothing")
     if paths:
         return [Shard(_shard_name(str(path)), path.name, partial(nullcontext, path), _stamp(path)) for path in paths]
     if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(".parquet"):

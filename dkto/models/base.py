@@ -94,6 +94,7 @@ class DiffusionModel(ABC):
     denoiser_class: ClassVar[type[ModelMixin]]
     denoiser_part: ClassVar[str]  # "unet" or "transformer": folder and keyword of the pipeline
     default_sampling: ClassVar[str]
+    prompt_tensors: ClassVar[tuple[str, ...]]  # names of what `encode_prompts` gives
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

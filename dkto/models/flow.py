@@ -25,6 +25,7 @@ class StableDiffusion3(DiffusionModel):
     denoiser_class = SD3Transformer2DModel
     denoiser_part = "transformer"
     default_sampling = "logit_normal"
+    prompt_tensors = ("encoder_hidden_states", "pooled_projections")
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -18,6 +18,7 @@ class StableDiffusion(DiffusionModel):
     denoiser_class = UNet2DConditionModel
     denoiser_part = "unet"
     default_sampling = "uniform"
+    prompt_tensors = ("encoder_hidden_states",)
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -71,6 +72,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     pipeline_class = StableDiffusionXLPipeline
+    prompt_tensors = ("encoder_hidden_states", "text_embeds")
 
     def load_text(self) -> tuple[tuple, PipelineText]:
         pipeline = StableDiffusionXLPipeline.from_pretrained(

@@ -215,6 +215,14 @@ def test_damaged_shards_are_refused_by_name_and_made_again(likes, tiny_pipeline,
     assert {path: path.read_bytes() for path in whole} == whole
 
 
+def test_a_shard_of_other_names_is_refused_by_name(prepared, tiny_pipeline, tmp_path):
+    path = shard_path(shutil.copytree(prepared, tmp_path / "p"), "prompts", 0)
+    path.write_bytes(path.read_bytes().replace(b"encoder_hidden_states", b"Encoder_hidden_states"))
+    data = PreparedFeedback(path.parent, load_model(str(tiny_pipeline)))
+    with pytest.raises(ValueError, match=r"prompts-00000\.safetensors, row 2: encoder_hidden_states cannot be read"):
+        data.conditioning(np.array([0]))
+
+
 @pytest.mark.parametrize("name", ["prepared.json", "index.parquet", "pairs.npy"])
 @pytest.mark.parametrize("content", [b"", b"PAR1\x93NUMPY{"])
 def test_a_damaged_small_file_is_named(prepared, tiny_pipeline, tmp_path, name, content):

@@ -1,6 +1,7 @@
 """Images as files: every mode rightly, and every refusal with the file's name."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_a_damaged_file_is_named(tmp_path, format, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"image .*x\.\w+ cannot be read: "):
         load_image(path)
+
+
+def test_a_pipe_or_a_folder_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ValueError, match=f"image .*{name} cannot be read: it is no file"):
+            load_image(tmp_path / name)
 
 
 def test_an_image_that_is_not_there_is_named():

@@ -281,6 +281,13 @@ def test_a_folder_that_another_call_fills_is_refused(shards, tmp_path):
         convert_pairs(shards, tmp_path / "out")
 
 
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    for source in (tmp_path, tmp_path / "a.parquet"):
+        with pytest.raises(ValueError, match=r"a\.parquet must be a parquet file, but it is none"):
+            convert_pairs(source, tmp_path / "out")
+
+
 def test_bad_sources_are_named(shards, tmp_path):
     row = pair("a", "b", 1)
     del row["jpg_1"]

@@ -68,7 +68,7 @@ def run(given: argparse.Namespace, folder: Path) -> int:
         print(f"and {len(shown) - given.show} more; all of them, with their inputs, are in {given.keep}")
     print(table(found))
     print(f"seed {given.seed}; {len(found)} cases in {time.monotonic() - began:.0f} s")
-    wrong = broken(found)
+    wrong = broken(found) + [f"{len(ids) - len(found)} cases did not run"] * (len(found) < len(ids))
     print("\n".join(wrong) or "every promise is kept")
     return bool(wrong)
 

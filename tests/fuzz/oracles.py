@@ -282,7 +282,7 @@ def like_log(path: Path, found, warned: bool) -> str | None:
         if not line.strip():
             continue
         try:
-            event = load(line.decode())
+            event = load(line.decode("utf-8" if number else "utf-8-sig"))
             known = event["event"] in ("like", "dislike", "skip", "undo") and isinstance(event["session"], str)
         except (UnreadableError, ValueError, KeyError, TypeError):
             event, known = {}, False
