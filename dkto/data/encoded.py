@@ -78,7 +78,8 @@ def shard_notes(path: Path, shard: safe_open) -> dict:
             raise ValueError(f"expected an object, got {shown(notes)}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} has notes that cannot be read ({printable(error, 200)}): run prepare again"
+            said = printable(error, 200)
+            f"{path} has notes that cannot be read ({said}): run prepare again"
         ) from error
     return notes
 
@@ -97,7 +98,8 @@ def open_shard(path: Path, rows: int) -> safe_open:
         lengths = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, IndexError) as error:
         raise ValueError(
-            f"{path} cannot be read ({printable(error)}): run prepare again, which makes it again"
+            said = printable(error, 200)
+            f"{path} cannot be read ({said}): run prepare again, which makes it again"
         ) from error
     if lengths != {rows}:
         raise ValueError(
@@ -181,7 +183,8 @@ class PreparedFeedback:
                 raise ValueError(f"they name rows outside [0, {len(self)})")
         except Exception as error:  # numpy raises whatever the bytes lead it to
             raise ValueError(
-                f"{path} holds no pairs that can be read ({printable(error, 200)}): run prepare again"
+                said = printable(error, 200)
+                f"{path} holds no pairs that can be read ({said}): run prepare again"
             ) from error
         return pairs
 
