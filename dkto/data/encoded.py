@@ -78,8 +78,7 @@ def shard_notes(path: Path, shard: safe_open) -> dict:
             raise ValueError(f"expected an object, got {shown(notes)}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            said = printable(error, 200)
-            f"{path} has notes that cannot be read ({said}): run prepare again"
+            f"{path} has notes that cannot be read ({printable(error, 200)}): run prepare again"
         ) from error
     return notes
 
@@ -98,8 +97,7 @@ def open_shard(path: Path, rows: int) -> safe_open:
         lengths = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, IndexError) as error:
         raise ValueError(
-            said = printable(error, 200)
-            f"{path} cannot be read ({said}): run prepare again, which makes it again"
+            f"{path} cannot be read ({printable(error, 200)}): run prepare again, which makes it again"
         ) from error
     if lengths != {rows}:
         raise ValueError(
@@ -183,8 +181,7 @@ class PreparedFeedback:
                 raise ValueError(f"they name rows outside [0, {len(self)})")
         except Exception as error:  # numpy raises whatever the bytes lead it to
             raise ValueError(
-                said = printable(error, 200)
-                f"{path} holds no pairs that can be read ({said}): run prepare again"
+                f"{path} holds no pairs that can be read ({printable(error, 200)}): run prepare again"
             ) from error
         return pairs
 
