@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dkto.common.files import write_atomically
-from dkto.common.names import printable, shown
+from dkto.common.names import SHOWN, printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +96,26 @@ def check_header(path: Path, what: str) -> int:
             "remove it, or write it again"
         )
     return length
+
+
+def check_finite_weights(tensors: "Mapping[str, Tensor]", place: object) -> None:
+    """Refuse weights that are not finite; the sentence names the first."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise ValueError(f"{place} holds weights that are not finite, first in {shown(name)}: get the file again")
+
+
+def check_fits(stored: "Mapping[str, Tensor]", own: "Mapping[str, Tensor]", place: object, what: str) -> None:
+    """Refuse weights that lack a tensor of a `what`'s `own`, have one more, one of another shape, or not finite."""
+    given, wanted = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (stored, own))
+    if wrong := sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)):
+        raise ValueError(
+            f"{place} does not fit {what}: {len(wrong)} of {len(wanted)} names differ, first {wrong[0][: SHOWN * 2]} "
+            f"(expected {wanted.get(wrong[0], 'nothing')}, got {given.get(wrong[0], 'nothing')})"
+        )
+    check_finite_weights(stored, place)
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:

@@ -24,7 +24,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ from dkto.data.encoded import (
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import MAX_PIXELS, decode_image, open_image
 from dkto.models import DiffusionModel, load_model
+from dkto.models.base import cut_prompts
 from dkto.objective.methods import CSFT_PREFIXES
 
 SHARD_ROWS = 512
@@ -270,7 +271,7 @@ class _Job:
         prompts = [PROMPT_SETS[kind] + prompt for prompt in table["prompt"].to_pylist()]
         parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
-        return shard, {"rows": list(_too_long(_flat(self.text[:1]), prompts)), "on_white": 0}
+        return shard, {"rows": list(cut_prompts(_flat(self.text[:1]), prompts)), "on_white": 0}
 
     def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         table = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])
@@ -350,16 +351,6 @@ def _not_finite(shard: dict[str, Tensor]) -> list[int]:
     values = [tensor for tensor in shard.values() if tensor.is_floating_point()]
     finite = [tensor.flatten(1).isfinite().all(1) for tensor in values]
     return torch.nonzero(~torch.stack(finite).all(0)).flatten().tolist() if finite else []
-
-
-def _too_long(tokenizers: Iterable, prompts: list[str]) -> Iterator[tuple[int, str]]:
-    """Rows that a tokenizer has to cut, with its limit in words."""
-    cut: dict[int, str] = {}
-    for tokenizer in tokenizers:
-        for row, ids in enumerate(tokenizer(prompts).input_ids):
-            if len(ids) > tokenizer.model_max_length:
-                cut.setdefault(row, f"{len(ids)} tokens, {tokenizer.model_max_length} are taken: {prompts[row]}")
-    yield from sorted(cut.items())
 
 
 def _flat(parts: object) -> Iterator:

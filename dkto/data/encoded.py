@@ -17,6 +17,7 @@ from dkto.common.frames import read_frame
 from dkto.common.names import printable, shown
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import DiffusionModel
+from dkto.models.parts import weight_files
 from dkto.objective.methods import CSFT_PREFIXES
 
 
@@ -109,8 +110,7 @@ def open_shard(path: Path, rows: int) -> safe_open:
 def model_fingerprint(model: DiffusionModel) -> str:
     """Hash over the VAE's and the text encoders' weights: the parts that prepared data depend on."""
     folders = sorted(p for p in model.folder.iterdir() if p.name == "vae" or p.name.startswith("text_encoder"))
-    found = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    return weights_fingerprint([path for path in found if ".fp16." not in path.name])
+    return weights_fingerprint([path for folder in folders for path in weight_files(folder)])
 
 
 class PreparedFeedback:

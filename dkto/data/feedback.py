@@ -121,8 +121,17 @@ class FeedbackTable:
 
         Returns:
             Both tables; rows that were set aside stay with the first.
+
+        Raises:
+            ValueError: if that leaves no liked, or no disliked image for training though there are some.
         """
         held_out = self._held_out(held_out_fraction, seed)
+        for name, side in (("liked", self.is_desirable), ("disliked", ~self.is_desirable)):
+            if held_out_fraction < 1 and side.any() and not (side & ~held_out).any():
+                raise ValueError(
+                    f"held_out_fraction {held_out_fraction:g} leaves no {name} image for training, of {side.sum()} in "
+                    f"the feedback: hold out less, or choose another seed (got {seed})"
+                )
         train = replace(self.subset(np.flatnonzero(~held_out)), set_aside=self.set_aside)
         return train, self.subset(np.flatnonzero(held_out))
 

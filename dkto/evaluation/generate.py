@@ -3,6 +3,7 @@
     images/
       manifest.json        model, hash of its weights, sampler settings, prompts and seeds
       p00003-s1.png        image of prompt 3, seed number 1
+      truncated.jsonl      prompts longer than the text encoder takes, if there are any
 
 The noise of an image depends only on (seed, prompt number, image number): methods are compared on equal
 noise, and batch size or number of processes change no more than the last digits of a sum (one grey level of 255 in
@@ -14,18 +15,21 @@ from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks whi
 # isort: split
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from dkto.common.files import claim, write_png
-from dkto.common.processes import worker_pool
+from dkto.common.files import claim, write_png, write_records
+from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
-from dkto.evaluation.manifest import MANIFEST, image_path
+from dkto.common.settings import checked_number
+from dkto.evaluation.manifest import MANIFEST, MOST, image_path, is_whole_png
 from dkto.models.system import System, computes_bfloat16, draw, noise_generator
 
-CHUNK = 50  # images per task handed to a worker
+CHUNK = 50  # images per task handed to a worker, about
+TRUNCATED = "truncated.jsonl"
 
 
 def generate_images(
@@ -38,7 +42,9 @@ def generate_images(
     batch_size: int = 25,
     num_processes: int = 1,
 ) -> Path:
-    """Draw `images_per_prompt` images of every prompt; images already on disk are kept.
+    """Draw `images_per_prompt` images of every prompt; images that lie whole on disk are kept.
+
+    Prompts longer than the text encoder takes are cut by it; a warning counts them.
 
     Args:
         system: model, adapter and sampler settings.
@@ -52,6 +58,7 @@ def generate_images(
     Raises:
         ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
             of another system, prompt list or seed, or of other weights, or images that no manifest tells of.
+        BlockingIOError: if another process draws into the folder.
     """
     output_dir = Path(output_dir)
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
@@ -73,31 +80,77 @@ def generate_all(
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
-    numbers = (("images_per_prompt", images_per_prompt, 1), ("seed", seed, 0), ("batch_size", batch_size, 1))
-    for name, value, least in numbers:
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    images_per_prompt = checked_number("images_per_prompt", images_per_prompt, least=1, most=MOST // len(prompts))
+    seed, batch_size = checked_number("seed", seed, least=0), checked_number("batch_size", batch_size, least=1)
+    num_processes = checked_number("num_processes", num_processes, least=1)
     folders = {name: Path(output_dir) / name for name in systems}
     sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
     weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
+    for system in systems.values():
+        system.opened()
+    written = {name: (system.model, system.prefix, system.negative_prompt) for name, system in systems.items()}
+    each = {written[name]: system for name, system in systems.items()}
+    cut = {texts: system.cut_prompts(prompts) for texts, system in each.items()}
     if any(system.precision == "bfloat16" for system in systems.values()) and not computes_bfloat16():
         warnings.warn("this processor does not compute in bfloat16: float32 is many times as fast here", stacklevel=2)
     tasks = []
-    for name, system in systems.items():
-        folder = folders[name]
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
-        about["weights"] = weights[system.model, system.unet, system.lora]
-        _check_unclaimed(folder)
-        claim(folder / MANIFEST, about, "images")
-        keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
-        wanted = [key for key in keys if not image_path(folder, *key).exists()]
-        for start in range(0, len(wanted), CHUNK):
-            tasks.append(_Task(system, prompts, folder, seed, batch_size, wanted[start : start + CHUNK]))
-    with progress(total=sum(len(task.wanted) for task in tasks), desc="drawing", unit="image") as bar:
-        for count in _perform(tasks, min(num_processes, len(tasks))):
-            bar.update(count)
+    with ExitStack() as stack:
+        for name, system in systems.items():
+            folder = folders[name]
+            stack.enter_context(sole_writer(folder))
+            about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
+            about["weights"] = weights[system.model, system.unet, system.lora]
+            _check_unclaimed(folder)
+            stack.enter_context(_claimed(folder, about))
+            if cut[written[name]]:
+                _note_cut(folder, prompts, cut[written[name]], bool(system.negative_prompt))
+            tasks += _tasks(system, prompts, folder, seed, batch_size, images_per_prompt)
+        with progress(total=sum(len(task.missing) for task in tasks), desc="drawing", unit="image") as bar:
+            for count in _perform(tasks, min(num_processes, len(tasks))):
+                bar.update(count)
     return folders
+
+
+@contextmanager
+def _claimed(folder: Path, about: dict) -> Iterator[None]:
+    """Claim a folder; if the first drawing fails before there is an image, it is free again."""
+    claim(folder / MANIFEST, about, "images")
+    try:
+        yield
+    except Exception:
+        if not any(folder.glob("p*-s*.png")):
+            (folder / MANIFEST).unlink(missing_ok=True)
+            (folder / TRUNCATED).unlink(missing_ok=True)
+        raise
+
+
+def _note_cut(folder: Path, prompts: list[str], cut: list[tuple[int, str]], negative: bool) -> None:
+    """List and say the prompts that the text encoder cuts, as `dkto.data.encode` does for training."""
+    texts = len(prompts) + negative
+    rows = [{"prompt": row if row < len(prompts) else "negative", "tokens": text} for row, text in cut]
+    write_records(folder / TRUNCATED, rows)
+    text = f"{len(cut)} of {texts} prompts are longer than the text encoder takes and are cut"
+    warnings.warn(f"{text}, see {folder / TRUNCATED}", stacklevel=4)
+
+
+def _tasks(
+    system: System, prompts: list[str], folder: Path, seed: int, batch_size: int, images_per_prompt: int
+) -> list["_Task"]:
+    """The batches that lack an image, a few in a task.
+
+    A batch is the same in every call: a sum over other neighbours would differ in its last digits, so of one that a
+    kill left half done the missing images are drawn again in the company of all.
+    """
+    keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
+    missing = {key for key in keys if not is_whole_png(image_path(folder, *key))}
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    batches = [batch for batch in batches if not missing.isdisjoint(batch)]
+    few = max(1, CHUNK // batch_size)
+    shares = [batches[start : start + few] for start in range(0, len(batches), few)]
+    return [
+        _Task(system, prompts, folder, seed, share, {key for batch in share for key in batch} & missing)
+        for share in shares
+    ]
 
 
 def _check_unclaimed(folder: Path) -> None:
@@ -113,8 +166,8 @@ class _Task:
     prompts: list[str]
     folder: Path
     seed: int
-    batch_size: int
-    wanted: list[tuple[int, int]]
+    batches: list[list[tuple[int, int]]]
+    missing: set[tuple[int, int]]
 
 
 def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
@@ -134,10 +187,10 @@ def _draw_chunk(task: _Task) -> int:
     if source not in _PIPELINES:
         _PIPELINES.clear()
         _PIPELINES[source] = task.system.load()
-    for start in range(0, len(task.wanted), task.batch_size):
-        batch = task.wanted[start : start + task.batch_size]
+    for batch in task.batches:
         generators = [noise_generator(task.seed, p, i) for p, i in batch]
         images = draw(_PIPELINES[source], [task.prompts[p] for p, _ in batch], generators, task.system)
         for key, image in zip(batch, images, strict=True):
-            write_png(image_path(task.folder, *key), image)
-    return len(task.wanted)
+            if key in task.missing:
+                write_png(image_path(task.folder, *key), image)
+    return len(task.missing)

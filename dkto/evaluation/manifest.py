@@ -4,13 +4,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dkto.common.files import read_json
+from dkto.common.names import shown
 
 MANIFEST = "manifest.json"
+MOST = 10**6  # images of one folder
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def image_path(folder: Path, prompt_number: int, image_number: int) -> Path:
     """Where the image of one prompt and image number lies."""
     return folder / f"p{prompt_number:05d}-s{image_number}.png"
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there and has its end: one that a power cut left empty or cut short has not."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(PNG_START))
+            file.seek(-len(PNG_END), 2)
+            return start == PNG_START and file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def read_manifest(folder: str | Path) -> dict:
@@ -26,8 +40,13 @@ def read_manifest(folder: str | Path) -> dict:
     found = read_json(path, "manifest of generated images")
     for key, (holds, expected) in _MANIFEST_HOLDS.items():
         if key not in found or not holds(found[key]):
-            got = f"{found[key]!r:.80}" if key in found else "nothing"
+            got = shown(found[key]) if key in found else "nothing"
             raise ValueError(f"{path} is no manifest of generated images: {key} must be {expected}, got {got}")
+    if len(found["prompts"]) * found["images_per_prompt"] > MOST:
+        raise ValueError(
+            f"{path} is no manifest of generated images: images_per_prompt must be at most "
+            f"{MOST // len(found['prompts'])} for {len(found['prompts'])} prompts, got {found['images_per_prompt']}"
+        )
     return found
 
 

@@ -1,21 +1,24 @@
 """The face that every latent diffusion model shows to preparation and training."""
 
 import json
-import shutil
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
-from dkto.common.names import check_choice
+from dkto.common.names import check_choice, shown
 from dkto.common.tensors import write_tensors
+from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_config, copy_part, first_line, load_part
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
@@ -24,6 +27,7 @@ PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "mo
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")
 # parts that a written pipeline and a system that draws do without: nothing here trains them or vouches for them
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
 
 
 def pipeline_folder(source: str | Path) -> Path:
@@ -47,9 +51,14 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
+        ValueError: if it is a file.
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise ValueError(f"{what} must be {other}a folder or a hub id, got the file {shown(str(source))}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or Path(source).suffix in (".safetensors", ".bin", ".pt"):
+        raise FileNotFoundError(f"{what} {shown(str(source))} does not exist, and is no hub id (OWNER/NAME)")
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:
@@ -59,13 +68,30 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
         ) from error
 
 
+def token_limit(tokenizer: Any) -> int:
+    """Tokens of a prompt that are really taken, in training and in drawing alike."""
+    return T5_TOKENS if type(tokenizer).__name__.startswith("T5") else tokenizer.model_max_length
+
+
+def cut_prompts(tokenizers: Iterable[Any], prompts: list[str]) -> Iterator[tuple[int, str]]:
+    """Rows of prompts that a tokenizer has to cut, with its limit in words."""
+    cut: dict[int, str] = {}
+    for tokenizer in tokenizers:
+        limit = token_limit(tokenizer)
+        for row, ids in enumerate(tokenizer(prompts).input_ids):
+            if len(ids) > limit:
+                cut.setdefault(row, f"{len(ids)} tokens, {limit} are taken: {prompts[row]}")
+    yield from sorted(cut.items())
+
+
 def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Save configuration and weights in one file each, as diffusers does."""
+    """Save configuration and weights in one file each, as diffusers does, without the place it was loaded from."""
     if weights is None:
         denoiser.save_pretrained(folder, max_shard_size="1TB")
-        return
-    denoiser.save_config(folder)
-    write_tensors(folder / WEIGHTS_FILE, weights)
+    else:
+        denoiser.save_config(folder)
+        write_tensors(folder / WEIGHTS_FILE, weights)
+    copy_config(folder / "config.json", folder / "config.json")
 
 
 class PipelineText(nn.Module):
@@ -98,6 +124,80 @@ class DiffusionModel(ABC):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.parts()
+        vae = folder / "vae" / "config.json"
+        about = read_json(vae, "configuration of a VAE") if vae.is_file() else {}
+        if about.get("latents_mean") is not None or about.get("latents_std") is not None:
+            raise ValueError(
+                f"{vae} has latents_mean or latents_std, by which latents are shifted channel by channel: that is not "
+                "supported; expected a VAE with scaling_factor and shift_factor alone"
+            )
+
+    def load_scheduler(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
+        """The stored schedule as a scheduler of this class.
+
+        Raises:
+            ValueError: if the stored one is of another family of processes than `kind`, belongs to a distilled model,
+                or is damaged; the sentence names the file.
+        """
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        stored = read_json(path, "configuration of a scheduler", ["_class_name"])
+        check_family(stored, kind, path)
+        try:
+            return kind.from_config(stored)
+        except UNREADABLE as error:
+            raise ValueError(f"{path} is no configuration of a scheduler: {first_line(error)}") from error
+
+    def tokenizers(self) -> list:
+        """The tokenizers alone, in the pipeline's order."""
+        found = []
+        for name, (library, kind) in sorted(self.parts().items()):
+            if name.startswith("tokenizer"):
+                cls = getattr(transformers, kind, None) if library == "transformers" else None
+                try:
+                    found.append(cls.from_pretrained(self.folder / name))
+                except UNREADABLE as error:
+                    raise ValueError(f"{self.folder / name} holds no {kind} ({first_line(error)})") from error
+        return found
+
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """Library and class of each part that the pipeline has, by name; those of `LEFT_OUT` apart.
+
+        A downloaded index is data: a name that leads out of the folder is no part.
+
+        Raises:
+            ValueError: if model_index.json names a part in another way.
+        """
+        path, found = self.folder / "model_index.json", {}
+        for name, entry in read_json(path, "index of a pipeline").items():
+            inside = Path(name).name == name and name not in LEFT_OUT
+            if inside and isinstance(entry, list) and entry != [None, None]:
+                if len(entry) != 2 or not all(isinstance(each, str) for each in entry):
+                    raise ValueError(f"{path}: part {shown(name)} must be a library and a class, got {shown(entry)}")
+                found[name] = tuple(entry)
+        return found
+
+    def load_pipeline(self, **given: Any) -> DiffusionPipeline:
+        """The pipeline in float32 with these parts, None being none; its other networks loaded and checked.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_part`; and for a part that plain diffusers cannot load.
+        """
+        index = read_json(self.folder / "model_index.json", "index of a pipeline")
+        parts = {name: None for name, entry in index.items() if isinstance(entry, list)}
+        parts = {name: None for name in parts if name in LEFT_OUT or index[name] == [None, None]} | given
+        for name, (library, kind) in self.parts().items():
+            cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
+            if name not in parts and cls is None:
+                raise ValueError(f"{self.folder}: part {shown(name)} is a {shown(kind)} of {shown(library)}, unknown")
+            if name not in parts and issubclass(cls, nn.Module):
+                parts[name] = load_part(cls, self.folder / name)
+        if "safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        try:
+            return self.pipeline_class.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32, **parts)
+        except UNREADABLE as error:
+            raise ValueError(f"{self.folder} cannot be loaded as a pipeline ({first_line(error)})") from error
 
     @property
     @abstractmethod
@@ -130,14 +230,11 @@ class DiffusionModel(ABC):
 
     def load_denoiser(self) -> ModelMixin:
         """A fresh denoiser in float32."""
-        return self.denoiser_class.from_pretrained(
-            self.folder, subfolder=self.denoiser_part, use_safetensors=True, dtype=torch.float32
-        )
+        return load_part(self.denoiser_class, self.folder / self.denoiser_part)
 
     def load_vae(self) -> AutoencoderKL:
         """The frozen autoencoder in float32."""
-        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, dtype=torch.float32)
-        return vae.eval().requires_grad_(False)
+        return load_part(AutoencoderKL, self.folder / "vae").eval().requires_grad_(False)
 
     @property
     def image_size(self) -> int:
@@ -187,15 +284,9 @@ class DiffusionModel(ABC):
         index |= {name: [None, None] for name in LEFT_OUT if name in index}
         if "safety_checker" in index:
             index["requires_safety_checker"] = False
-        for name, value in index.items():
-            outside = Path(name).name != name  # a downloaded index is data: no part of it leads out of the folder
-            if outside or name == self.denoiser_part or not isinstance(value, list) or value[0] is None:
-                continue
-            for pattern in PIPELINE_FILES[:-1]:
-                for path in (self.folder / name).glob(pattern):
-                    if ".fp16." not in path.name:
-                        target = folder / path.relative_to(self.folder)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(path, target)
+        for name in self.parts():
+            if name != self.denoiser_part:
+                copy_part(self.folder / name, folder / name)
         save_denoiser(denoiser, folder / self.denoiser_part, weights)
+        index = {key: value for key, value in index.items() if key not in PLACES}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

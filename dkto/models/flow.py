@@ -9,9 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
-from dkto.models.base import DiffusionModel, PipelineText
-
-T5_TOKENS = 77  # as the training scripts of diffusers; the pipeline's own default, 256, fills the disk
+from dkto.models.base import T5_TOKENS, DiffusionModel, PipelineText
 
 
 class StableDiffusion3(DiffusionModel):
@@ -29,18 +27,14 @@ class StableDiffusion3(DiffusionModel):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.scheduler = self.load_scheduler(FlowMatchEulerDiscreteScheduler)
 
     @property
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
     def load_text(self) -> tuple[tuple, PipelineText]:
-        index = read_json(self.folder / "model_index.json", "index of a pipeline")
-        absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.folder, **absent | {"transformer": None, "vae": None}, use_safetensors=True, dtype=torch.float32
-        )
+        pipeline = self.load_pipeline(transformer=None, vae=None)
         # a pipeline without T5 pads with zeros and asks the transformer, which is not loaded here, for their width
         config = read_json(self.folder / "transformer" / "config.json", "configuration of a transformer")
         object.__setattr__(pipeline, "transformer", SimpleNamespace(config=SimpleNamespace(**config)))

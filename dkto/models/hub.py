@@ -6,8 +6,11 @@ Only safetensors are loaded; a checkpoint that is published as a pickle is refus
 from pathlib import Path
 
 from dkto.common.files import read_json
+from dkto.common.names import shown
+from dkto.models.adapters import PEFT_CONFIG
 from dkto.models.base import DiffusionModel, fetched_folder, pipeline_folder
 from dkto.models.flow import StableDiffusion3
+from dkto.models.parts import weights_variant
 from dkto.models.policy import LORA_FILE
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
@@ -53,8 +56,7 @@ def unet_folder(source: str | Path) -> Path:
         config = place / "config.json"
         about = read_json(config, "configuration of a UNet") if config.is_file() else {}
         if about.get("_class_name") == "UNet2DConditionModel":
-            if not list(place.glob("*.safetensors")):
-                raise ValueError(f"unet {str(source)!r} has no safetensors weights in {place}; pickles are not loaded")
+            weights_variant(place)
             return place
     raise ValueError(f"unet {str(source)!r} holds no UNet2DConditionModel (no config.json of one in {folder} or unet/)")
 
@@ -66,11 +68,13 @@ def lora_file(source: str | Path) -> Path:
         ValueError: if it is no safetensors file, or the folder holds none or several, none of the usual name.
     """
     path = Path(source)
+    if path.suffix == ".safetensors" and not path.exists():
+        raise FileNotFoundError(f"lora {shown(str(source))} does not exist")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"lora must be a .safetensors file, got {path.name}; pickles are not loaded")
         return path
-    folder = fetched_folder(source, "lora", ["*.safetensors"])
+    folder = fetched_folder(source, "lora", ["*.safetensors", PEFT_CONFIG])
     files = sorted(folder.glob("*.safetensors"))
     if (folder / LORA_FILE) in files:
         return folder / LORA_FILE

@@ -16,10 +16,11 @@ from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from dkto.common.tensors import read_tensors
+from dkto.common.tensors import check_fits, read_tensors
 from dkto.models.base import WEIGHTS_FILE, save_denoiser
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+OURS = "the policy of this configuration"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -87,7 +88,14 @@ def make_policy(
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        present = {target for target in LORA_TARGETS for name, _ in denoiser.named_modules() if name.endswith(target)}
+        layers = [(name, layer) for name, layer in denoiser.named_modules() if name.endswith(LORA_TARGETS)]
+        widest = max((min(layer.weight.shape[:2]) for _, layer in layers), default=0)
+        if lora_rank > widest:
+            raise ValueError(
+                f"lora_rank must be at most {widest}, the width of the widest layer with an adapter, got {lora_rank}: "
+                "0 trains every weight"
+            )
+        present = {target for target in LORA_TARGETS for name, _ in layers if name.endswith(target)}
         denoiser.add_adapter(
             LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=sorted(present))
         )
@@ -120,9 +128,18 @@ def write_weights(pair: PolicyAndReference, folder: Path, weights: dict[str, Ten
 
 
 def read_weights(pair: PolicyAndReference, folder: Path) -> None:
-    """Put weights saved by `write_weights` back into a policy made in the same way."""
+    """Put weights saved by `write_weights` back into a policy made in the same way.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, of another policy, or not finite; the sentence names the file.
+    """
     if pair.reference is not None:
-        pair.policy.load_state_dict(read_tensors(folder / pair.part / WEIGHTS_FILE, "weights"))
+        path, own = folder / pair.part / WEIGHTS_FILE, pair.policy.state_dict()
+        check_fits(stored := read_tensors(path, "weights"), own, path, OURS)
+        pair.policy.load_state_dict(stored)
         return
-    stored = read_tensors(folder / LORA_FILE, "adapter")
-    set_peft_model_state_dict(pair.policy, {name.removeprefix(f"{pair.part}."): each for name, each in stored.items()})
+    path = folder / LORA_FILE
+    stored = {name.removeprefix(f"{pair.part}."): each for name, each in read_tensors(path, "adapter").items()}
+    check_fits(stored, get_peft_model_state_dict(pair.policy), path, OURS)
+    set_peft_model_state_dict(pair.policy, stored)

@@ -8,7 +8,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dkto.common.files import read_json
 from dkto.models.base import DiffusionModel, PipelineText
+from dkto.models.parts import load_part
 
 
 class StableDiffusion(DiffusionModel):
@@ -22,7 +24,10 @@ class StableDiffusion(DiffusionModel):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.scheduler = self.load_scheduler(DDPMScheduler)
+        unet = read_json(folder / "unet" / "config.json", "configuration of a UNet")
+        if unet.get("time_cond_proj_dim") is not None:
+            raise ValueError(f"{folder} is distilled (its UNet has time_cond_proj_dim) and is not supported")
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"{folder}: prediction type {self.scheduler.config.prediction_type!r} is not supported")
 
@@ -31,11 +36,8 @@ class StableDiffusion(DiffusionModel):
         return self.scheduler.config.num_train_timesteps
 
     def load_text(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
-        encoder = CLIPTextModel.from_pretrained(
-            self.folder, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
-        return tokenizer, encoder.eval().requires_grad_(False)
+        encoder = load_part(CLIPTextModel, self.folder / "text_encoder")
+        return self.tokenizers()[0], encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_prompts(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str]) -> dict[str, Tensor]:
@@ -75,10 +77,7 @@ class StableDiffusionXL(StableDiffusion):
     prompt_tensors = ("encoder_hidden_states", "text_embeds")
 
     def load_text(self) -> tuple[tuple, PipelineText]:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            self.folder, unet=None, vae=None, use_safetensors=True, dtype=torch.float32
-        )
-        encoder = PipelineText(pipeline)
+        encoder = PipelineText(self.load_pipeline(unet=None, vae=None))
         return encoder.tokenizers, encoder
 
     @torch.no_grad()

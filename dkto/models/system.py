@@ -5,22 +5,23 @@ from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks whi
 # isort: split
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusion3Pipeline, UNet2DConditionModel
 from PIL import Image
+from torch import nn
 
 from dkto.common.files import read_json
-from dkto.common.names import check_choice, not_known
+from dkto.common.names import not_known
+from dkto.common.settings import check_settings, setting
 from dkto.common.tensors import weights_fingerprint
-from dkto.models import LEFT_OUT, SMALL_WORLD, pipeline_folder
-from dkto.models.hub import PUBLISHED, lora_file, unet_folder
+from dkto.models import SMALL_WORLD, pipeline_folder
+from dkto.models.adapters import merge_adapter
+from dkto.models.base import T5_TOKENS, DiffusionModel, cut_prompts
+from dkto.models.hub import PUBLISHED, load_model, lora_file, unet_folder
+from dkto.models.parts import load_part
 from dkto.objective.methods import CSFT_PREFIXES
 
 TRAINING_RECORD = "training.json"  # what a training leaves in its folder
@@ -44,20 +45,20 @@ class System:
             fast again where the machine computes in it, and many times as slow where it does not.
 
     Raises:
-        ValueError: if the precision is another.
+        ValueError: if a number is out of its range, or the precision is another.
     """
 
     model: str = SMALL_WORLD
     lora: str = ""
-    guidance: float = 3.0
-    steps: int = 15
+    guidance: float = setting(3.0, 1)
+    steps: int = setting(15, 1)
     prefix: str = ""
     unet: str = ""
     negative_prompt: str = ""
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_choice("precision", self.precision, PRECISIONS)
+        check_settings(self)
 
     @classmethod
     def published(cls, name: str, **settings) -> "System":
@@ -99,28 +100,56 @@ class System:
         files += sorted(unet_folder(self.unet).glob("*.safetensors")) if self.unet else []
         return weights_fingerprint([*files, *([lora_file(self.lora)] if self.lora else [])])
 
+    def opened(self) -> DiffusionModel:
+        """The model, when it is known that the settings fit it and nothing heavy was loaded yet.
+
+        Raises:
+            FileNotFoundError: if there is no such model, UNet or adapter.
+            ValueError: if it is not supported, is no Stable Diffusion with a UNet though one is given, or its schedule
+                has not so many steps.
+        """
+        model = load_model(self.model)
+        if self.unet and model.denoiser_part != "unet":
+            raise ValueError(f"unet must be empty for {model.folder}, whose denoiser is a {model.denoiser_part}")
+        if self.steps > model.num_train_timesteps:
+            raise ValueError(
+                f"steps must be at most {model.num_train_timesteps}, as finely as the schedule of {model.folder} is "
+                f"cut, got {self.steps}"
+            )
+        if sampler := self._sampler(model):
+            try:
+                sampler.set_timesteps(self.steps)
+                fits = self.steps == 1 or sampler.timesteps[0] > sampler.timesteps[-1]
+            except (ValueError, IndexError, RuntimeError):
+                fits = False
+            if not fits:
+                raise ValueError(f"steps must be fewer for the schedule of {model.folder}, got {self.steps}")
+        return model
+
+    def _sampler(self, model: DiffusionModel) -> DPMSolverMultistepScheduler | None:
+        """DPM-Solver++ on the model's schedule, or None for a flow."""
+        return model.load_scheduler(DPMSolverMultistepScheduler) if model.denoiser_part == "unet" else None
+
+    def cut_prompts(self, prompts: list[str]) -> list[tuple[int, str]]:
+        """Rows of the prompts, the negative one after them, that are longer than a text encoder takes; how much."""
+        texts = [self.prefix + prompt for prompt in prompts] + [self.negative_prompt] * bool(self.negative_prompt)
+        return list(cut_prompts(load_model(self.model).tokenizers(), texts))
+
     def load(self) -> DiffusionPipeline:
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar.
 
         No system has a safety checker, whatever its model ships: it returns black pictures for those it objects to, and
         would do so for a base but not for what was tuned from it, whose pipeline is written without one.
         """
-        folder = pipeline_folder(self.model)
-        index = read_json(folder / "model_index.json", "index of a pipeline")
-        empty = {name for name, value in index.items() if isinstance(value, list) and value[0] is None}
-        absent = dict.fromkeys(empty | (index.keys() & set(LEFT_OUT)))
-        if "safety_checker" in absent:
-            absent["requires_safety_checker"] = False
-        options = {"use_safetensors": True, "dtype": torch.float32}
-        parts = {"unet": UNet2DConditionModel.from_pretrained(unet_folder(self.unet), **options)} if self.unet else {}
-        pipeline = DiffusionPipeline.from_pretrained(folder, **options, **absent, **parts)
-        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        model = self.opened()
+        unet = {"unet": load_part(UNet2DConditionModel, unet_folder(self.unet))} if self.unet else {}
+        pipeline = model.load_pipeline(**unet)
+        if sampler := self._sampler(model):
+            pipeline.scheduler = sampler
         if self.lora:
-            path = lora_file(self.lora)
-            pipeline.load_lora_weights(path.parent, weight_name=path.name)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
+            networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+            networks.pop("vae")
+            merge_adapter(networks, model.denoiser_part, lora_file(self.lora))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -141,6 +170,7 @@ def draw(
     pipeline: DiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
 ) -> list[Image.Image]:
     """One batch of images, one per prompt and generator."""
+    length = {"max_sequence_length": T5_TOKENS} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
     fast = torch.autocast(pipeline.device.type, torch.bfloat16, enabled=system.precision == "bfloat16")
     with torch.inference_mode(), fast:
         return pipeline(
@@ -149,4 +179,5 @@ def draw(
             num_inference_steps=system.steps,
             guidance_scale=system.guidance,
             generator=generators,
+            **length,
         ).images

@@ -17,6 +17,7 @@ from dkto.common.names import check_name
 from dkto.common.progress import progress
 from dkto.data.encoded import PreparedFeedback
 from dkto.objective.losses import effective_weight, reference_point
+from dkto.objective.methods import METHODS
 from dkto.objective.utilities import get_utility
 from dkto.training.config import TrainConfig
 from dkto.training.loop import train
@@ -98,22 +99,40 @@ class Calibration:
 
 
 def slope_at(gaps: np.ndarray, is_desirable: np.ndarray, beta: float, config: TrainConfig) -> SlopeAt:
-    """Slopes of the configuration's utility at one beta.
+    """Slopes of the configuration's utility at one beta, each row counted as often as training draws it.
+
+        weight of a row = gamma / n_liked   or   (1 - gamma) / n_disliked
 
     Args:
         gaps: (N,) errors of reference minus policy.
         is_desirable: (N,) bool.
         beta: > 0.
-        config: for its utility, estimator and clamp; "unrelated" is judged by the matched mean.
+        config: for its utility, estimator, clamp and gamma; "unrelated" is judged by the matched mean.
     """
     utility = get_utility(config.utility)
-    reward, liked = torch.from_numpy(np.asarray(gaps, np.float64) * beta), torch.from_numpy(is_desirable)
+    share = drawn_shares(is_desirable, config)
+    rows = np.flatnonzero(share)  # a class that training never draws is left out
+    reward, liked = torch.from_numpy(np.asarray(gaps, np.float64)[rows] * beta), torch.from_numpy(is_desirable[rows])
+    weight = torch.from_numpy(share[rows])
     estimator = "batch" if config.estimator == "unrelated" else config.estimator
-    point = reference_point(reward, estimator, is_desirable=liked, clamp=config.clamp)
+    averaged = reward * weight * len(rows) if estimator == "batch" else reward  # within a class all count alike
+    point = reference_point(averaged, estimator, is_desirable=liked, clamp=config.clamp)
     at_zero = effective_weight(torch.zeros_like(reward), liked, torch.zeros_like(point), utility).abs()
     relative = effective_weight(reward, liked, point, utility).abs() / at_zero
-    linear, saturated = ((relative - 1).abs() < 1 - LINEAR).double().mean(), (relative < SATURATED).double().mean()
-    return SlopeAt(float(beta), float(relative.mean()), float(linear), float(saturated))
+    linear, saturated = (relative - 1).abs() < 1 - LINEAR, relative < SATURATED
+    return SlopeAt(float(beta), *(round(float((weight * each).sum()), 12) for each in (relative, linear, saturated)))
+
+
+def drawn_shares(is_desirable: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """(N,) chances of the rows in training, of sum 1: by gamma where the method draws so, else alike.
+
+    A class that is not there leaves all to the other.
+    """
+    liked = np.asarray(is_desirable, bool)
+    if METHODS[config.objective].draws != "biased" or liked.all() or not liked.any():
+        return np.full(len(liked), 1 / len(liked))
+    gamma = config.desirable_fraction
+    return np.where(liked, gamma / liked.sum(), (1 - gamma) / (~liked).sum())
 
 
 def propose_beta(gaps: np.ndarray, is_desirable: np.ndarray, config: TrainConfig, wanted_slope: float) -> float:

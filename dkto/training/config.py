@@ -3,18 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import ClassVar, Literal
 
-from dkto.common.names import check_choice
+from dkto.common.settings import check_settings, setting
 from dkto.objective.methods import METHODS, OFFLINE, ONLINE
 from dkto.objective.utilities import get_utility
-
-
-def setting(default: Any, least: float | None = None, *, above: float | None = None, most: float | None = None) -> Any:
-    """A field with its range: at least `least` or above `above`, and at most `most`."""
-    return field(default=default, metadata={"least": least, "above": above, "most": most})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +60,17 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if get_origin(f.type) is Literal:
-                check_choice(f.name, value, get_args(f.type))
-            if f.type is Path:
-                object.__setattr__(self, f.name, Path(value))
-            least, above, most = (f.metadata.get(name) for name in ("least", "above", "most"))
-            if most is not None and not least <= value <= most:
-                raise ValueError(f"{f.name} must be in [{least:g}, {most:g}], got {value}")
-            if above is not None and not value > above:
-                raise ValueError(f"{f.name} must be above {above:g}, got {value}")
-            if least is not None and not value >= least:
-                raise ValueError(f"{f.name} must be {least:g} or above, got {value}")
+        check_settings(self)
+
+    def doubts(self) -> list[str]:
+        """What may be meant but mostly is a mistake, a sentence each; `dkto.training.loop.train` warns of them."""
+        if not self.warmup_steps or self.warmup_steps < self.max_train_steps:
+            return []
+        share = min(1.0, self.max_train_steps / self.warmup_steps)
+        return [
+            f"warmup_steps {self.warmup_steps} is not below max_train_steps {self.max_train_steps}: learning_rate "
+            f"{self.learning_rate:g} is reached at the end at most ({share:.0%} of it); choose a shorter warm-up"
+        ]
 
     def samples_per_rank(self, ranks: int) -> int:
         """Samples that one process works on at once; a ValueError if `batch_size` cannot be shared so."""
@@ -147,7 +140,7 @@ class TrainConfig(RunConfig):
     """Precision of the passes of policy and reference; what is trained stays float32. Released code: float16."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw (paper: Adam), or adamw8bit, moments of 8 bits, for GPUs with bitsandbytes (the released example)."""
-    ema_decay: float = 0.0
+    ema_decay: float = setting(0.0, 0, below=1)
     """Decay of an average of the trained weights that is written in their place, 0 for none. Paper: none."""
     compile: bool = False
     """torch.compile the policy on a GPU: slow first steps, faster ones after. Refused on a CPU; untried on a GPU."""
@@ -156,24 +149,38 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         self.samples_per_rank(1)
 
     def samples_per_rank(self, ranks: int) -> int:
         """Samples that one process works on at once: batch_size / gradient_accumulation / ranks.
 
         Raises:
-            ValueError: if that is no whole number, cuts a pair in two, or leaves nobody to borrow a prompt from.
+            ValueError: if that is no whole number, cuts a pair in two, or leaves a sample no reference but itself.
         """
         parts = self.gradient_accumulation * ranks
         unit, what = (2, "2 (dpo's pairs)") if METHODS[self.objective].draws == "pairs" else (1, "")
         if self.batch_size % (parts * unit):
             needed = " x ".join(filter(None, [f"{self.gradient_accumulation} gradient_accumulation", what]))
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of {ranks} processes x {needed}")
-        if self.borrows_prompts and self.batch_size == self.gradient_accumulation:
-            raise ValueError("estimator 'unrelated' needs at least 2 samples in a micro-batch, got 1")
+        felt = "estimator" in METHODS[self.objective].settings
+        if felt and self.estimator != "zero" and self.batch_size == self.gradient_accumulation:
+            raise ValueError(
+                f"estimator {self.estimator!r} needs at least 2 samples in a micro-batch (batch_size / "
+                "gradient_accumulation), got 1, whose reference point would be its own reward: raise batch_size, or "
+                "take estimator 'zero'"
+            )
         return self.batch_size // parts
+
+    def doubts(self) -> list[str]:
+        found, gamma = super().doubts(), self.desirable_fraction
+        if gamma in (0, 1) and METHODS[self.objective].draws == "biased":
+            what = "disliked" if gamma else "liked"
+            found.append(
+                f"desirable_fraction {gamma:g} draws no {what} sample, so {self.objective} sees one class only"
+            )
+        if self.prompt_dropout == 1:
+            found.append("prompt_dropout 1 trains on no prompt at all")
+        return found
 
     @property
     def borrows_prompts(self) -> bool:

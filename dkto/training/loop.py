@@ -10,7 +10,9 @@ The step itself is in `dkto.training.step`; that of AlignProp and D3PO, which dr
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from dkto.training.config import RunConfig
 from dkto.training.engine import Engine
 from dkto.training.run_folder import RunFolder
 from dkto.training.step import Progress, Run, finish_step, train_step
+
+SLOPE_STEPS, LEAST_SLOPE = 20, 0.02  # below this mean slope over so many steps a loss counts as saturated
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:
@@ -63,6 +67,9 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
         return
     run = open_run(config)
     main = run.engine.accelerator.is_main_process
+    for text in config.doubts() if main else ():
+        warnings.warn(text, stacklevel=2)
+    slopes: deque[float] = deque(maxlen=SLOPE_STEPS)
     with sole_writer(config.output_dir) if main else nullcontext():
         resume(run, folder)
         if main:
@@ -76,6 +83,10 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
                     if main:
                         folder.append(record)
                     run.engine.track(record)
+                    slopes.append(record.get("utility_slope", 1.0))
+                    if main and len(slopes) == SLOPE_STEPS and sum(slopes) / SLOPE_STEPS < LEAST_SLOPE:
+                        warnings.warn(_saturated(config, record["global_step"], slopes), stacklevel=2)
+                        slopes = deque(maxlen=0)  # once is enough
                 last = step + 1 == config.max_train_steps
                 stopping = run.engine.any(should_stop()) and not last
                 if stopping or ((step + 1) % config.checkpoint_every == 0 and not last):
@@ -86,6 +97,14 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
                     return
             folder.finish(run)
             run.engine.accelerator.wait_for_everyone()
+
+
+def _saturated(config: RunConfig, step: int, slopes: Sequence[float]) -> str:
+    return (
+        f"the mean slope of the loss over the last {len(slopes)} steps to step {step} is "
+        f"{sum(slopes) / len(slopes):.2g}: at beta {config.beta:g} it is saturated and samples hardly count; "
+        "`dkto calibrate` proposes a smaller one"
+    )
 
 
 def open_run(config: RunConfig) -> Run:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from dkto.common.processes import sole_writer
 from dkto.evaluation.generate import generate_all, generate_images
 from dkto.evaluation.manifest import image_path, read_manifest
 from dkto.models.system import PRECISIONS, System, computes_bfloat16, draw, noise_generator
@@ -31,7 +32,7 @@ def test_images_do_not_depend_on_batches_or_processes(tiny_pipeline, tmp_path, m
         for i in range(2):
             assert np.abs(pixels(one, p, i).astype(int) - pixels(two, p, i)).max() <= 1
     assert (pixels(one, 0, 0) != pixels(one, 0, 1)).any()
-    assert sorted(f.name for f in one.iterdir()) == [
+    assert sorted(f.name for f in one.iterdir() if f.name != ".lock") == [
         "manifest.json",
         *(f"p{p:05d}-s{i}.png" for p in range(3) for i in (0, 1)),
     ]
@@ -47,6 +48,71 @@ def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
     assert kept.stat().st_mtime_ns == stamp and lost.read_bytes() == before
 
 
+def test_a_batch_is_the_same_after_a_kill_and_what_is_cut_short_is_drawn_again(tiny_pipeline, tmp_path, monkeypatch):
+    """A batch that a kill left half done is drawn with the neighbours of the first call: files are equal bit by bit."""
+    system, drawn = System(model=str(tiny_pipeline), steps=2), []
+
+    def watched(pipeline, prompts, generators, system):
+        drawn.append(len(prompts))
+        return draw(pipeline, prompts, generators, system)
+
+    monkeypatch.setattr("dkto.evaluation.generate.draw", watched)
+    folder = generate_images(system, PROMPTS, tmp_path / "x", images_per_prompt=2, batch_size=4)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert drawn == [4, 2] and len(before) == 6
+    image_path(folder, 0, 1).unlink()
+    image_path(folder, 1, 0).write_bytes(b"")
+    cut = image_path(folder, 1, 1)
+    cut.write_bytes(cut.read_bytes()[:-5])
+    kept = image_path(folder, 0, 0).stat().st_mtime_ns
+    generate_images(system, PROMPTS, folder, images_per_prompt=2, batch_size=4)
+    assert drawn == [4, 2, 4] and image_path(folder, 0, 0).stat().st_mtime_ns == kept
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+
+
+def test_of_two_at_once_one_is_refused_and_what_failed_frees_its_folder(tiny_pipeline, tmp_path, monkeypatch):
+    system, folder = System(model=str(tiny_pipeline), steps=1), tmp_path / "x"
+    with sole_writer(folder), pytest.raises(BlockingIOError, match=r"x is being written by process \d+"):
+        generate_images(system, PROMPTS, folder, images_per_prompt=1)
+
+    def fails(self):
+        raise ValueError("weights that are not finite")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not finite"):
+        patch.setattr(System, "load", fails)
+        generate_images(system, PROMPTS, folder, images_per_prompt=1)
+    assert not (folder / "manifest.json").exists()
+    generate_images(system, PROMPTS[:1], folder, images_per_prompt=1, seed=3)
+
+
+def test_prompts_that_are_cut_are_said_and_listed(tiny_pipeline, tmp_path):
+    prompts = ["a picture 0", "a red circle " * 40]
+    system = System(model=str(tiny_pipeline), steps=1, negative_prompt="bad " * 100)
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 prompts are longer than the text encoder takes and are cut, see .*cated"
+    ):
+        folder = generate_images(system, prompts, tmp_path / "x", images_per_prompt=1)
+    rows = [json.loads(line) for line in (folder / "truncated.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [1, "negative"] and "are taken: a red circle" in rows[0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "steps must be 1 or above, got 0"),
+        ({"steps": 2000}, "steps must be at most 1000, as finely as the schedule of .* is cut, got 2000"),
+        ({"steps": 1000}, "steps must be fewer for the schedule of .*, got 1000"),
+        ({"guidance": -3.0}, "guidance must be 1 or above, got -3.0"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"unet": 3}, "unet must be text without NUL, got 3"),
+    ],
+)
+def test_settings_of_a_system_have_ranges(tiny_pipeline, tmp_path, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        generate_images(System(model=str(tiny_pipeline), **change), PROMPTS, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -59,6 +125,10 @@ def test_images_on_disk_are_kept(tiny_pipeline, tmp_path):
         (
             '{"prompts": ["a"], "images_per_prompt": 0, "seed": 0}',
             "images_per_prompt must be a number of at least 1, got 0",
+        ),
+        (
+            '{"prompts": ["a"], "images_per_prompt": 1000000000, "seed": 0}',
+            "images_per_prompt must be at most 1000000 for 1 prompts, got 1000000000",
         ),
         ('{"prompts": ["a"], "images_per_prompt": 1}', "seed must be a whole number, got nothing"),
     ],
@@ -119,9 +189,12 @@ def test_bfloat16_draws_nearly_the_same_pictures(tiny_pipeline, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"images_per_prompt": 0}, "images_per_prompt must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"images_per_prompt": 0}, r"images_per_prompt must be in \[1, 333333\], got 0"),
+        ({"seed": -1}, "seed must be 0 or above, got -1"),
+        ({"batch_size": 0}, "batch_size must be 1 or above, got 0"),
+        ({"images_per_prompt": 10**9}, r"images_per_prompt must be in \[1, 333333\], got 1000000000"),
+        ({"seed": 2**64}, r"seed must be in \[0, 9223372036854775807\], got 18446744073709551616"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
         ({"prompts": []}, "prompts must hold at least one, got none"),
     ],
 )

@@ -91,12 +91,18 @@ def test_what_is_no_checkpoint_is_named(tmp_path, changed):
         unet_folder("no/where")
     with pytest.raises(FileNotFoundError, match="lora 'no/where' is neither a folder that exists nor a hub id"):
         lora_file("no/where")
+    with pytest.raises(FileNotFoundError, match=r"lora '.*typo\.safetensors' does not exist"):
+        lora_file("typo.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"unet 'runs/a/unet' does not exist, and is no hub id"):
+        unet_folder("runs/a/unet")
+    with pytest.raises(ValueError, match=r"unet must be a folder or a hub id, got the file '.*config\.json'"):
+        unet_folder(changed / "released" / "unet" / "config.json")
     with pytest.raises(ValueError, match="holds no UNet2DConditionModel"):
         unet_folder(changed / "pipeline" / "vae")
     shutil.copytree(changed / "released", tmp_path / "pickled")
     weights = tmp_path / "pickled" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(ValueError, match=r"has no safetensors weights in .*; pickles are not loaded"):
+    with pytest.raises(ValueError, match=r"must hold model weights as \.safetensors, found no .*; pickles are not"):
         unet_folder(tmp_path / "pickled")
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"lora must be a \.safetensors file, got x\.bin; pickles are not loaded"):

@@ -12,10 +12,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from tiny_models import make_tiny_sd3
 
-from dkto.models import load_model, make_policy, pipeline_folder, read_weights, write_weights
+from dkto.data.encoded import model_fingerprint
+from dkto.models import SMALL_WORLD_FOLDER, load_model, make_policy, pipeline_folder, read_weights, write_weights
+from dkto.models.base import T5_TOKENS, cut_prompts
+from dkto.models.system import System, draw, noise_generator
 from dkto.objective.losses import denoising_error
 
 KINDS = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")
@@ -142,6 +146,135 @@ def test_a_written_pipeline_draws_in_plain_diffusers(folder, tmp_path):
         assert torch.equal(drawn.state_dict()[name], value), name
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+
+
+def changed_json(folder, name, **fields):
+    place = folder / name
+    place.write_text(json.dumps(json.loads(place.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "is of 'EDMEulerScheduler', whose"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of 'FlowMatch"),
+        ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "is of LCMScheduler, for a distilled"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "whose process is not supported here; expected"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "is no configuration of a scheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample' is not supported"),
+        ("vae/config.json", {"latents_mean": [0.1] * 4}, "has latents_mean or latents_std, by which latents are"),
+        ("unet/config.json", {"time_cond_proj_dim": 8}, "is distilled"),
+        (
+            "model_index.json",
+            {"vae": ["diffusers", 3]},
+            r"part 'vae' must be a library and a class, got \['diffusers', 3\]",
+        ),
+    ],
+)
+def test_what_would_train_and_draw_wrongly_is_refused(tiny_pipeline, tmp_path, name, fields, sentence):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    changed_json(folder, name, **fields)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(ValueError, match=sentence):
+        System(model=str(folder)).load()
+
+
+def test_a_schedule_without_betas_is_refused(tiny_pipeline, tiny_sd3, tmp_path):
+    for source, stored in (
+        (tiny_pipeline, {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}),
+        (tiny_sd3, {"_class_name": "DDIMScheduler", "beta_start": 0.1, "beta_end": 0.2}),
+    ):
+        folder = shutil.copytree(source, tmp_path / source.parent.name)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=r"scheduler_config\.json is of '.*', whose process is not supported here"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("how", ["nan", "missing", "extra", "cut", "config"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_whole_are_refused(tiny_pipeline, tmp_path, part, how):
+    """Libraries fill what is missing with random numbers and warn in a log that nobody reads."""
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "config":
+        (folder / part / "config.json").write_text("{")
+    else:
+        tensors |= {"nan": {first: tensors[first] * float("nan")}, "extra": {"more": torch.ones(1)}}.get(how, {})
+        tensors = {k: v for k, v in tensors.items() if how != "missing" or k != first}
+        save_file(tensors, path, {"format": "pt"})
+    if part == "text_encoder" and how == "extra":
+        return  # transformers ships such tensors itself
+    with pytest.raises(
+        ValueError, match=rf"model/{part}.*({'not finite|lack 1|no layer for 1|can be|is no conf'})"
+    ) as caught:
+        model = load_model(folder)
+        {"unet": model.load_denoiser, "vae": model.load_vae, "text_encoder": model.load_text}[part]()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=part):
+        System(model=str(folder)).load()
+
+
+@pytest.mark.parametrize("source", ["tiny_pipeline", "tiny_sd3"])
+def test_a_folder_of_half_precision_alone_is_read_as_it_is(source, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(source), tmp_path / "model")
+    for path in list(folder.rglob("*.safetensors")):
+        halves = {k: v.half() for k, v in load_file(path).items()}
+        save_file(halves, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        path.unlink()
+    model = load_model(folder)
+    denoiser, _, _ = model.load_denoiser(), model.load_vae(), model.load_text()
+    assert next(denoiser.parameters()).dtype == torch.float32
+    assert System(model=str(folder)).load().vae.dtype == torch.float32
+    assert model_fingerprint(model) != model_fingerprint(load_model(request.getfixturevalue(source)))
+    model.write_pipeline(denoiser, tmp_path / "out")
+    written = model.pipeline_class.from_pretrained(tmp_path / "out")
+    assert torch.equal(next(written.vae.parameters()).float(), next(model.load_vae().parameters()))
+
+
+def test_a_written_pipeline_tells_no_place(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "secret-place")
+    changed_json(source, "vae/config.json", _name_or_path=str(tmp_path / "secret-place" / "vae"))
+    model = load_model(source)
+    denoiser = model.load_denoiser()
+    for name, weights in (("one", None), ("two", denoiser.state_dict())):
+        model.write_pipeline(denoiser, tmp_path / name, weights)
+        texts = [path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert len(texts) > 5 and not any(b"secret-place" in text or b"name_or_path" in text for text in texts)
+    assert "_name_or_path" not in (SMALL_WORLD_FOLDER / "vae" / "config.json").read_text()
+
+
+def test_read_weights_refuses_what_is_of_another_policy(tiny_pipeline, tmp_path):
+    def pair(rank):
+        return make_policy(load_model(tiny_pipeline).load_denoiser(), rank, seed=0)
+
+    write_weights(pair(2), tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit the policy of this configuration: \d+ of \d+ "):
+        read_weights(pair(4), tmp_path)
+    with pytest.raises(ValueError, match="lora_rank must be at most 16, the width of the widest layer with an adapter"):
+        pair(64)
+
+
+def test_t5_takes_as_many_tokens_in_drawing_as_in_training(tiny_sd3, monkeypatch):
+    """And a prompt that is too long by that is listed, though its tokenizer would take 512."""
+    lengths = []
+    pipeline = System(model=str(tiny_sd3), steps=1).load()
+    encode = type(pipeline).encode_prompt
+
+    def watched(self, *args, **options):
+        lengths.append(options["max_sequence_length"])
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(type(pipeline), "encode_prompt", watched)
+    draw(pipeline, ["a red circle"], [noise_generator(0, 0, 0)], System(steps=1))
+    assert lengths == [T5_TOKENS] == [77]
+    t5 = load_model(tiny_sd3).tokenizers()[2]
+    assert [row for row, _ in cut_prompts([t5], ["a red " * 30, "a red " * 50])] == [1]
 
 
 def test_a_downloaded_index_leads_out_of_no_folder(tiny_pipeline, tmp_path):

@@ -38,8 +38,28 @@ def test_small_betas_are_linear_and_large_ones_saturated(gaps, config):
 
 def test_slopes_by_hand(config):
     """Gaps of 1 and -1 at beta 2, point 0: sigmoid' (2) / sigmoid'(0) = 0.4199743."""
+    config = replace(config, desirable_fraction=0.5)
     found = slope_at(np.array([1.0, -1.0]), np.array([True, False]), 2.0, config)
     assert found.mean_slope == pytest.approx(0.4199743, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("liked_gap", "disliked_gap", "by_shares", "by_gamma"), [(5e-4, -2e-3, 727, 1459), (1.5e-3, -5e-4, 1479, 1730)]
+)
+def test_rows_count_as_often_as_training_draws_them(config, liked_gap, disliked_gap, by_shares, by_gamma):
+    """A quarter of the rows is liked and gamma is 0.8: rows that count alike propose another beta."""
+    rng = np.random.default_rng(0)
+    liked = np.arange(4000) < 0.26 * 4000
+    gaps = np.where(liked, liked_gap, disliked_gap) + rng.normal(0, 5e-4, 4000)
+    assert propose_beta(gaps, liked, config, 0.7) == pytest.approx(by_gamma, rel=0.02)
+    alike = replace(config, desirable_fraction=0.26)
+    assert propose_beta(gaps, liked, alike, 0.7) == pytest.approx(by_shares, rel=0.02)
+    drawn = np.concatenate([rng.choice(np.flatnonzero(side), n) for side, n in ((liked, 8000), (~liked, 2000))])
+    as_drawn = slope_at(gaps[drawn], liked[drawn], by_gamma, config)
+    assert as_drawn.mean_slope == pytest.approx(slope_at(gaps, liked, by_gamma, config).mean_slope, abs=0.01)
+    for gamma, side in ((1.0, liked), (0.0, ~liked)):
+        only = replace(config, desirable_fraction=gamma)
+        assert slope_at(gaps, liked, 100.0, only) == slope_at(gaps[side], liked[side], 100.0, only)
 
 
 @pytest.mark.parametrize(

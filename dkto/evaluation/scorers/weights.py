@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dkto.common.files import file_sha256, read_json, write_json
-from dkto.common.tensors import read_tensors, weights_fingerprint, write_tensors
+from dkto.common.tensors import check_fits, read_tensors, weights_fingerprint, write_tensors
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
 
@@ -217,15 +217,7 @@ def convert(name: str, source: Path, sha256: str = "") -> Path:
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
-    """Put weights into a network, frozen, in float32; a name missing, too many or of another shape is refused."""
-    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = [name for name in own.keys() | given.keys() if own.get(name) != given.get(name)]
-    if wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"{source} does not fit {type(network).__name__}: {len(wrong)} of {len(own)} names differ, first {name} "
-            f"(expected {own.get(name, 'nothing')}, got {given.get(name, 'nothing')})"
-        )
+    """Put weights into a network, frozen, in float32; what `check_fits` refuses, is."""
+    check_fits(state, network.state_dict(), source, type(network).__name__)
     network.load_state_dict({name: value.float() for name, value in state.items()})
     return network.eval().requires_grad_(False)
