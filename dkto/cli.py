@@ -159,6 +159,7 @@ def run(
     """Execute a notebook with papermill, refusing parameters that it does not declare."""
     # a second of every run: jsonschema compiles a grammar of IRIs if it can, and no notebook's schema holds one
     sys.modules.setdefault("rfc3987_syntax", None)
+    from dkto.common.names import printable
     from dkto.common.processes import graphics_cards
     from dkto.common.progress import QUIET_VARIABLE
     from dkto.runs.notebooks import run_notebook
@@ -175,7 +176,7 @@ def run(
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         metrics = run_notebook(notebook, output, given, progress=QUIET_VARIABLE not in os.environ)
     for name, value in metrics.items():
-        print(f"{name} = {value}")
+        print(f"{printable(name)} = {value}")
 
 
 def sweep(

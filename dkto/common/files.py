@@ -139,6 +139,7 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
     Traceback (most recent call last):
     ValueError: ...files.py is no record of a run: Extra data: line 1 column 3 (char 2)
     """
+    refuse_other_than_file(path, what)
     try:
         found = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -173,7 +174,16 @@ def check_fields(values: dict, fields: Fields, where: str) -> None:
 
 def stays_inside(path: Path, folder: Path) -> bool:
     """Whether a file that is in a folder by its name is there by its links too."""
-    return path.resolve().is_relative_to(folder.resolve())
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def refuse_other_than_file(path: Path, what: str) -> None:
+    """Refuse a folder, or a pipe, which would be waited for, where a file should be; what is not there is no matter."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe")
 
 
 def claim(path: Path, about: dict, what: str) -> None:
@@ -273,6 +283,8 @@ def append_record(path: Path, record: dict) -> None:
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() and not stays_inside(path, path.parent):
+        raise ValueError(f"{path} is a link that leaves its folder: put the file itself there")
     try:
         with path.open("ab+") as file:
             if file.tell():

@@ -77,6 +77,8 @@ def sole_writer(folder: Path, *, patience: float = 0.0) -> Iterator[int]:
         BlockingIOError: if another process writes there after `patience` seconds; the sentence names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LOCK_NAME).is_symlink():  # what it leads to would be written over
+        raise ValueError(f"{folder / LOCK_NAME} is a link: remove it")
     deadline = time.monotonic() + patience
     with (folder / LOCK_NAME).open("a+") as file:
         while not _locked(file):

@@ -21,7 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from dkto.common.files import Fields, append_record, check_fields, claim, read_json, stays_inside, write_json, write_png
+from dkto.common.files import (
+    Fields,
+    append_record,
+    check_fields,
+    claim,
+    read_json,
+    refuse_other_than_file,
+    stays_inside,
+    write_json,
+    write_png,
+)
 from dkto.common.json_text import parse_json
 from dkto.common.names import shown as said
 from dkto.data.images import load_image
@@ -308,6 +318,7 @@ def _inside(path: Path, folder: Path) -> Path:
 
 def _read_answers(path: Path, questions: int) -> list[dict]:
     """Every whole line; one that a kill cut short is passed over with a warning."""
+    refuse_other_than_file(path, "record of answers")
     if not path.exists():
         return []
     found = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkto.common.files import write_atomically, write_json
+from dkto.common.files import stays_inside, write_atomically, write_json
 from dkto.common.json_text import parse_json
 from dkto.common.machine import versions
 from dkto.common.names import not_known, printable, shown
@@ -207,6 +207,8 @@ def _check_output(path: Path, output: Path) -> None:
         return
     if output.is_dir():
         raise IsADirectoryError(f"output {output} is a folder: name a file in it")
+    if output.is_symlink() and not stays_inside(output, output.parent):
+        raise ValueError(f"output {output} is a link that leaves its folder: choose another file")
     if output.samefile(path):
         raise ValueError(f"output {output} is the notebook itself, which would be lost: choose another file")
     try:

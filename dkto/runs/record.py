@@ -261,14 +261,19 @@ def _is_plain(value: object, depth: int = 3) -> bool:
     """Whether a value is one that a notebook takes: a number, a text, yes or no, or a list of these."""
     if isinstance(value, list):
         return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
-    return value is None or isinstance(value, str | bool) or is_number(value)
+    return value is None or isinstance(value, bool) or _is_text(value) or is_number(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _is_table(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_plain, value.values()))
+    return isinstance(value, dict) and all(map(is_unicode, value)) and all(map(_is_plain, value.values()))
 
 
-TEXT, NUMBER = (lambda value: isinstance(value, str), "text"), (is_number, "a finite number")
+TEXT, NUMBER = (_is_text, "text"), (is_number, "a finite number")
+OR_NULL = (lambda value: value is None or _is_text(value), "text or null")
 TABLE = (_is_table, "an object of numbers, texts and lists")
 RECORD: Fields = {
     "status": (STATES.__contains__, f"one of {', '.join(STATES)}"),
@@ -277,16 +282,16 @@ RECORD: Fields = {
     "parameters": TABLE,
 }
 MAY_HOLD: Fields = {
-    "error": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "error": OR_NULL,
     "seconds": NUMBER,
     "peak_memory_mb": NUMBER,
     "began": TEXT,
-    "git_commit": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "git_commit": OR_NULL,
     **dict.fromkeys(("rooms", "files", "versions", "hardware"), TABLE),
 }
 ENDED: Fields = {"failed": {"error": TEXT}, "finished": {"seconds": NUMBER}, "running": {}}
 METRICS: Fields = {
-    "metrics": (lambda value: isinstance(value, dict) and all(map(is_number, value.values())), "an object of numbers")
+    "metrics": (lambda held: _is_table(held) and all(map(is_number, held.values())), "an object of numbers")
 }
 
 

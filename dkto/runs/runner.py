@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from dkto.common.files import write_json
+from dkto.common.files import remove, write_json
 from dkto.common.machine import accelerators
 from dkto.common.names import printable, shown
 from dkto.common.processes import following, has_writer, sole_writer
@@ -269,6 +269,7 @@ def _engine(plan: Plan, arguments: list[str], hold: int) -> Iterator[subprocess.
     """Snakemake on the plan's folder. It inherits the hold on the folder and dies with this process."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(BATCH / "Snakefile"), *arguments]
     command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "plan.json"), "--nocolor"]
+    remove(plan.folder / ENGINE_LOG)  # which may be a link of whoever made the folder
     with (plan.folder / ENGINE_LOG).open("w") as log:
         process = subprocess.Popen(
             following(command, signal.SIGKILL),

@@ -48,7 +48,7 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
         for path in sorted(folder.rglob(RECORD_NAME)):
             if is_of_notebook(_inside(path, folder)):
                 name, record = path.parent.relative_to(folder), read_record(path)
-                rows.setdefault(path.resolve(), _row(str(name) if name.parts else folder.name, path, record))
+                rows.setdefault(path.parent.resolve(), _row(str(name) if name.parts else folder.name, path, record))
     if not rows:
         places = ", ".join(str(folder) for folder in folders) or "no folder"
         raise ValueError(f"no run in {places}: a run's folder holds {RECORD_NAME}, written by dkto run or dkto sweep")

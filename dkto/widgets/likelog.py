@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkto.common.files import Fields, append_record, check_fields, stays_inside
+from dkto.common.files import Fields, append_record, check_fields, refuse_other_than_file, stays_inside
 from dkto.common.json_text import parse_json
 from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
@@ -89,12 +89,13 @@ def read_events(path: Path, session: str) -> list[dict]:
     A line that a crash cut is left out with a warning; any other that is no event is a ValueError with its number.
     """
     events = []
+    refuse_other_than_file(path, "log of likes")
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            event = parse_json(line)
+            event = parse_json(line.decode())
         except ValueError:
             text = line.decode(errors="replace").strip()
             if not text.startswith("{") or text.endswith("}"):

@@ -156,16 +156,18 @@ def _write_module(folder: Path, path: Path, text: str) -> None:
 
 
 def check_pages(folder: Path) -> list[str]:
-    """What is wrong with a folder of pages: links to no file or no anchor, and anything fetched from elsewhere.
+    """What is wrong with a folder of pages: links to no file or anchor, what is fetched from elsewhere, local places.
 
     Links to other sites are not followed: that would need a network.
     """
     pages = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in folder.rglob("*.html")}
     keys = ("id", "name")
     anchors = {path: {tag.get(key) for tag in page.find_all() for key in keys} for path, page in pages.items()}
-    wrong = []
+    wrong, here = [], [f"{place}/" for place in (ROOT, Path.home()) if place.parts[1:]]
     for path in sorted(pages):
         where = path.relative_to(folder)
+        text = path.read_text(encoding="utf-8")
+        wrong += [f"{where} holds {place}, a place of this machine" for place in here if place in text]
         links = [tag["href"] for tag in pages[path].find_all("a", href=True)]
         fetched = [tag["href"] for tag in pages[path].find_all("link", href=True) if not NOT_FETCHED & {*tag["rel"]}]
         fetched += [tag["src"] for tag in pages[path].find_all(src=True)]

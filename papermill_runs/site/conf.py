@@ -29,6 +29,7 @@ suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # as the code has them: the value of a path would name a folder of this machine
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -121,7 +121,7 @@ def deep(value, levels):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[" * 3000, r"is no notebook: maximum recursion depth"),
+        ("[" * 3000, r"is no notebook: it is nested too deeply"),
         ({"cells": [], "nbformat": 3}, r"must be of format 4, got 3: open and save it with Jupyter"),
         ({"cells": [], "nbformat": 4, "metadata": []}, r"is no notebook: metadata must be an object, got"),
         ({"cells": [CELL, 7], "nbformat": 4}, r"cell 2: expected an object, got 7"),
@@ -343,6 +343,16 @@ def test_nor_over_another_that_was_not_executed(make, tmp_path, nothing_starts):
     lesson, other = make(HAND_OVER), make("1 + 1", name="other.ipynb")
     with pytest.raises(ValueError, match=r"other.ipynb is a notebook that was not executed, which would be lost"):
         run_notebook(lesson, other, {"output_dir": str(tmp_path / "out")}, progress=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "linked.ipynb").symlink_to(tmp_path / "done.ipynb")
+    (tmp_path / "done.ipynb").write_text("{}")
+    with pytest.raises(ValueError, match=r"linked.ipynb is a link that leaves its folder"):
+        run_notebook(lesson, tmp_path / "out" / "linked.ipynb", {"output_dir": str(tmp_path / "x")}, progress=False)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".lock").symlink_to(lesson)
+    with pytest.raises(ValueError, match=r"x/.lock is a link: remove it"):
+        run_notebook(lesson, tmp_path / "new.ipynb", {"output_dir": str(tmp_path / "x")}, progress=False)
+    assert "cells" in lesson.read_text()
     with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
         run_notebook(lesson, tmp_path, {"output_dir": str(tmp_path / "out")}, progress=False)
 

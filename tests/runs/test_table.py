@@ -1,6 +1,7 @@
 """Runs read back from their files: one table, pivots, intervals over seeds, the difference of two."""
 
 import json
+import os
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,8 +78,10 @@ def test_a_failed_run_has_no_metrics_even_if_an_old_file_lies_there(tmp_path):
         ("run", {"status": "failed"}, r"error must be text, got None"),
         ("run", {"notebook": 3}, r"notebook must be text, got 3"),
         ("run", {"versions": "x"}, r"versions must be an object of"),
-        ("run", "[" * 3000, r"maximum recursion depth"),
+        ("run", "[" * 3000, r"it is nested too deeply"),
         ("run", "", r"Expecting value"),
+        ("run", {"parameters": {"likes": "\ud800"}}, r"parameters must be an object of numbers"),
+        ("metrics", {"metrics": {"\ud800": 1}}, r"metrics must be an object of numbers"),
         ("metrics", {"metrics": {"kl": "0.5"}}, r"metrics must be an object of numbers, got \{'kl': '0.5'\}"),
         ("metrics", {"metrics": {"kl": [1]}}, r"metrics must be an object of numbers"),
         ("metrics", {"metrics": {"kl": True}}, r"metrics must be an object of numbers"),
@@ -106,6 +109,14 @@ def test_no_link_leads_out_of_a_folder_of_runs(tmp_path, name):
     (run / name).symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name} is a link that leaves the folder .*: put the file itself there"):
         read_runs(tmp_path / "runs")
+
+
+def test_neither_a_pipe_nor_a_folder_is_a_record(tmp_path):
+    run = leave(tmp_path / "a", beta=1.0, likes="few", seed=0)
+    (run / "run.json").unlink()
+    os.mkfifo(run / "run.json")
+    with pytest.raises(ValueError, match=r"run.json is no record of a run: expected a file, got a folder or a pipe"):
+        read_runs(tmp_path)
 
 
 def test_folders_without_runs_are_told_apart_from_missing_ones(tmp_path):

@@ -160,6 +160,11 @@ def test_links_are_not_followed_out_of_a_folder(pictures, tmp_path):
     (folder / "log.jsonl").symlink_to(secret)
     with pytest.raises(ValueError, match=r"the log .*log.jsonl is a link that leaves its folder"):
         LikeLog(pictures, folder / "log.jsonl", "ann")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    for name, sentence in (("pipe", "is no log of likes: expected a file"), ("loop", "is a link that leaves")):
+        with pytest.raises(ValueError, match=rf"{name}.jsonl {sentence}"):
+            LikeLog(pictures, folder / f"{name}.jsonl", "ann")
     os.mkfifo(folder / "pipe.png")
     with pytest.raises(FileNotFoundError, match=r"pipe.png does not exist"):
         LikeLog([Picture(folder / "pipe.png", "x")], folder / "likes.jsonl", "ann")

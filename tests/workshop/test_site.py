@@ -90,7 +90,7 @@ def test_wrong_links_and_foreign_files_are_found(tmp_path):
         '<p id="here"><a href="#here"></a><a href="#there"></a><a href="b.html"></a><a href="c.html#x"></a>'
         '<a href="https://example.org"></a><img src="none.png"><a href="d%20e.html"></a>'
     )
-    (tmp_path / "c.html").write_text("<p id=y>")
+    (tmp_path / "c.html").write_text(f"<p id=y>default={Path.home()}/runs <p>{ROOT}/dkto")
     (tmp_path / "d e.html").write_text("")
     (tmp_path / "style.css").write_text("@import url(https://fonts.example.org/a.css);")
     assert check_pages(tmp_path) == [
@@ -100,6 +100,8 @@ def test_wrong_links_and_foreign_files_are_found(tmp_path):
         "a.html links to b.html, which does not exist",
         "a.html links to c.html#x, which has no such place",
         "a.html links to none.png, which does not exist",
+        f"c.html holds {ROOT}/, a place of this machine",
+        f"c.html holds {Path.home()}/, a place of this machine",
         "style.css fetches from another site",
     ]
 
