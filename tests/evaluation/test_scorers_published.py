@@ -255,13 +255,17 @@ def test_clip_score_reads_open_clips_release(hps, tokenizer, photographs):
     scorer, state = hps
     clip = CLIPScore("clip_h14", scorer.tokenizer, "cpu", scorer.weights)
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
-    pixel_values = torch.stack([cropped_image(image, SIDE) for image in photographs])
+    pixel_values = torch.stack([cropped_image(image, SIDE, rounded=True) for image in photographs])
     with torch.no_grad():
         expected = published.open_clip_cosine(
             state, pixel_values, tokens, heads=4, text_heads=3, end=tokenizer.eos_token_id
         )
     np.testing.assert_allclose(score(clip, photographs, PROMPTS), expected, rtol=1e-4, atol=1e-5)
     assert clip.about["weights"] == scorer.weights and clip.about["sha256"] == scorer.about["sha256"]
+    wide = Image.fromarray(np.arange(640 * 427 * 3, dtype=np.uint32).reshape(427, 640, 3).astype(np.uint8))
+    messy, plain = "Tom &amp;amp; Jerry\u2019s house", "Tom & Jerry's house"
+    assert clip([wide], [messy]) == clip([wide], [plain]), "open_clip cleans prompts"
+    assert (clip.prepare_image(wide, 32) == cropped_image(wide, 32, rounded=True)).all()
     with pytest.raises(ValueError, match="weights are the converted file of clip_h14, got scorer 'clip_l14'"):
         CLIPScore("clip_l14", weights=scorer.weights)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dkto.evaluation.scorers.network import ClipScorer, ClipWithTokenizer, NetworkScorer, aesthetics_head
 from dkto.evaluation.scorers.open_clip import load_vit_h_14
-from dkto.evaluation.scorers.preprocess import padded_pixels, to_pixels
+from dkto.evaluation.scorers.preprocess import cropped_image, cropped_pixels, padded_pixels, to_pixels
 from dkto.evaluation.scorers.weights import converted_about, fill, model_about, model_folder, read_converted
 
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -39,8 +39,10 @@ def tokenizer_folder(source: str, scorer: str) -> Path:
 class CLIPScore(ClipScorer):
     """Cosine of a CLIP model's picture and prompt embeddings, in [-1, 1]; values of different CLIPs do not compare.
 
-    Diffusion-DPO's utilities use ViT-H/14 trained on LAION-2B (`clip_h14`); many others OpenAI's ViT-L/14
-    (`clip_l14`); some multiply by 100 or 2.5. The paper does not say which it used.
+    ViT-H/14 trained on LAION-2B is `clip_h14`, OpenAI's ViT-L/14 `clip_l14`; some multiply by 100 or 2.5. The paper
+    does not say which it used. Images and prompts are prepared as transformers does or, for open_clip's own file, as
+    open_clip does: prompts cleaned, the crop rounded. Diffusion-DPO's utilities take ViT-H/14 too, but pad the image
+    instead of cropping it.
 
     Attributes:
         model: folder or hub id of a CLIPModel in safetensors with its tokenizer.
@@ -64,7 +66,19 @@ class CLIPScore(ClipScorer):
             )
 
     def weights_about(self) -> dict[str, str | None]:
-        return converted_about(self.name, self.weights) if self.weights else model_about(self.model)
+        if not self.weights:
+            return model_about(self.model)
+        return converted_about(self.name, self.weights) | {"prepared": "as open_clip"}
+
+    def prepare_image(self, image: Image.Image, side: int) -> Tensor:
+        return cropped_image(image, side, rounded=bool(self.weights))
+
+    def prepare_pixels(self, pixels: Tensor, side: int) -> Tensor:
+        return cropped_pixels(pixels, side, rounded=bool(self.weights))
+
+    def score_prepared(self, network: ClipWithTokenizer, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        read = [clean_prompt(prompt) for prompt in prompts] if self.weights else prompts
+        return super().score_prepared(network, pixel_values, read)
 
     def load(self) -> ClipWithTokenizer:
         if self.weights:
