@@ -34,6 +34,7 @@ help:
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
 	@echo "make bench     the benchmarks"
 	@echo "make fuzz      N=10000 damaged inputs for every reader, and what became of them (SEED=0; about 25 minutes on 2 cores)"
+	@echo "               CRASH=1 make fuzz: also a kill before every file operation of every command, and 200 at random"
 	@echo "make setup     only the environment (.venv); every target above does it first"
 	@echo "make clean     remove outputs and caches (not .venv)"
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
@@ -89,6 +90,7 @@ bench: $(READY)
 
 fuzz: $(READY)
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(N) --seed $(SEED)
+	$(if $(CRASH),$(PYTEST) -s tests/fuzz/test_crash_points.py)
 
 toy: $(READY)
 	$(BIN)/python -m toy --profile $(or $(PROFILE),small)

@@ -350,7 +350,7 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
         with PeakMemory() as memory:
             yield memory
     except BaseException as caught:
-        error = str(caught) or type(caught).__name__
+        error = "interrupted" if isinstance(caught, KeyboardInterrupt) else str(caught) or type(caught).__name__
         raise
     finally:
         record |= {"status": "finished" if error is None else "failed", "error": error}

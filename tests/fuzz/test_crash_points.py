@@ -94,7 +94,8 @@ def operation(tmp_path, request, monkeypatch):
         shape = {"model": model, "learning_rate": 1e-3, "warmup_steps": 1, "batch_size": 2}
         shape |= {"max_train_steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1}
         shape |= {"lora_rank": 2} if name == "train LoRA" else {"ema_decay": 0.9}
-        return lambda: run_training(TrainConfig(request.getfixturevalue("prepared"), out, **shape))
+        prepared = request.getfixturevalue("prepared")
+        return lambda: run_training(TrainConfig(prepared, out, **shape))
 
     return make
 

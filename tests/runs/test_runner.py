@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 
+from dkto.common.ends import INTERRUPTED
 from dkto.common.files import write_json
 from dkto.common.processes import sole_writer
 from dkto.runs import runner as engine
@@ -444,7 +445,7 @@ def test_a_killed_engine_leaves_neither_orphans_nor_a_lock(sweep, tmp_path, vict
         (target,) = [p for p in psutil.Process(process.pid).children() if "snakemake" in p.cmdline()]
         target.kill()
         code, _, err = finish(process)
-        assert code == 2 and "runs/seed=2 killed" in err
+        assert code == 2 and "runs/seed=2 failed: interrupted" in err
     assert_no_orphan(mark)
     assert list((plan.folder / ".snakemake" / "locks").iterdir()), "its lock is stale now"
 
@@ -462,7 +463,7 @@ def test_an_interrupt_from_the_keyboard_ends_all_and_the_next_call_goes_on(sweep
     wait_until((plan.folder / "runs/seed=2/run.json").is_file, process)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    assert finish(process, 60)[0] != 0
+    assert finish(process, 60)[::2] == (130, f"dkto: {INTERRUPTED}\n")
     assert_no_orphan(mark)
     (tmp_path / "mended").touch()
     assert finish(call(tmp_path))[0] == 0
