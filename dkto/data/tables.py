@@ -272,7 +272,7 @@ def need_columns(found: Iterable[object], needed: Collection[str], where: str, n
     found = list(map(str, found))
     if missing := [name for name in needed if name not in found]:
         text = f"{where} needs the columns {', '.join(needed)}; missing: {', '.join(missing)}"
-        raise ValueError(f"{text}; found: {said(', '.join(list(map(str, named)) or found) or 'none', 400)}")
+        raise ValueError(f"{text}; found: {said(', '.join(list(map(str, named)) or found) or 'none', 160)}")
 
 
 def said(name: str, limit: int = 80) -> str:

@@ -87,6 +87,9 @@ class RunFolder:
         """Write training.json, and drop the records after `last_step`, which will be written again."""
         for part in self.path.glob(f"*{PART}"):  # the folder is held: whoever wrote these is gone
             remove(part)
+        if last_step and not self.records_path.is_file():
+            text = f"{self.records_path} is gone: the records of the first {last_step} steps are lost, the run goes on"
+            warnings.warn(text, stacklevel=2)
         keep_records(self.records_path, last_step)
         self._describe(num_processes)
 

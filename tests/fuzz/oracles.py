@@ -55,6 +55,8 @@ def load(text: str) -> object:
 
 def decoded(path: Path) -> str:
     """Text as UTF-8, or as a spreadsheet of Windows writes it."""
+    if not path.is_file():
+        raise UnreadableError(f"{path.name} is no file")
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace").removeprefix("\ufeff")
@@ -122,19 +124,16 @@ def likes_of_table(path: Path, found, warned: bool) -> str | None:
             return f"row {number} ({image.name}, {prompt!r:.40}, {like}, {pair_ids[number]}) is not in the file"
         at += 1
     left_out += len(rows) - at
-    said = warned or any("aside" in name or "left" in name for name in found.counts)
-    return f"{left_out} of {len(rows)} rows left out without a word" if left_out and not said else None
+    said = len(found.set_aside) if warned else 0
+    return f"{left_out} of {len(rows)} rows left out, {said} said" if left_out > said else None
 
 
 def _same_like(row: dict, image: Path, prompt: str, like: bool, pair_id: int) -> bool:
-    if (
-        not same_name(image, row["image"])
-        or not isinstance(row["prompt"], str)
-        or words(row["prompt"]) != words(prompt)
-    ):
+    given = row.get("prompt")
+    if not same_name(image, row.get("image")) or not isinstance(given, str) or words(given) != words(prompt):
         return False
     try:
-        if liked(row["liked"]) != like:
+        if liked(row.get("liked")) != like:
             return False
     except UnreadableError:
         return False
@@ -169,7 +168,7 @@ def rankings(path: Path, found, warned: bool) -> str | None:
     wanted: Counter = Counter()
     there = {file.name for file in path.parent.rglob("*.png")}
     absent = 0
-    for prompt, images, goodness in _rankings_in(path):
+    for prompt, images, goodness in _rankings_in(path, warned):
         absent += sum(Path(image).name not in there for image in images)
         if len(set(images)) != len(images):
             return f"an image twice in a ranking of {prompt!r:.40}"
@@ -178,7 +177,7 @@ def rankings(path: Path, found, warned: bool) -> str | None:
                 won, lost = (a, b) if goodness[a] > goodness[b] else (b, a)
                 wanted[Path(images[won]).name, Path(images[lost]).name] += 1
     got = Counter((found.images[c].name, found.images[r].name) for c, r in found.pairs)
-    if got != wanted:
+    if got - wanted or (wanted - got and not warned):
         return f"{got - wanted} too many, {wanted - got} missing"[:300]
     if {image.name for image, like in zip(found.images, found.is_desirable, strict=True) if like} != {
         a for a, _ in wanted
@@ -189,25 +188,40 @@ def rankings(path: Path, found, warned: bool) -> str | None:
     return None
 
 
-def _rankings_in(path: Path):
+def _rankings_in(path: Path, warned: bool):
+    """Rankings; where something was said, those that cannot be understood are left out."""
     if path.suffix == ".json":
         for entry in load(decoded(path)):
-            images = next(entry[key] for key in ("images", "image_path", "file_path") if key in entry)
-            keys = [key for key in ("scores", "human_preference", "rank", "ranks") if key in entry]
-            if len(keys) != 1:
-                raise UnreadableError(f"{keys} say what was good")
-            values = entry[keys[0]]
-            if len(values) != len(images) or not all(isinstance(image, str) for image in images):
-                raise UnreadableError("not one number an image")
-            yield entry["prompt"], images, _numbers(values, -1 if "rank" in keys[0] else 1)
+            try:
+                yield _ranking_of(entry)
+            except (UnreadableError, KeyError, TypeError, StopIteration):
+                if not warned:
+                    raise UnreadableError(f"no ranking: {entry!r:.80}") from None
         return
     groups: dict[str, list[dict]] = {}
     for row in table(path):
+        try:
+            row = {**row, "rank": float(row["rank"]), "prompt": row["prompt"].strip()}
+        except (ValueError, KeyError, AttributeError):
+            if not warned:
+                raise UnreadableError(f"no row of a ranking: {row!r:.80}") from None
+            continue
         groups.setdefault(str(row.get("prompt_id") or row["prompt"]).strip(), []).append(row)
     for rows in groups.values():
-        if len({row["prompt"].strip() for row in rows}) > 1:
+        if len({row["prompt"] for row in rows}) > 1:
             raise UnreadableError("a ranking of two prompts")
-        yield rows[0]["prompt"], [row["image"] for row in rows], _numbers([float(row["rank"]) for row in rows], -1)
+        yield rows[0]["prompt"], [row["image"] for row in rows], [-row["rank"] for row in rows]
+
+
+def _ranking_of(entry: dict) -> tuple[str, list, list]:
+    images = next(entry[key] for key in ("images", "image_path", "file_path") if key in entry)
+    keys = [key for key in ("scores", "human_preference", "rank", "ranks") if key in entry]
+    if len(keys) != 1:
+        raise UnreadableError(f"{keys} say what was good")
+    values = entry[keys[0]]
+    if len(values) != len(images) or not all(isinstance(image, str) for image in images):
+        raise UnreadableError("not one number an image")
+    return entry["prompt"], images, _numbers(values, -1 if "rank" in keys[0] else 1)
 
 
 def _numbers(values, sign):
@@ -221,8 +235,10 @@ def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
     """Each image of liked/ and disliked/ once, with the prompt beside it, or of its row in metadata."""
     told = {}
     for place in (folder, folder / "liked", folder / "disliked"):
-        for path in sorted(place.glob("metadata.*")):
+        for path in sorted(each for each in place.glob("metadata.*") if each.is_file()):
             for row in table(path):
+                if warned and not (isinstance(row.get("image"), str) and isinstance(row.get("prompt"), str)):
+                    continue
                 name = (place / str(row["image"]).strip().replace("\\", "/")).resolve()
                 if told.setdefault(name, row["prompt"]) != row["prompt"] and not warned:
                     return f"{name.name} has two prompts"
@@ -231,6 +247,8 @@ def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
         for path in sorted((folder / kind).iterdir()):
             if path.suffix.lower() in IMAGES and not path.name.startswith("."):
                 text = path.with_suffix(".txt")
+                if warned and path.resolve() not in told and not text.is_file():
+                    continue
                 prompt = told[path.resolve()] if path.resolve() in told else decoded(text)
                 if path.resolve() not in told and not text.resolve().is_relative_to(folder.resolve()):
                     return f"{text.name} leads out of the folder"
