@@ -88,6 +88,8 @@ def check_header(path: Path, what: str) -> int:
         ValueError: if the file is shorter than what it says; the sentence names it.
     """
     size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file that holds {what}, but is a folder or a pipe")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
