@@ -33,6 +33,8 @@ def read_frame(path: Path, what: str, kinds: Mapping[str, str]) -> tuple[pd.Data
     Raises:
         ValueError: if it is cut or damaged, lacks a column, or a column holds other values; the sentence names it.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file that holds {what}, but is a folder or a pipe")  # which would wait
     try:
         table = pq.read_table(path, columns=list(kinds), page_checksum_verification=True).select(list(kinds))
         for name, kind in kinds.items():

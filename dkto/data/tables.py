@@ -191,6 +191,8 @@ def _unquoted(field: str) -> str:
 
 def open_parquet(file: object, where: str, **options) -> pq.ParquetFile:
     """A .parquet file for reading; `options` are those of `pyarrow.parquet.ParquetFile`."""
+    if isinstance(file, str | Path) and Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{where} must be a file, but is a folder or a pipe")  # which would wait
     try:
         return pq.ParquetFile(file, **options)
     except (pa.ArrowException, OSError) as error:

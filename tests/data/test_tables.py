@@ -1,5 +1,7 @@
 """What any reader of people's tables promises: text stays text, and what does not fit is refused by its row."""
 
+import os
+
 import pandas as pd
 import pytest
 
@@ -61,3 +63,12 @@ def test_empty_files_hold_no_row(tmp_path):
         (tmp_path / name).write_text("\n")
         assert read_table(tmp_path / name).empty
     assert read_values(tmp_path / "x.jsonl") == []
+
+
+def test_a_pipe_or_a_folder_is_no_table(tmp_path):
+    """A pipe without a writer would wait, in a library that no alarm reaches."""
+    os.mkfifo(tmp_path / "likes.parquet")
+    (tmp_path / "other.parquet").mkdir()
+    for name in ("likes.parquet", "other.parquet"):
+        with pytest.raises(ValueError, match=f"{name} must be a file, but is a folder or a pipe"):
+            read_table(tmp_path / name)
