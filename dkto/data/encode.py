@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -69,7 +68,6 @@ SHARD_ROWS = 512
 PROMPT_SHARD_ROWS = 512
 DECODING_THREADS = 4
 LARGE_PIXELS = 4_000_000  # larger images are decoded one at a time: their sum bounds memory
-_LARGE = Lock()
 
 
 def prepare_feedback(
@@ -325,26 +323,34 @@ def _work(task: tuple[str, int]) -> None:
 def _decoded(paths: list[str], size: int, batch_size: int) -> Iterator[tuple[int, list]]:
     """Batches of (pixel values, sizes, whether it was transparent), or of (None, reason, False).
 
-    The next one is decoded while the last is encoded.
+    The next one is decoded while the last is encoded. Large images have one thread for themselves: they are decoded one
+    at a time, and the memory that one took is taken again by the next.
     """
 
     def decode(path: str) -> tuple[Tensor | None, tuple | str, bool]:
         try:
-            with (
-                open_image(path, path) as image,
-                _LARGE if image.width * image.height > LARGE_PIXELS else nullcontext(),
-            ):
-                rgb, transparent = decode_image(image)
-                return *_fitted(rgb, size), transparent
+            with open_image(path, path) as image:
+                if image.width * image.height <= LARGE_PIXELS:
+                    return _pixels_of(image, size)
+            return apart.submit(decode_large, path).result()
         except (ValueError, FileNotFoundError) as error:
             return None, str(error), False
 
-    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+    def decode_large(path: str) -> tuple[Tensor, tuple, bool]:
+        with open_image(path, path) as image:
+            return _pixels_of(image, size)
+
+    with ThreadPoolExecutor(1) as apart, ThreadPoolExecutor(DECODING_THREADS) as pool:
         ahead = [[pool.submit(decode, path) for path in paths[:batch_size]]]
         for start in range(0, len(paths), batch_size):
             following = paths[start + batch_size : start + 2 * batch_size]
             ahead.append([pool.submit(decode, path) for path in following])
             yield start, [future.result() for future in ahead.pop(0)]
+
+
+def _pixels_of(image: Image.Image, size: int) -> tuple[Tensor, tuple, bool]:
+    rgb, transparent = decode_image(image)
+    return *_fitted(rgb, size), transparent
 
 
 def _not_finite(shard: dict[str, Tensor]) -> list[int]:

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "LEFT_OUT",
             "SMALL_WORLD",
             "SMALL_WORLD_FOLDER",
+            "T5_TOKENS",
             "TIMESTEP_SAMPLINGS",
             "pipeline_folder",
         ],

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCardData
 
 from dkto.common.files import read_json, records_of
 from dkto.common.machine import versions
-from dkto.models import SMALL_WORLD, DiffusionModel
+from dkto.common.names import printable
+from dkto.models import SMALL_WORLD, T5_TOKENS, DiffusionModel, StableDiffusion3
 from dkto.objective.methods import METHODS
 from dkto.training.config import RunConfig
 
@@ -55,11 +56,11 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
     settings = "\n".join(f"| {name} | {getattr(config, name)} |" for name in fields if hasattr(config, name))
     text = CARD.format(
         front=front.to_yaml(),
-        base=base,
+        base="`" + printable(base).replace("`", "'") + "`",  # in a span of code a name is only a name
         method=method.title,
         what=f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights",
-        kind=model.pipeline_class.__name__,
-        usage=_usage(config, f"PATH/TO/{base}" if local else base),
+        kind=(kind := model.pipeline_class.__name__),
+        usage=_usage(config, f"PATH/TO/{base}" if local else base, kind),
         data=data,
         trained_on=method.trained_on,
         settings=settings,
@@ -73,13 +74,15 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
     (folder / "README.md").write_text(text)
 
 
-def _usage(config: RunConfig, base: str) -> str:
+def _usage(config: RunConfig, base: str, kind: str) -> str:
     """Code for plain diffusers; the small world lies in this package, and no card tells a place on its machine."""
     usage = FULL
     if config.lora_rank and config.model == SMALL_WORLD:
         usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
     elif config.lora_rank:
         usage = LORA.format(imports="", base=json.dumps(base))
+    if kind == StableDiffusion3.pipeline_class.__name__:  # the T5 encoder takes as many tokens as in training
+        usage = usage.replace('("a prompt")', f'("a prompt", max_sequence_length={T5_TOKENS})')
     return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
 
 

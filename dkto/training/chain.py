@@ -76,6 +76,8 @@ class Chain:
             noise, clean = output, (latents - spread * output) / signal
         else:
             noise, clean = signal * output + spread * latents, signal * latents - spread * output
+        if (config := self.model.scheduler.config).clip_sample:  # as DDIM does, beside the noise as predicted
+            clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
         return step.alpha_next**0.5 * clean + max(1 - step.alpha_next - step.std**2, 0.0) ** 0.5 * noise
 
     def draw(self, denoiser: nn.Module, noise: Tensor, gradient_steps: int = 0) -> Iterator[Tensor]:

@@ -71,10 +71,10 @@ def test_the_rule_on_tensors_carries_a_gradient_also_where_a_picture_is_grey():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_chain_is_that_of_diffusers(tiny_pipeline, eta, prediction_type):
+@pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (1.0, False), (1.0, True)])
+def test_the_chain_is_that_of_diffusers(tiny_pipeline, eta, clip, prediction_type):
     model = load_model(tiny_pipeline)
-    model.scheduler.register_to_config(prediction_type=prediction_type)
+    model.scheduler.register_to_config(prediction_type=prediction_type, clip_sample=clip, clip_sample_range=0.5)
     unet = model.load_denoiser()
     hidden = {"encoder_hidden_states": torch.randn(2, 24, 16)}
     steps = chain_steps(model, 4, eta)
