@@ -222,7 +222,8 @@ def _parquet(rng, path):
         case 2:
             names, columns = [*names, rng.choice(names)], [*columns, columns[at]]
         case 3:
-            columns = [column[: rng.randrange(len(column) + 1)] if not row else column[row:] for column in columns]
+            end = rng.randrange(len(table) + 1)
+            columns = [column[row:] if row else column[:end] for column in columns]
         case 4:
             columns = [column + column for column in columns]
         case 5:

@@ -22,7 +22,6 @@ EASY = settings(max_examples=25, deadline=None, derandomize=True, suppress_healt
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(lambda text: text == text.strip())
 
 
-@pytest.mark.xfail(reason="tables, configurations and adapters are being mended")
 @pytest.mark.process
 def test_damaged_inputs_are_refused_in_a_sentence_or_taken_as_they_are(tmp_path):
     command = [sys.executable, "-m", "fuzz", "200", "--processes", "1", "--keep", str(tmp_path / "kept")]
