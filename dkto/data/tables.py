@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dkto.common.json_text import parse_json
-from dkto.common.names import shown
+from dkto.common.names import printable, shown
 from dkto.data.texts import NO_VALUE, open_text, read_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -242,7 +242,7 @@ def _listed(column: pa.Array) -> list:
 
 def one_line(error: Exception) -> str:
     """A library's message without its line ends."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()), 200)
 
 
 def plain_name(column: object) -> str:

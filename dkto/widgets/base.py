@@ -34,6 +34,8 @@ class Instrument(anywidget.AnyWidget):
             self._obey(message)
         except Exception as refusal:  # of any kind: a full disk, or a message that holds something else
             text = refusal.args[0] if isinstance(refusal, KeyError) else refusal
+            if isinstance(refusal, KeyError) and text in ("index", "judgement"):
+                text = f"the page's message has no field {text}"
             self.message = f"{self._refused}{text or type(refusal).__name__}"
 
     def _obey(self, message: dict) -> None:
