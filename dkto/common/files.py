@@ -9,7 +9,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PART = ".part"  # ends the name of what is not complete yet
+HALF_SIGN = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON: a sign of two parts, or one of them alone
 _CLEARED: set[Path] = set()
 
 
@@ -133,7 +133,8 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON, no object, or lacks a key; the sentence names the file.
+        ValueError: if it is no JSON, no object, lacks a key, or holds what cannot be written again; the sentence names
+            the file.
 
     >>> read_json(Path(__file__), "record of a run")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -141,7 +142,12 @@ def read_json(path: Path, what: str, keys: Iterable[str] = ()) -> dict:
     """
     refuse_other_than_file(path, what)
     try:
-        found = parse_json(path.read_text(encoding="utf-8-sig"))
+        found = parse_json(text := path.read_text(encoding="utf-8-sig"))
+        if HALF_SIGN.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{path} is no {what}: {half!r} in it is half a sign: remove it") from None
     except ValueError as error:
         raise ValueError(f"{path} is no {what}: {error}") from error
     except OSError as error:
@@ -304,11 +310,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def keep_records(path: Path, last_step: int) -> None:
-    """Drop the records after `last_step`: a resumed run writes them again.
+def keep_records(path: Path, last_step: int) -> list[int]:
+    """Drop the records after `last_step`, which a resumed run writes again; returns the steps of those before it.
 
     Raises:
-        ValueError: if one before it is damaged; nothing is rewritten then.
+        ValueError: if one before it is damaged, or its step does not follow; nothing is rewritten then.
     """
+    steps: list[int] = []
+
+    def kept() -> Iterator[dict]:
+        for number, record in enumerate(records_of(path), 1):
+            step, before = record.get("global_step"), steps[-1] if steps else 0
+            if type(step) is not int or step <= before:
+                raise ValueError(
+                    f"{path}, line {number}: global_step must be a whole number above {before}, got {shown(step)}: "
+                    "remove this line, or restore the file"
+                )
+            if step > last_step:
+                return
+            steps.append(step)
+            yield record
+
+    refuse_other_than_file(path, "file of records")
     if path.exists():
-        write_records(path, takewhile(lambda record: record.get("global_step", 0) <= last_step, records_of(path)))
+        write_records(path, kept())
+    return steps

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dkto.common.files import file_sha256, read_json
+from dkto.common.files import file_sha256, read_json, refuse_other_than_file
 from dkto.common.frames import read_frame
 from dkto.common.names import printable, shown
 from dkto.common.tensors import weights_fingerprint
@@ -93,6 +93,7 @@ def open_shard(path: Path, rows: int) -> safe_open:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
+    refuse_other_than_file(path, "shard")
     try:
         shard = safe_open(path, framework="pt")
         lengths = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
@@ -160,9 +161,17 @@ class PreparedFeedback:
                     raise ValueError(f"{path}: {name} must be in [0, {self._about[limit]})")
             if (np.diff(found[2]) <= 0).any():
                 raise ValueError(f"{path}: row must increase")
+            self._check_count(path, "kept", len(index), "rows")
+            self._check_count(path, "desirable", int(found[0].sum()), "likes")
         except ValueError as error:
             raise ValueError(f"{error}: run prepare again") from error
         return found
+
+    def _check_count(self, path: Path, name: str, count: int, what: str) -> None:
+        """Refuse what another program shortened or changed; a folder without its summary is taken as it is."""
+        summary = self.folder / "summary.json"
+        if summary.exists() and (expected := read_json(summary, "summary of prepared feedback", [name])[name]) != count:
+            raise ValueError(f"{path} must hold {shown(expected)} {what} as summary.json says, got {count}")
 
     def __len__(self) -> int:
         return len(self.is_desirable)
@@ -172,6 +181,7 @@ class PreparedFeedback:
         """(P, 2) int64, rows of the chosen and the rejected image of each comparison; mapped from disk."""
         path = self.folder / "pairs.npy"
         try:
+            refuse_other_than_file(path, "table of pairs")  # a pipe would be waited for
             pairs = np.load(path, mmap_mode="r", allow_pickle=False)
             if pairs.dtype != np.int64 or pairs.shape[1:] != (2,):
                 raise ValueError(f"expected int64 of shape (pairs, 2), got {pairs.dtype} of {pairs.shape}")
@@ -179,6 +189,7 @@ class PreparedFeedback:
                 raise ValueError("they are not those that were written with index.parquet")
             if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(self):
                 raise ValueError(f"they name rows outside [0, {len(self)})")
+            self._check_count(path, "pairs", len(pairs), "pairs")
         except Exception as error:  # numpy raises whatever the bytes lead it to
             raise ValueError(
                 f"{path} holds no pairs that can be read ({printable(error, 200)}): run prepare again"

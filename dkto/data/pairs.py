@@ -133,7 +133,7 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
         found = sorted(p for p in Path(source).rglob("*.parquet") if fnmatch(p.name, files) and p.name[0] != ".")
         inside = Folder(Path(source))
         try:
-            paths = [path for path in found if inside.path(path, "shard")]
+            paths = [path for path in found if not path.is_file() or inside.path(path, "shard")]
         except OutsideError as error:
             raise OutsideError(f"{error} by a link: name shards elsewhere by a pattern, '{source}/*.parquet'") from None
         where = f"folder {source}"

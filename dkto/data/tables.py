@@ -270,11 +270,12 @@ def column_names(found: Iterable[object], where: str) -> dict[str, str]:
 
 
 def need_columns(found: Iterable[object], needed: Collection[str], where: str, named: Iterable[object] = ()) -> None:
-    """Refuse a table that lacks a column; `named` are those of the file where `found` have other names."""
+    """Refuse a table that lacks a column or has it twice; `named`: the file's, where `found` have other names."""
     found = list(map(str, found))
     if missing := [name for name in needed if name not in found]:
         text = f"{where} needs the columns {', '.join(needed)}; missing: {', '.join(missing)}"
         raise ValueError(f"{text}; found: {said(', '.join(list(map(str, named)) or found) or 'none', 160)}")
+    column_names([name for name in found if name in needed], where)
 
 
 def said(name: str, limit: int = 80) -> str:

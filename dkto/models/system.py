@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiff
 from PIL import Image
 from torch import nn
 
-from dkto.common.files import read_json
+from dkto.common.files import Fields, check_fields, read_json
 from dkto.common.names import not_known
 from dkto.common.settings import check_settings, setting
 from dkto.common.tensors import weights_fingerprint
@@ -25,7 +25,21 @@ from dkto.models.parts import load_part
 from dkto.objective.methods import CSFT_PREFIXES
 
 TRAINING_RECORD = "training.json"  # what a training leaves in its folder
+CONFIG: Fields = {
+    "model": (lambda value: isinstance(value, str), "text"),
+    "objective": (lambda value: isinstance(value, str), "text"),
+}
+STYLE: Fields = {"csft_style": (lambda value: value in list(CSFT_PREFIXES), f"one of {', '.join(CSFT_PREFIXES)}")}
+"""What a record of a training must say of its configuration to draw from it, and what one of CSFT."""
 PRECISIONS = ("float32", "bfloat16")
+
+
+def read_training(path: Path, config: Fields) -> dict:
+    """The record of a training, whose configuration must hold these fields; a ValueError where it does not."""
+    about = read_json(path, "record of a training", ["fingerprint"])
+    check_fields(about, {"config": (lambda value: isinstance(value, dict), "an object")}, str(path))
+    check_fields(about["config"], config, f"{path}, config")
+    return about
 
 
 @dataclass(frozen=True)
@@ -82,14 +96,16 @@ class System:
 
         Raises:
             FileNotFoundError: if the folder holds no finished run.
+            ValueError: if its record is damaged.
         """
         folder = Path(folder)
         record, parts = folder / TRAINING_RECORD, [part for part in ("model", "lora") if (folder / part).is_dir()]
         if not record.is_file() or not parts:
             raise FileNotFoundError(f"{folder} holds no finished training ({TRAINING_RECORD} and model/ or lora/)")
-        config = read_json(record, "record of a training", ["config"])["config"]
+        config = read_training(record, CONFIG)["config"]
         found = {"model": config["model"], parts[0]: str(folder / parts[0])}
-        if config.get("objective") == "csft":
+        if config["objective"] == "csft":
+            check_fields(config, STYLE, f"{record}, config")
             liked, disliked = CSFT_PREFIXES[config["csft_style"]]
             found |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         return cls(**{**found, **settings})

@@ -73,7 +73,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     with sole_writer(config.output_dir) if main else nullcontext():
         resume(run, folder)
         if main:
-            folder.begin(run.engine.rank[1], run.progress.global_step)
+            folder.begin(run.engine.rank[1], run.progress)
         with run.engine.tracking():
             for step in range(run.progress.global_step, config.max_train_steps):
                 began, rate = time.monotonic(), learning_rate_at(step, config)

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dkto.common.files import read_json
 from dkto.data.encoded import PreparedFeedback
 from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy, read_weights
-from dkto.models.system import TRAINING_RECORD
+from dkto.models.system import TRAINING_RECORD, read_training
 from dkto.objective.losses import denoising_error
 from dkto.training.batches import GlobalBatches
 from dkto.training.config import TrainConfig
@@ -21,10 +20,13 @@ def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAnd
     """Configuration, model, and policy with its reference, of a finished run; FileNotFoundError if there is none."""
     folder = Path(folder)
     record = folder / TRAINING_RECORD
-    about = read_json(record, "record of a training") if record.exists() else {}
+    about = read_training(record, {}) if record.exists() else {}
     if not about.get("finished"):
         raise FileNotFoundError(f"{folder} holds no finished training ({TRAINING_RECORD} is missing or says so)")
-    config = TrainConfig(**about["config"])
+    try:
+        config = TrainConfig(**about["config"])
+    except TypeError as error:
+        raise ValueError(f"{record}, config is none of a training on prepared feedback: {error}") from error
     model = load_model(config.model)
     pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
     read_weights(pair, folder / ("lora" if config.lora_rank else "model"))

@@ -11,10 +11,12 @@ The folder of a run:
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ from safetensors import SafetensorError
 from dkto.common.ends import REMEDIES
 from dkto.common.files import (
     PART,
+    Fields,
+    check_fields,
     discard,
     force_to_disk,
     keep_records,
@@ -33,15 +37,20 @@ from dkto.common.files import (
     write_json,
 )
 from dkto.common.machine import git_commit, hardware, versions
+from dkto.common.names import shown
 from dkto.models import write_weights
-from dkto.models.system import TRAINING_RECORD
+from dkto.models.system import TRAINING_RECORD, read_training
 from dkto.training.card import write_card
 from dkto.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from dkto.training.step import Run
+    from dkto.training.step import Progress, Run
 
-PROGRESS = ("global_step", "skipped_steps", "bad_steps", "seconds")  # of `dkto.training.step.Progress`
+_COUNT = (lambda value: type(value) is int and value >= 0, "a whole number")
+STATE: Fields = dict.fromkeys(("global_step", "skipped_steps", "bad_steps"), _COUNT)
+STATE |= {"seconds": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number")}
+STATE |= {"config": (lambda value: isinstance(value, dict), "an object")}
+"""What a checkpoint says beside weights: how far the run is, see `dkto.training.step.Progress`, and of what."""
 FORMER_RECORD = "run.json"  # of version 0.1
 
 
@@ -72,7 +81,7 @@ class RunFolder:
                     "another output_dir"
                 )
             return False
-        about = read_json(path, "record of a training", ["fingerprint", "config"])
+        about = read_training(path, {})
         self._check_same(self.path, about)
         steps = about["config"].get("max_train_steps")
         if about.get("finished") and steps != self.config.max_train_steps:
@@ -83,14 +92,21 @@ class RunFolder:
             )
         return bool(about.get("finished"))
 
-    def begin(self, num_processes: int, last_step: int) -> None:
-        """Write training.json, and drop the records after `last_step`, which will be written again."""
+    def begin(self, num_processes: int, progress: "Progress") -> None:
+        """Write training.json, and drop the records after the last step, which will be written again.
+
+        A warning counts those before it that are not there.
+        """
         for part in self.path.glob(f"*{PART}"):  # the folder is held: whoever wrote these is gone
             remove(part)
-        if last_step and not self.records_path.is_file():
-            text = f"{self.records_path} is gone: the records of the first {last_step} steps are lost, the run goes on"
-            warnings.warn(text, stacklevel=2)
-        keep_records(self.records_path, last_step)
+        last = progress.global_step
+        steps = keep_records(self.records_path, last)
+        if len(steps) < (expected := last - progress.skipped_steps):
+            gaps = [(a + 1, b - 1) for a, b in pairwise([0, *steps, last + 1]) if b - a > 1]
+            skipped = f" ({progress.skipped_steps} of them were skipped)" if progress.skipped_steps else ""
+            absent = shown([f"{a}-{b}" if b > a else str(a) for a, b in gaps])
+            text = f"{self.records_path} should hold {expected} records of the first {last} steps, got {len(steps)}"
+            warnings.warn(f"{text}: steps {absent} have none{skipped}, the run goes on", stacklevel=2)
         self._describe(num_processes)
 
     def append(self, record: dict) -> None:
@@ -161,9 +177,10 @@ class RunFolder:
         broken = []
         for folder in reversed(self.checkpoints()):
             try:
-                state = read_json(folder / "state.json", "state of a checkpoint", ["fingerprint", "config", *PROGRESS])
-                if any(type(state[name]) not in (int, float) for name in PROGRESS):
-                    raise ValueError(f"{folder / 'state.json'} is no state of a checkpoint: a number is none")
+                state = read_json(folder / "state.json", "state of a checkpoint", ["fingerprint"])
+                check_fields(state, STATE, str(folder / "state.json"))
+                if folder.name != f"checkpoint-{state['global_step']:08d}":
+                    raise ValueError(f"{folder / 'state.json'} is of step {state['global_step']}, another checkpoint's")
             except (ValueError, FileNotFoundError) as error:
                 broken.append(f"{folder.name} is broken ({error})")
                 continue

@@ -29,6 +29,7 @@ def test_json_is_whole_or_absent(tmp_path):
         ("\xff", "'utf-8' codec can't decode"),
         ("[1]", r"expected an object, got \[1\]"),
         ('{"b": 1}', "a is missing"),
+        ('{"a": ["\\ud83d\\ude00", {"\\udE00": 1}]}', r"'\\ude00' in it is half a sign: remove it"),
     ],
 )
 def test_what_is_wrong_with_a_json_file_is_said_with_its_name(text, problem, tmp_path):
@@ -36,8 +37,8 @@ def test_what_is_wrong_with_a_json_file_is_said_with_its_name(text, problem, tmp
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"run\.json is no record of a run: {problem}"):
         read_json(path, "record of a run", ["a"])
-    path.write_text('{"a": 1}')
-    assert read_json(path, "record of a run", ["a"]) == {"a": 1}
+    path.write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_json(path, "record of a run", ["a"]) == {"a": "\U0001f600"}
     with pytest.raises(FileNotFoundError, match=r"no\.json"):
         read_json(tmp_path / "no.json", "record of a run")
 
@@ -96,8 +97,14 @@ def test_only_the_last_record_may_be_cut(tmp_path):
     with pytest.raises(ValueError, match=r"line 2 is no record \(expected an object\)"):
         read_records(path)
     path.write_text('{"global_step": 1}\n{"global_step": 2}\n{"glo\n')
-    keep_records(path, 1)  # what is damaged is written again
+    assert keep_records(path, 1) == [1]  # what is damaged is written again
     assert path.read_text() == '{"global_step": 1}\n'
+    for step in ("1", "0", '"2"', "true", "null", "2.5"):
+        path.write_text(f'{{"global_step": 1}}\n{{"global_step": {step}}}\n')
+        with pytest.raises(
+            ValueError, match=r"line 2: global_step must be a whole number above 1, got .*: remove this"
+        ):
+            keep_records(path, 3)
     path.write_text('{"global_step": 1}\n' * 3000 + '{"global_step": 7}\n{"glo')
     assert files.last_record(path) == {"global_step": 7} and files.last_record(tmp_path / "none") is None
 

@@ -232,6 +232,38 @@ def test_a_damaged_small_file_is_named(prepared, tiny_pipeline, tmp_path, name, 
         PreparedFeedback(folder, load_model(str(tiny_pipeline))).pairs  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["prepared.json", "index.parquet", "pairs.npy", "latents-00000.safetensors"])
+def test_a_pipe_among_prepared_feedback_is_refused(prepared, tiny_pipeline, tmp_path, name):
+    """It would be waited for."""
+    folder = shutil.copytree(prepared, tmp_path / "p")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}.* (folder or a pipe|is missing)"):
+        data = PreparedFeedback(folder, load_model(str(tiny_pipeline)))
+        data.pairs, data.latents(np.array([0]))
+
+
+def test_what_another_program_shortened_or_changed_is_found_by_the_summary(prepared, tiny_pipeline, tmp_path):
+    """Without the schema's metadata, which few programs keep."""
+    folder, model = shutil.copytree(prepared, tmp_path / "p"), load_model(str(tiny_pipeline))
+    path = folder / "index.parquet"
+    index = pd.read_parquet(path)
+    index[1:].to_parquet(path, index=False)
+    with pytest.raises(
+        ValueError, match=r"index\.parquet must hold 12 rows as summary\.json says, got 11: run prepare"
+    ):
+        PreparedFeedback(folder, model)
+    index.assign(is_desirable=True).to_parquet(path, index=False)
+    with pytest.raises(
+        ValueError, match=r"index\.parquet must hold 6 likes as summary\.json says, got 12: run prepare"
+    ):
+        PreparedFeedback(folder, model)
+    index.to_parquet(path, index=False)
+    np.save(folder / "pairs.npy", np.array([[0, 1]]))
+    with pytest.raises(ValueError, match=r"pairs\.npy must hold 0 pairs as summary\.json says, got 1\): run prepare"):
+        PreparedFeedback(folder, model).pairs  # noqa: B018
+
+
 def test_a_bit_that_changed_on_disk_is_found(prepared, tiny_pipeline, tmp_path):
     """In latents, embeddings and pairs, wherever it lies in their values."""
     model, rows = load_model(str(tiny_pipeline)), np.arange(12)

@@ -281,6 +281,14 @@ def test_a_folder_that_another_call_fills_is_refused(shards, tmp_path):
         convert_pairs(shards, tmp_path / "out")
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """One of the two would be taken in silence."""
+    table = pa.Table.from_pylist([pair("a", "b", 1)])
+    pq.write_table(table.append_column("jpg_1", table["jpg_0"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet names the column 'jpg_1' more than once"):
+        convert_pairs(tmp_path / "a.parquet", tmp_path / "out")
+
+
 def test_a_pipe_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "a.parquet")
     for source in (tmp_path, tmp_path / "a.parquet"):

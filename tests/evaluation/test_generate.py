@@ -250,6 +250,17 @@ def test_a_finished_training_becomes_a_system(config, tiny_pipeline, lora_rank):
     assert (np.asarray(tuned) != np.asarray(plain)).any()
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
         System.of_run(folder / "nothing")
+    path = folder / "training.json"
+    about = json.loads(path.read_text())
+    for config, sentence in (
+        ([1], r"training\.json: config must be an object, got \[1\]"),
+        ({"objective": "kto"}, r"training\.json, config: model must be text, got nothing"),
+        (about["config"] | {"objective": 1}, r"training\.json, config: objective must be text, got 1"),
+        (about["config"] | {"objective": "csft", "csft_style": []}, r"config: csft_style must be one of .*, got \[\]"),
+    ):
+        path.write_text(json.dumps(about | {"config": config}))
+        with pytest.raises(ValueError, match=sentence):
+            System.of_run(folder)
 
 
 def test_no_system_has_a_safety_checker(tiny_pipeline, tmp_path):

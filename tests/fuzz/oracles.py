@@ -1,7 +1,8 @@
 """Second readers, with json, csv, pyarrow and Pillow alone: they contradict what was taken of a file.
 
-Each check returns what is wrong with what was accepted, or None. They allow what the pages promise (case and blanks of
-headers, empty rows, synonyms, separators of a spreadsheet) and nothing else.
+Each check returns what is wrong with what was accepted, or None; what it fails at should not have been accepted. They
+allow what the pages promise (case and blanks of headers, empty rows, synonyms, separators of a spreadsheet) and nothing
+else.
 """
 
 import ast
@@ -9,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from itertools import combinations
@@ -25,18 +27,6 @@ IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 
 class UnreadableError(ValueError):
     """A second reader would have refused it."""
-
-
-def checked(check):
-    """What a check finds; what it cannot read at all should not have been accepted."""
-
-    def wrapped(*arguments):
-        try:
-            return check(*arguments)
-        except (UnreadableError, OSError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            return f"accepted, but {type(error).__name__}: {error}"[:300]
-
-    return wrapped
 
 
 def load(text: str) -> object:
@@ -69,7 +59,7 @@ def decoded(path: Path) -> str:
 def table(path: Path) -> list[dict]:
     """The rows of a table by meaning of the column; wholly empty ones are left out."""
     if path.suffix == ".jsonl":
-        rows = [load(line) for line in decoded(path).split("\n") if line.strip()]
+        rows = [load(line) for line in re.split(r"[\r\n]", decoded(path)) if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise UnreadableError("a line is no object")
         return [_named(list(row), list(row.values())) for row in rows]
@@ -112,7 +102,6 @@ def same_name(path: Path, name: object) -> bool:
     return unicodedata.normalize("NFC", path.name) == unicodedata.normalize("NFC", last)
 
 
-@checked
 def likes_of_table(path: Path, found, warned: bool) -> str | None:
     """Every row of a FeedbackTable is a row of the file, in its order, and none is gone without a word."""
     rows, at, left_out = table(path), 0, 0
@@ -147,7 +136,6 @@ def _same_like(row: dict, image: Path, prompt: str, like: bool, pair_id: int) ->
     return exact == pair_id
 
 
-@checked
 def pairs_of_table(path: Path, found, warned: bool) -> str | None:
     """The comparisons beside a table, number by number; a file that is gone leaves none."""
     if not path.exists():
@@ -162,7 +150,6 @@ def pairs_of_table(path: Path, found, warned: bool) -> str | None:
     return None if got == wanted else f"{len(got)} pairs differ from the {len(wanted)} of the file"
 
 
-@checked
 def rankings(path: Path, found, warned: bool) -> str | None:
     """Every preference within a ranking, each as often as it was given, and no other."""
     wanted: Counter = Counter()
@@ -229,7 +216,6 @@ def _numbers(values, sign):
     return [sign * value for value in values]
 
 
-@checked
 def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
     """Each image of liked/ and disliked/ once, with the prompt beside it, or of its row in metadata."""
     told = {}
@@ -262,7 +248,6 @@ def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
     return f"{extra} too many, {missing} missing"[:300] if extra or (missing and not warned) else None
 
 
-@checked
 def prompts(path: Path, found, warned: bool) -> str | None:
     """Every prompt of the file once, in its order."""
     wanted = [" ".join(each.split()) for each in _prompts_in(path)]
@@ -290,7 +275,6 @@ def _prompt_of(row: dict) -> str:
     return found
 
 
-@checked
 def like_log(path: Path, found, warned: bool) -> str | None:
     """Judgements by replaying the lines; one that is no event must be said."""
     state: dict[str, str] = {}
@@ -318,7 +302,6 @@ def like_log(path: Path, found, warned: bool) -> str | None:
     return None if got == state else f"{got} is not {state}"
 
 
-@checked
 def study(folder: Path, found, warned: bool) -> str | None:
     """Who was chosen, from key, questions and lines alone."""
     about, key = (load(decoded(folder / name)) for name in ("questions.json", "key.json"))
@@ -359,7 +342,6 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple, bytes]]:
     return {n: (h["dtype"], tuple(h["shape"]), body[slice(*h["data_offsets"])]) for n, h in header.items()}
 
 
-@checked
 def same_tensors(path: Path, pristine: Path) -> str | None:
     """A file that was taken has the names and shapes that were written, and numbers only."""
     import numpy as np
@@ -374,7 +356,6 @@ def same_tensors(path: Path, pristine: Path) -> str | None:
     return None
 
 
-@checked
 def run(folder: Path, found, warned: bool) -> str | None:
     """One row a run, with the status, parameters and metrics of its files."""
     rows = {row["run"]: row for _, row in found.iterrows()}
@@ -400,7 +381,6 @@ def run(folder: Path, found, warned: bool) -> str | None:
     return None
 
 
-@checked
 def notebook(path: Path, found, warned: bool) -> str | None:
     """The annotated literals of the one cell that is tagged."""
     cells = [c for c in load(decoded(path))["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
@@ -415,7 +395,6 @@ def notebook(path: Path, found, warned: bool) -> str | None:
     return None if repr(got) == repr(wanted) else f"{got!r:.100} is not {wanted!r:.100}"
 
 
-@checked
 def sweep(path: Path, found, warned: bool) -> str | None:
     """As many runs as grid and list make, each with its values."""
     import yaml
@@ -446,7 +425,6 @@ def sweep(path: Path, found, warned: bool) -> str | None:
     return None
 
 
-@checked
 def scores(folder: Path, found, true, warned: bool) -> str | None:
     """Each score is the stored one of its image, or what the scorer gives."""
     import numpy as np
@@ -467,7 +445,6 @@ def scores(folder: Path, found, true, warned: bool) -> str | None:
     return None
 
 
-@checked
 def unpacked(source: Path, table_path: Path, found, warned: bool) -> str | None:
     """Who won at least once of the rows that carry two images, with the bytes they came with."""
     rows = pq.read_table(source).to_pylist()
@@ -500,7 +477,6 @@ def _bytes_of(value):
     return value.get("bytes") if isinstance(value, dict) else value
 
 
-@checked
 def records(path: Path, rewards, warned: bool) -> str | None:
     """The rewards of all records, in order."""
     lines = [line for line in decoded(path).split("\n") if line.strip()]

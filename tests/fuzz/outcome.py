@@ -65,6 +65,8 @@ def observe(read: Callable[[], object], check: Callable[[object, bool], str | No
                 wrong = check(found, bool(ours))
         except Hang:
             wrong = "accepted, but a second reader hangs"
+        except Exception as error:
+            wrong = f"accepted, but {type(error).__name__}: {error}"[:300]
         outcome = (
             Outcome("warned" if ours else "accepted", " | ".join(ours)) if wrong is None else Outcome("wrong", wrong)
         )

@@ -409,7 +409,6 @@ class Manifest(Reader):
         return self._same(folder / "manifest.json", found)
 
     @staticmethod
-    @oracles.checked
     def _same(path, found):
         about = oracles.load(oracles.decoded(path))
         wanted = [p for p in about["prompts"] for _ in range(about["images_per_prompt"])]
@@ -537,7 +536,6 @@ class Settings(Reader):
         return self._same(folder / "settings.json", found)
 
     @staticmethod
-    @oracles.checked
     def _same(path, found):
         raw = oracles.load(oracles.decoded(path))
         if type(found["guidance"]) not in (int, float) or not all(
@@ -711,7 +709,6 @@ class TrainingRecord(Reader):
         return self._same(folder / "training.json", found)
 
     @staticmethod
-    @oracles.checked
     def _same(path, found):
         config = oracles.load(oracles.decoded(path))["config"]
         good = isinstance(found.model, str) and found.model == config["model"]
@@ -735,7 +732,6 @@ class StepRecords(Reader):
         return oracles.records(folder / "metrics.jsonl", given, warned) or self._same(given, found)
 
     @staticmethod
-    @oracles.checked
     def _same(given, found):
         rewards = np.frombuffer(found.gaps, np.float32).astype(float) * found.beta
         close = len(rewards) == len(given) and np.allclose(rewards, given, rtol=1e-4, atol=1e-6)
@@ -778,7 +774,6 @@ class ExplorerText(Reader):
         return self._same(path, found)
 
     @staticmethod
-    @oracles.checked
     def _same(path, found):
         rows = oracles.table(path)
         wanted = [(float(row["reward"]), oracles.liked(row["liked"])) for row in rows]

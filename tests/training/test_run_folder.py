@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -350,3 +351,23 @@ def test_the_card_is_read_by_the_hub_and_says_what_was_done(config, tiny_pipelin
     ):
         assert said in text, said
     assert str(tiny_pipeline) not in text, "no place on this machine"
+
+
+def test_records_that_are_lost_are_counted_when_a_run_goes_on(config):
+    """Steps that were skipped have none, which is no loss."""
+    stop_after(config, 4)
+    path, state = config.output_dir / "metrics.jsonl", config.output_dir / "checkpoint-00000003" / "state.json"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept, sentence in (
+        ([0, 2], r"metrics\.jsonl should hold 3 records of the first 3 steps, got 2: steps \['2'\] have none, the run"),
+        ([2], r"got 1: steps \['1-2'\] have none, the run goes on"),
+        ([], r"got 0: steps \['1-3'\] have none, the run goes on"),
+    ):
+        path.write_text("".join(lines[number] for number in kept))
+        with pytest.warns(UserWarning, match=sentence):
+            next(train(config))
+    path.write_text(lines[0] + lines[2])
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"skipped_steps": 1}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(train(config))
