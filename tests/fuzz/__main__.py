@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("count", nargs="?", type=int, default=1000, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of all cases; another one makes others")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of all cases; each one makes others")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="readers, comma-separated")
     parser.add_argument("--case", default="", help="the id of one case, to run it again")
@@ -45,7 +45,8 @@ def main() -> int:
 def run(given: argparse.Namespace, folder: Path) -> int:
     from fuzz.report import FATAL, broken, table
 
-    ids = [given.case] if given.case else cases(given.count, given.seed, given.only)
+    share = -(-given.count // len(given.seed))
+    ids = [given.case] if given.case else [each for seed in given.seed for each in cases(share, seed, given.only)]
     began, found = time.monotonic(), {}
     parts = [ids[number :: given.processes] for number in range(given.processes)]
     threads = [
@@ -66,8 +67,9 @@ def run(given: argparse.Namespace, folder: Path) -> int:
         print(f"{case}: {kind}: {ascii(said)[1:-1]:.300}")
     if len(shown) > given.show:
         print(f"and {len(shown) - given.show} more; all of them, with their inputs, are in {given.keep}")
-    print(table(found))
-    print(f"seed {given.seed}; {len(found)} cases in {time.monotonic() - began:.0f} s")
+    seeds, seconds = " and ".join(map(str, given.seed)), time.monotonic() - began
+    print(f"<!-- figures -->\n{len(found)} cases of seed {seeds} in {seconds:.0f} seconds.\n")
+    print(f"{table(found)}\n<!-- end of figures -->")
     wrong = broken(found) + [f"{len(ids) - len(found)} cases did not run"] * (len(found) < len(ids))
     print("\n".join(wrong) or "every promise is kept")
     return bool(wrong)
