@@ -160,15 +160,16 @@ def test_small_parameters_are_known_to_their_notebooks():
         check_parameters(place(name), parameters)
 
 
-# Run in a kernel among the quick tests: one of each part; 10, 30 and 40 are the demo's.
-IN_A_KERNEL = ("23_which_objective", "53_qualitative_grid", "63_watch_training", "70_reading_runs")
+# Run in a kernel among the quick tests: a lesson that trains in processes of its own, and one that reads files.
+IN_A_KERNEL = ("23_which_objective", "70_reading_runs")
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """The demo with small parameters: the lessons on utilities, training and win-rates, really run by papermill."""
+    """The demo with small parameters: the lessons on utilities, training and win-rates, run by papermill."""
     folder = tmp_path_factory.mktemp("outputs")
-    run_demo(folder, train=SMALL["30_train_with_likes"], judge=SMALL["40_win_rates"])
+    with in_this_process():
+        run_demo(folder, train=SMALL["30_train_with_likes"], judge=SMALL["40_win_rates"])
     return folder
 
 
@@ -392,7 +393,7 @@ def test_one_training_step_agrees_with_the_trainer(tmp_path):
 
 def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published_ones(tmp_path):
     """The chain of the shipped grids for Stable Diffusion: training, then its judgement."""
-    metrics = run_small("33_train", tmp_path, ranks=2)
+    metrics = run_small("33_train", tmp_path)
     assert metrics["steps"] == SMALL["33_train"]["max_train_steps"] and metrics["skipped_steps"] == 0
     assert (tmp_path / "33_train" / "run" / "lora" / "README.md").is_file()
     trained = {"runs_dir": str(tmp_path / "33_train"), "methods": ["base"], "unets": [], "loras": []}

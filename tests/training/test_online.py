@@ -154,6 +154,7 @@ def test_stopped_and_resumed_equals_uninterrupted(config, objective):
     assert same(adapter(config.output_dir), adapter(whole.output_dir))
 
 
+@pytest.mark.slow  # fifteen seconds; the loop is that of offline training, whose own test is quick
 def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(config):
     """A real process that gets SIGTERM before its first checkpoint."""
     config = replace(config, max_train_steps=400, checkpoint_every=10_000)
