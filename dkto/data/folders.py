@@ -42,6 +42,8 @@ class Folder:
         for form in _other_forms(name):
             if path := self._found(form, what):
                 return path
+        if os.path.lexists(self.root / name):
+            raise ValueError(f"{what} {shown(name)} in {self.root} must be a file, but it is none")
         raise FileNotFoundError(f"{what} {shown(name)} does not exist in {self.root}")
 
     def relative(self, path: Path) -> str:

@@ -53,7 +53,7 @@ def generate_images(
         images_per_prompt: n; the paper compares the median of 5.
         seed: of all starting noise; equal seeds compare methods on equal noise.
         batch_size: images per pass.
-        num_processes: workers, each with its own copy of the pipeline on one thread.
+        num_processes: workers (0: this process), each with its own copy of the pipeline on one thread.
 
     Raises:
         ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
@@ -82,7 +82,7 @@ def generate_all(
         raise ValueError("prompts must hold at least one, got none")
     images_per_prompt = checked_number("images_per_prompt", images_per_prompt, least=1, most=MOST // len(prompts))
     seed, batch_size = checked_number("seed", seed, least=0), checked_number("batch_size", batch_size, least=1)
-    num_processes = checked_number("num_processes", num_processes, least=1)
+    num_processes = checked_number("num_processes", num_processes, least=0)
     folders = {name: Path(output_dir) / name for name in systems}
     sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
     weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales

@@ -81,7 +81,7 @@ def score_all(
     Args:
         folders: image folder (manifest.json and images) of each method by its name.
         scorers: names in `dkto.evaluation.scorers.SCORERS`, or scorers.
-        num_processes: workers, each with scorers of its own on one thread.
+        num_processes: workers (0: this process), each with scorers of its own on one thread.
         batch_size: images handed to a scorer at once.
 
     Raises:

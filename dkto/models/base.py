@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
-from dkto.common.names import check_choice, shown
+from dkto.common.names import PATH_SHOWN, check_choice, shown
 from dkto.common.tensors import write_tensors
 from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_config, copy_part, first_line, load_part
 
@@ -56,9 +56,11 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
-        raise ValueError(f"{what} must be {other}a folder or a hub id, got the file {shown(str(source))}")
+        raise ValueError(f"{what} must be {other}a folder or a hub id, got the file {shown(str(source), PATH_SHOWN)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or Path(source).suffix in (".safetensors", ".bin", ".pt"):
-        raise FileNotFoundError(f"{what} {shown(str(source))} does not exist, and is no hub id (OWNER/NAME)")
+        raise FileNotFoundError(
+            f"{what} {shown(str(source), PATH_SHOWN)} does not exist, and is no hub id (OWNER/NAME)"
+        )
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:

@@ -6,7 +6,7 @@ Only safetensors are loaded; a checkpoint that is published as a pickle is refus
 from pathlib import Path
 
 from dkto.common.files import read_json
-from dkto.common.names import shown
+from dkto.common.names import PATH_SHOWN, shown
 from dkto.models.adapters import PEFT_CONFIG
 from dkto.models.base import DiffusionModel, fetched_folder, pipeline_folder
 from dkto.models.flow import StableDiffusion3
@@ -69,7 +69,7 @@ def lora_file(source: str | Path) -> Path:
     """
     path = Path(source)
     if path.suffix == ".safetensors" and not path.exists():
-        raise FileNotFoundError(f"lora {shown(str(source))} does not exist")
+        raise FileNotFoundError(f"lora {shown(str(source), PATH_SHOWN)} does not exist")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"lora must be a .safetensors file, got {path.name}; pickles are not loaded")

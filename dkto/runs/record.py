@@ -199,11 +199,11 @@ def _module(source: str) -> tuple[str, frozenset[str]]:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
-            node.body = [line for line in body if not _is_text(line)]
+            node.body = [line for line in body if not _is_docstring(line)]
     return _digest(ast.dump(tree)), _imports(tree)
 
 
-def _is_text(statement: ast.stmt) -> bool:
+def _is_docstring(statement: ast.stmt) -> bool:
     constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return constant and isinstance(statement.value.value, str)
 

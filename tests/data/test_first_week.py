@@ -255,8 +255,9 @@ def test_one_idea_of_the_same_prompt_serves_splits_and_judging():
         check_disjoint(judged=["a  red Star "], training=["a red star"])
     forms = [unicodedata.normalize(form, "Grün") for form in ("NFC", "NFD")]
     for seed in range(20):
-        held = make_feedback(["a.png"] * 2, forms, [1, 0]).split_by_prompt(0.5, seed)[1]
-        assert len(held) in (0, 2)
+        prompts = [*forms, *(f"prompt {number}" for number in range(20))]
+        held = make_feedback(["a.png"] * 22, prompts, [1, 0] * 11).split_by_prompt(0.5, seed)[1]
+        assert len({*forms} & {*held.prompts}) in (0, 2) and 0 < len(held) < 22
 
 
 def test_reading_does_not_look_up_an_image_twice(folder, monkeypatch):

@@ -292,7 +292,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 def test_a_pipe_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "a.parquet")
     for source in (tmp_path, tmp_path / "a.parquet"):
-        with pytest.raises(ValueError, match=r"a\.parquet must be a parquet file, but it is none"):
+        with pytest.raises(ValueError, match=r"a\.parquet.* must be a (parquet )?file, but it is none"):
             convert_pairs(source, tmp_path / "out")
 
 

@@ -91,4 +91,5 @@ def test_tensors_carry_gradient():
 def test_grey_and_transparent_pictures_are_read_as_rgb():
     grey = Image.fromarray(data.camera())
     assert torch.equal(cropped_image(grey, 224), cropped_image(grey.convert("RGB"), 224))
-    assert to_pixels(Image.new("RGBA", (2, 2), (255, 0, 0, 7)))[:, 0, 0].tolist() == [1, 0, 0]
+    assert to_pixels(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))[:, 0, 0].tolist() == [1, 1, 1]
+    assert to_pixels(Image.new("RGBA", (2, 2), (255, 0, 0, 255)))[:, 0, 0].tolist() == [1, 0, 0]

@@ -133,6 +133,36 @@ def test_micro_batches_add_up_to_the_whole_step(config, paired, objective):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"warmup_steps": 100, "max_train_steps": 100}, "warmup_steps 100 is not below max_train_steps 100"),
+        ({"desirable_fraction": 0.0}, "desirable_fraction 0 draws no liked sample"),
+        ({"desirable_fraction": 1.0}, "desirable_fraction 1 draws no disliked sample"),
+        ({"prompt_dropout": 1.0}, "prompt_dropout 1 trains on no prompt"),
+    ],
+)
+def test_what_is_mostly_a_mistake_is_warned_of(config, changes, sentence):
+    assert not replace(config, warmup_steps=0).doubts()
+    with pytest.warns(UserWarning, match=sentence):
+        next(train(replace(config, **{"warmup_steps": 0, **changes})))
+
+
+def test_a_beta_that_saturates_the_loss_is_warned_of_once(config):
+    with pytest.warns(UserWarning, match="at beta 1e.09 it is saturated") as warned:
+        list(train(replace(config, beta=1e9, warmup_steps=0, max_train_steps=25)))
+    assert sum("saturated" in str(each.message) for each in warned) == 1
+
+
+@pytest.mark.parametrize("estimator", ["batch", "per_class", "unrelated"])
+def test_a_sample_is_not_its_own_reference(config, estimator):
+    alone = {"batch_size": 4, "gradient_accumulation": 4}
+    with pytest.raises(ValueError, match="needs at least 2 samples in a micro-batch"):
+        replace(config, **alone, estimator=estimator)
+    assert replace(config, **alone, estimator="zero").samples_per_rank(1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:prompt_dropout 1 trains on no prompt")
 def test_prompt_dropout_trains_on_the_empty_prompt(config):
     with_prompt, without = (
         list(
