@@ -57,7 +57,8 @@ def test_neither_an_error_nor_a_warning_is_glued_to_a_bar_or_shows_code(capsys):
 
 
 SCRIPT = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from dkto.common.ends import guarded
 from dkto.common.processes import worker_pool
 
