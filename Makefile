@@ -28,7 +28,7 @@ NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
 	@echo "make check     objective, data, toy and the form of the notebooks, after a small change (under a minute)"
-	@echo "make test      the tests (about 10 minutes on 2 cores, more on old ones)"
+	@echo "make test      the tests (about 12 minutes on 2 cores, more on old ones)"
 	@echo "make test-all  the tests with the slow and browser ones, and what they cover"
 	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"

@@ -33,12 +33,12 @@ def bright_and_dark(tmp_path_factory):
     return tables
 
 
-CASES = [
-    ("tiny_sdxl", 0, "kto"),
+CASES = [  # twenty seconds each: among the quick tests each family is met once, and each way of training
+    pytest.param("tiny_sdxl", 0, "kto", marks=pytest.mark.slow),
     ("tiny_sdxl", 8, "kto"),
     ("tiny_sd3", 0, "kto"),
-    ("tiny_sd3", 8, "kto"),
-    ("tiny_sd3", 0, "dpo"),
+    pytest.param("tiny_sd3", 8, "kto", marks=pytest.mark.slow),
+    pytest.param("tiny_sd3", 0, "dpo", marks=pytest.mark.slow),
 ]
 
 

@@ -54,6 +54,7 @@ def test_computed_memory_is_what_a_process_takes():
     assert 0.7 * measured < computed < 1.1 * measured
 
 
+@pytest.mark.slow  # forty seconds for five steps that are measured; the one above is held to a process of its own
 def test_adapters_checkpointing_and_half_precision_save_memory():
     full = step_memory("small-world", batch=8)
     assert step_memory("small-world", batch=8, lora_rank=4) < full

@@ -216,7 +216,7 @@ def test_a_flow_model_is_refused(tiny_sd3, config):
         next(train(replace(config, model=str(tiny_sd3))))
 
 
-@pytest.mark.parametrize("objective", ["alignprop", "d3po"])
+@pytest.mark.parametrize("objective", ["alignprop", pytest.param("d3po", marks=pytest.mark.slow)])  # twenty seconds
 def test_the_reward_of_the_drawn_pictures_rises(config, objective):
     """The same noise and prompts before and after: a brighter picture is the reward."""
     register_scorer("brightness", Brightness())
