@@ -188,7 +188,14 @@ def stays_inside(path: Path, folder: Path) -> bool:
 
 def refuse_other_than_file(path: Path, what: str) -> None:
     """Refuse a folder, or a pipe, which would be waited for, where a file should be; what is not there is no matter."""
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
+        if path.is_symlink() and not path.exists():
+            try:
+                path.stat()
+            except FileNotFoundError:
+                return  # a link to nothing
+            except OSError as error:
+                raise ValueError(f"{path} is no {what}: its link leads nowhere ({error.strerror})") from error
         raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe")
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dkto.common.files import write_atomically
+from dkto.common.names import printable
 
 _IS = {
     "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind),
@@ -46,6 +47,6 @@ def read_frame(path: Path, what: str, kinds: Mapping[str, str]) -> tuple[pd.Data
         frame = table.to_pandas(ignore_metadata=True)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     except Exception as error:  # whatever the bytes lead a library to
-        text = " ".join(str(error).split())
+        text = printable(" ".join(str(error).split()), 200)
         raise ValueError(f"{path} holds no {what} that can be read ({text})") from error
     return frame, about

@@ -17,6 +17,7 @@ from pathlib import Path
 from dkto.common import follow
 from dkto.common.ends import end_with
 
+QUIET_TRACKER = "ignore:resource_tracker"  # of semaphores, which multiprocessing starts beside a pool
 LOCK_NAME = ".lock"
 
 
@@ -38,6 +39,8 @@ def worker_pool(
 
     Ctrl-C reaches all processes of a terminal: here only this one takes it.
     """
+    if QUIET_TRACKER not in sys.warnoptions:  # it gets them too, and tidies up without a word where we were killed
+        sys.warnoptions.append(QUIET_TRACKER)
     context, payload = multiprocessing.get_context("spawn"), pickle.dumps((initializer, arguments))
     pool = ProcessPoolExecutor(count, context, _start_worker, (threads, payload))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dkto.common.files import write_atomically
+from dkto.common.files import refuse_other_than_file, write_atomically
 from dkto.common.names import SHOWN, printable, shown
 
 if TYPE_CHECKING:
@@ -87,9 +87,8 @@ def check_header(path: Path, what: str) -> int:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is shorter than what it says; the sentence names it.
     """
+    refuse_other_than_file(path, f"file of {what}")
     size = path.stat().st_size
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file that holds {what}, but is a folder or a pipe")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:

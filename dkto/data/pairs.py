@@ -41,7 +41,7 @@ from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.data.folders import Folder, OutsideError
 from dkto.data.images import load_image, open_image
-from dkto.data.tables import need_columns, open_parquet
+from dkto.data.tables import need_columns, one_line, open_parquet
 from dkto.data.texts import clean_prompt
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
@@ -244,7 +244,7 @@ def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
                     batch = batch.set_column(i, batch.schema.names[i], batch.column(i).cast(pa.binary()))
                 yield batch
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _label(pair: dict) -> float:

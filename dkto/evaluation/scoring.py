@@ -23,7 +23,7 @@ import pandas as pd
 
 from dkto.common.files import file_sha256, read_json, write_json
 from dkto.common.frames import read_frame, write_frame
-from dkto.common.names import check_name
+from dkto.common.names import check_name, shown
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
 from dkto.data.images import load_image
@@ -213,7 +213,7 @@ class _Table:
             )
         unknown = {key for key, value in about.items() if value is None or stored.get(key) is None}
         differs = [
-            f"{key}: {stored.get(key)!r} stored, {about.get(key)!r} asked"
+            f"{key}: {shown(stored.get(key))} stored, {shown(about.get(key))} asked"
             for key in {**stored, **about}
             if about.get(key) != stored.get(key) and key not in unknown
         ]

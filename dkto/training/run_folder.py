@@ -250,8 +250,8 @@ class RunFolder:
         before, now = stored.get("feedback"), self._feedback()
         if None not in (before, now) and before != now:
             raise ValueError(
-                f"{place} was trained on other feedback ({before} stored, {now} in {self.config.prepared_dir}): choose "
-                "another output_dir"
+                f"{place} was trained on other feedback ({shown(before)} stored, {shown(now)} in "
+                f"{self.config.prepared_dir}): choose another output_dir"
             )
 
     def _feedback(self) -> str | None:

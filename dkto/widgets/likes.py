@@ -8,7 +8,7 @@ import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dkto.common.names import check_choice
+from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import load_image
 from dkto.plotting import image_grid
@@ -129,4 +129,7 @@ class Likes(Instrument):
         if message.get("type") == "undo":
             self.undo()
         elif message.get("type") == "judge":
-            self.judge(int(message["index"]), str(message["judgement"]))
+            index = message["index"]
+            if type(index) is not int:
+                raise ValueError(f"the page's message: index must be a whole number, got {shown(index)}")
+            self.judge(index, str(message["judgement"]))

@@ -202,6 +202,8 @@ def _rankings_in(path: Path, warned: bool):
 def _ranking_of(entry: dict) -> tuple[str, list, list]:
     images = next(entry[key] for key in ("images", "image_path", "file_path") if key in entry)
     keys = [key for key in ("scores", "human_preference", "rank", "ranks") if key in entry]
+    if not isinstance(images, list):
+        raise UnreadableError("no list of images")
     if len(keys) != 1:
         raise UnreadableError(f"{keys} say what was good")
     values = entry[keys[0]]
