@@ -37,7 +37,7 @@ from dkto.common.files import (
     write_json,
 )
 from dkto.common.machine import git_commit, hardware, versions
-from dkto.common.names import shown
+from dkto.common.names import printable, shown
 from dkto.models import write_weights
 from dkto.models.system import TRAINING_RECORD, read_training
 from dkto.training.card import write_card
@@ -250,7 +250,7 @@ class RunFolder:
         before, now = stored.get("feedback"), self._feedback()
         if None not in (before, now) and before != now:
             raise ValueError(
-                f"{place} was trained on other feedback ({shown(before)} stored, {shown(now)} in "
+                f"{place} was trained on other feedback ({printable(before, 80)} stored, {printable(now, 80)} in "
                 f"{self.config.prepared_dir}): choose another output_dir"
             )
 
