@@ -235,8 +235,8 @@ def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     # buffered: else every column of a row group, often a gigabyte of images, is read ahead
     with open_parquet(path, str(path), buffer_size=1 << 20, pre_buffer=False) as file:
         found = file.schema_arrow.names
-        need_columns(found, COLUMNS, str(path))
         columns = [*COLUMNS, *([LABEL_FLAG] if LABEL_FLAG in found else [])]
+        need_columns(found, columns, str(path))
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
                 texts = [i for i, kind in enumerate(batch.schema.types) if pa.types.is_string(kind)]

@@ -311,7 +311,8 @@ def read_record(path: Path) -> dict:
 
 def is_of_notebook(path: Path) -> bool:
     """Whether a `run.json` is of a run of a notebook; those of trainings of version 0.1 have the same name."""
-    return "notebook" in read_json(path, "record of a run")
+    found = read_json(path, "record of a run")
+    return "notebook" in found or "fingerprint" not in found
 
 
 def read_metrics(path: Path) -> dict[str, float]:
