@@ -208,7 +208,7 @@ def test_the_difference_of_two_runs_is_what_differs_and_nothing_else(runs, tmp_p
 
 def test_a_record_without_its_notebook_is_refused_and_not_left_out(tmp_path):
     path = tmp_path / "one" / "run.json"
-    leave(path.parent, beta=1.0)
+    leave(path.parent, beta=1.0, likes="many", seed=0)
     record = json.loads(path.read_text())
     write_json(path, {key: value for key, value in record.items() if key != "notebook"})
     with pytest.raises(ValueError, match=r"run\.json is no record of a run: notebook must be text, got nothing"):
