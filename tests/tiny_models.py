@@ -2,6 +2,15 @@
 
 import torch
 
+VAE = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+}
+
 
 def clip_encoder(tokenizer, with_projection, width=16):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -26,15 +35,7 @@ def tiny_vae(**more):
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=2,
-            sample_size=16,
-            **more,
-        )
+        vae = AutoencoderKL(**VAE, **more)
     with torch.no_grad():  # as trained ones: latents that differ from picture to picture more than within a posterior
         vae.quant_conv.weight[:4] *= 10
         vae.quant_conv.bias[4:] -= 8
@@ -63,14 +64,7 @@ def make_tiny_sd(folder):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-    )
+    vae = AutoencoderKL(**VAE)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),

@@ -1,14 +1,16 @@
 """Files that are whole or absent, JSON that is what it should be, records line by line."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +35,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     clear_parts(path.parent)
     part = part_of(path)
     try:
-        write(part)
-        publish(part, path)
-    except BaseException as error:
+        with writing(path):
+            write(part)
+            publish(part, path)
+    except BaseException:
         remove(part)
-        if isinstance(error, OSError) and error.errno in REMEDIES:
-            raise not_written(path, error) from error
         raise
 
 
@@ -48,9 +49,16 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}{thread}.{os.getpid()}@{_node()}{PART}")
 
 
-def not_written(path: Path, error: OSError) -> OSError:
-    """The error of a file that cannot be written, as a sentence with its place and what to do."""
-    return type(error)(f"{path} could not be written: {error.strerror}; {REMEDIES[error.errno]}")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a file is written: a full disk and the like is a sentence with its place and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        text = f"{path} could not be written: {error.strerror}; {REMEDIES[error.errno]}"
+        raise type(error)(text) from error
 
 
 def discard(folder: Path) -> None:
@@ -186,16 +194,22 @@ def stays_inside(path: Path, folder: Path) -> bool:
         return False
 
 
+def refuse_leaving(path: Path, folder: Path, named: str = "") -> None:
+    """Refuse a file that a link takes out of the folder it is in by its name; `named` is the folder in the sentence."""
+    if not stays_inside(path, folder):
+        named = named or f"the folder {folder}"
+        raise ValueError(f"{path} is a link that leaves {named}: put the file itself there")
+
+
 def refuse_other_than_file(path: Path, what: str) -> None:
     """Refuse a folder, or a pipe, which would be waited for, where a file should be; what is not there is no matter."""
-    if os.path.lexists(path) and not path.is_file():
-        if path.is_symlink() and not path.exists():
-            try:
-                path.stat()
-            except FileNotFoundError:
-                return  # a link to nothing
-            except OSError as error:
-                raise ValueError(f"{path} is no {what}: its link leads nowhere ({error.strerror})") from error
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is no {what}: its link leads nowhere ({error.strerror})") from error
+        return  # whoever opens it is told why
+    if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe")
 
 
@@ -296,19 +310,16 @@ def append_record(path: Path, record: dict) -> None:
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink() and not stays_inside(path, path.parent):
-        raise ValueError(f"{path} is a link that leaves its folder: put the file itself there")
-    try:
-        with path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash cut the last line
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise not_written(path, error) if error.errno in REMEDIES else error from error
+    if path.is_symlink():
+        refuse_leaving(path, path.parent, "its folder")
+    with writing(path), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash cut the last line
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

@@ -7,8 +7,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dkto.common.files import write_atomically
-from dkto.common.names import printable
+from dkto.common.files import refuse_other_than_file, write_atomically
+from dkto.common.names import one_line
 
 _IS = {
     "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind),
@@ -34,8 +34,7 @@ def read_frame(path: Path, what: str, kinds: Mapping[str, str]) -> tuple[pd.Data
     Raises:
         ValueError: if it is cut or damaged, lacks a column, or a column holds other values; the sentence names it.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a file that holds {what}, but is a folder or a pipe")  # which would wait
+    refuse_other_than_file(path, what)
     try:
         table = pq.read_table(path, columns=list(kinds), page_checksum_verification=True).select(list(kinds))
         for name, kind in kinds.items():
@@ -47,6 +46,5 @@ def read_frame(path: Path, what: str, kinds: Mapping[str, str]) -> tuple[pd.Data
         frame = table.to_pandas(ignore_metadata=True)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     except Exception as error:  # whatever the bytes lead a library to
-        text = printable(" ".join(str(error).split()), 200)
-        raise ValueError(f"{path} holds no {what} that can be read ({text})") from error
+        raise ValueError(f"{path} holds no {what} that can be read ({one_line(error)})") from error
     return frame, about

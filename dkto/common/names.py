@@ -32,6 +32,11 @@ def printable(text: object, limit: int = 500) -> str:
     return text if text.isprintable() else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def one_line(error: Exception) -> str:
+    """A library's message without its line ends."""
+    return printable(" ".join(str(error).split()), 200)
+
+
 def not_known(said: str, name: object, known: Iterable[object], label: str = "known") -> str:
     """The sentence about a name that is not known: what is said of it, the nearest name, and all that are known.
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 STRIP_ROWS = 512  # converted at once: no second copy of a large image is made
 KEY_SCALE = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
-"""By the depth of a PNG: what its transparent colour is multiplied by, which Pillow leaves as it stands in the file."""
+"""By the depth of a PNG: what its transparent colour is multiplied by, which Pillow leaves as the file has it."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -37,7 +37,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
@@ -46,6 +45,7 @@ from dkto.common.names import check_choice
 from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
 from dkto.common.tensors import write_tensors
+from dkto.data.decode import DECODING_THREADS, decoded
 from dkto.data.encoded import (
     PROMPT_SETS,
     csft_set,
@@ -59,15 +59,12 @@ from dkto.data.encoded import (
     shard_path,
 )
 from dkto.data.feedback import FeedbackTable
-from dkto.data.images import MAX_PIXELS, decode_image, open_image
 from dkto.models import DiffusionModel, load_model
-from dkto.models.base import cut_prompts
+from dkto.models.base import cut_prompts, cut_sentence
 from dkto.objective.methods import CSFT_PREFIXES
 
 SHARD_ROWS = 512
 PROMPT_SHARD_ROWS = 512
-DECODING_THREADS = 4
-LARGE_PIXELS = 4_000_000  # larger images are decoded one at a time: their sum bounds memory
 
 
 def prepare_feedback(
@@ -123,25 +120,6 @@ def prepare_feedback(
             _finish(feedback, output_dir, strict)
         launch.wait()
     return output_dir
-
-
-def to_pixel_values(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side to `size`, crop the centre, scale to [-1, 1]; (3, size, size)."""
-    return _fitted(image, size)[0]
-
-
-def _fitted(image: Image.Image, size: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """Pixel values, and (height, width) of the original with (top, left) of the crop in the resized image."""
-    original = image.size[::-1]
-    scale = size / min(image.size)
-    if scale != 1:
-        wide, high = (round(side * scale) for side in image.size)
-        if wide * high > MAX_PIXELS:
-            raise ValueError(f"image of {image.width} x {image.height} pixels is too long: {wide} x {high} at {size}")
-        image = image.resize((wide, high), Image.Resampling.LANCZOS)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, (*original, top, left)
 
 
 class _Launch:
@@ -278,7 +256,7 @@ class _Job:
         shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
         reasons: dict[str, str] = {}
         transparent: set[str] = set()
-        for start, batch in _decoded(paths, self.model.image_size, self.batch_size):
+        for start, batch in decoded(paths, self.model.image_size, self.batch_size):
             good = [start + i for i, (pixels, *_) in enumerate(batch) if pixels is not None]
             reasons |= {paths[start + i]: why for i, (pixels, why, _) in enumerate(batch) if pixels is None}
             transparent |= {paths[start + i] for i, (*_, on_white) in enumerate(batch) if on_white}
@@ -318,39 +296,6 @@ def _start_worker(job: _Job) -> None:
 
 def _work(task: tuple[str, int]) -> None:
     _worker_job.run(task)
-
-
-def _decoded(paths: list[str], size: int, batch_size: int) -> Iterator[tuple[int, list]]:
-    """Batches of (pixel values, sizes, whether it was transparent), or of (None, reason, False).
-
-    The next one is decoded while the last is encoded. Large images have one thread for themselves: they are decoded one
-    at a time, and the memory that one took is taken again by the next.
-    """
-
-    def decode(path: str) -> tuple[Tensor | None, tuple | str, bool]:
-        try:
-            with open_image(path, path) as image:
-                if image.width * image.height <= LARGE_PIXELS:
-                    return _pixels_of(image, size)
-            return apart.submit(decode_large, path).result()
-        except (ValueError, FileNotFoundError) as error:
-            return None, str(error), False
-
-    def decode_large(path: str) -> tuple[Tensor, tuple, bool]:
-        with open_image(path, path) as image:
-            return _pixels_of(image, size)
-
-    with ThreadPoolExecutor(1) as apart, ThreadPoolExecutor(DECODING_THREADS) as pool:
-        ahead = [[pool.submit(decode, path) for path in paths[:batch_size]]]
-        for start in range(0, len(paths), batch_size):
-            following = paths[start + batch_size : start + 2 * batch_size]
-            ahead.append([pool.submit(decode, path) for path in following])
-            yield start, [future.result() for future in ahead.pop(0)]
-
-
-def _pixels_of(image: Image.Image, size: int) -> tuple[Tensor, tuple, bool]:
-    rgb, transparent = decode_image(image)
-    return *_fitted(rgb, size), transparent
 
 
 def _not_finite(shard: dict[str, Tensor]) -> list[int]:
@@ -406,8 +351,7 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
         text = f"{len(reasons)} of {len(feedback)} images are set aside, see {folder / 'skipped.jsonl'}"
         warnings.warn(text, stacklevel=3)
     if cut:
-        text = f"{truncated} of {about['prompts']} prompts are longer than the text encoder takes and are cut"
-        warnings.warn(f"{text}, see {folder / 'truncated.jsonl'}", stacklevel=3)
+        warnings.warn(cut_sentence(truncated, about["prompts"], folder / "truncated.jsonl"), stacklevel=3)
 
 
 def _save_array(values: np.ndarray, path: Path) -> None:

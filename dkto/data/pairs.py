@@ -35,13 +35,13 @@ import pyarrow as pa
 
 from dkto.common.files import claim, write_atomically, write_json, write_records
 from dkto.common.frames import read_frame, write_frame
-from dkto.common.names import check_choice, shown
+from dkto.common.names import check_choice, one_line, shown
 from dkto.common.processes import sole_writer
 from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.data.folders import Folder, OutsideError
 from dkto.data.images import load_image, open_image
-from dkto.data.tables import need_columns, one_line, open_parquet
+from dkto.data.tables import need_columns, open_parquet
 from dkto.data.texts import clean_prompt
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 

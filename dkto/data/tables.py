@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dkto.common.json_text import parse_json
-from dkto.common.names import printable, shown
+from dkto.common.names import one_line, shown
 from dkto.data.texts import NO_VALUE, open_text, read_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -238,11 +238,6 @@ def _parquet_chunks(table: pq.ParquetFile, wanted: list[str]) -> Iterator[Chunk]
 def _listed(column: pa.Array) -> list:
     texts = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     return column.to_numpy(zero_copy_only=False).tolist() if texts else column.to_pylist()
-
-
-def one_line(error: Exception) -> str:
-    """A library's message without its line ends."""
-    return printable(" ".join(str(error).split()), 200)
 
 
 def plain_name(column: object) -> str:

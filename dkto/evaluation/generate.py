@@ -26,6 +26,7 @@ from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
 from dkto.common.settings import checked_number
 from dkto.evaluation.manifest import MANIFEST, MOST, image_path, is_whole_png
+from dkto.models.base import cut_sentence
 from dkto.models.system import System, computes_bfloat16, draw, noise_generator
 
 CHUNK = 50  # images per task handed to a worker, about
@@ -126,11 +127,9 @@ def _claimed(folder: Path, about: dict) -> Iterator[None]:
 
 def _note_cut(folder: Path, prompts: list[str], cut: list[tuple[int, str]], negative: bool) -> None:
     """List and say the prompts that the text encoder cuts, as `dkto.data.encode` does for training."""
-    texts = len(prompts) + negative
     rows = [{"prompt": row if row < len(prompts) else "negative", "tokens": text} for row, text in cut]
     write_records(folder / TRUNCATED, rows)
-    text = f"{len(cut)} of {texts} prompts are longer than the text encoder takes and are cut"
-    warnings.warn(f"{text}, see {folder / TRUNCATED}", stacklevel=4)
+    warnings.warn(cut_sentence(len(cut), len(prompts) + negative, folder / TRUNCATED), stacklevel=4)
 
 
 def _tasks(

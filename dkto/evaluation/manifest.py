@@ -1,10 +1,9 @@
 """What a folder of generated images holds: prompts, seeds, where each image lies. Nothing here draws."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from dkto.common.files import read_json
-from dkto.common.names import shown
+from dkto.common.files import Fields, check_fields, read_json
 
 MANIFEST = "manifest.json"
 MOST = 10**6  # images of one folder
@@ -38,10 +37,7 @@ def read_manifest(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no generated images ({MANIFEST} is missing)")
     found = read_json(path, "manifest of generated images")
-    for key, (holds, expected) in _MANIFEST_HOLDS.items():
-        if key not in found or not holds(found[key]):
-            got = shown(found[key]) if key in found else "nothing"
-            raise ValueError(f"{path} is no manifest of generated images: {key} must be {expected}, got {got}")
+    check_fields(found, _MANIFEST_HOLDS, f"{path} is no manifest of generated images")
     if len(found["prompts"]) * found["images_per_prompt"] > MOST:
         raise ValueError(
             f"{path} is no manifest of generated images: images_per_prompt must be at most "
@@ -79,7 +75,7 @@ def _first_difference(ours: list[str], theirs: list[str]) -> str:
     return f" (first at prompt {row}: {ours[row]!r} and {theirs[row]!r})"
 
 
-_MANIFEST_HOLDS: dict[str, tuple[Callable[[object], bool], str]] = {
+_MANIFEST_HOLDS: Fields = {
     "prompts": (lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"),
     "images_per_prompt": (lambda value: type(value) is int and value > 0, "a number of at least 1"),
     "seed": (lambda value: type(value) is int, "a whole number"),

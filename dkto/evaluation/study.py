@@ -27,8 +27,8 @@ from dkto.common.files import (
     check_fields,
     claim,
     read_json,
+    refuse_leaving,
     refuse_other_than_file,
-    stays_inside,
     write_json,
     write_png,
 )
@@ -311,8 +311,7 @@ def _refuse(path: Path, why: str) -> None:
 
 def _inside(path: Path, folder: Path) -> Path:
     """The path, which no link may lead out of the study: what is read there is shown, what is written there kept."""
-    if not stays_inside(path, folder):
-        raise ValueError(f"{path} is a link that leaves the study {folder}: put the file itself there")
+    refuse_leaving(path, folder, f"the study {folder}")
     return path
 
 

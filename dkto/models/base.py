@@ -86,6 +86,11 @@ def cut_prompts(tokenizers: Iterable[Any], prompts: list[str]) -> Iterator[tuple
     yield from sorted(cut.items())
 
 
+def cut_sentence(count: int, prompts: int, path: Path) -> str:
+    """The warning about cut prompts, which `path` lists."""
+    return f"{count} of {prompts} prompts are longer than the text encoder takes and are cut, see {path}"
+
+
 def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save configuration and weights in one file each, as diffusers does, without the place it was loaded from."""
     if weights is None:

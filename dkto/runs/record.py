@@ -302,17 +302,21 @@ def read_record(path: Path) -> dict:
         FileNotFoundError, ValueError: as `dkto.common.files.read_json`, or if a field is not what it should be.
     """
     record = read_json(path, "record of a run")
+    check_record(record, path)
+    return record
+
+
+def check_record(record: dict, path: Path) -> None:
+    """Refuse what a `run.json` held, if a field is not what it should be."""
     where = f"{path} is no record of a run"
     check_fields(record, RECORD, where)
     check_fields(record, {name: field for name, field in MAY_HOLD.items() if name in record}, where)
     check_fields(record, ENDED[record["status"]], where)
-    return record
 
 
-def is_of_notebook(path: Path) -> bool:
-    """Whether a `run.json` is of a run of a notebook; those of trainings of version 0.1 have the same name."""
-    found = read_json(path, "record of a run")
-    return "notebook" in found or "fingerprint" not in found
+def is_of_notebook(record: dict) -> bool:
+    """Whether what a `run.json` held is of a run of a notebook; trainings of version 0.1 left files of that name."""
+    return "notebook" in record or "fingerprint" not in record
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -337,7 +341,7 @@ def recorded(folder: Path, notebook: Path, executed: Path, parameters: Mapping[s
         ValueError: if the folder holds the record of something else, a training, which would be lost.
     """
     path = folder / RECORD_NAME
-    if path.exists() and not is_of_notebook(path):
+    if path.exists() and not is_of_notebook(read_json(path, "record of a run")):
         raise ValueError(f"{folder} holds the {RECORD_NAME} of a training: choose another output_dir")
     began = time.monotonic()
     record = {"schema_version": 1, "status": "running", "notebook": str(notebook), "source_hash": source_hash(notebook)}

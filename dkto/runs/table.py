@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from dkto.common.files import stays_inside
+from dkto.common.files import read_json, refuse_leaving
 from dkto.common.names import not_known, shown
-from dkto.runs.record import RECORD_NAME, is_of_notebook, read_metrics, read_record
+from dkto.runs.record import RECORD_NAME, check_record, is_of_notebook, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +46,10 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
         if not folder.is_dir():
             raise FileNotFoundError(f"folder of runs {folder} does not exist")
         for path in sorted(folder.rglob(RECORD_NAME)):
-            if is_of_notebook(_inside(path, folder)):
-                name, record = path.parent.relative_to(folder), read_record(path)
+            record = read_json(_inside(path, folder), "record of a run")
+            if is_of_notebook(record):
+                name = path.parent.relative_to(folder)
+                check_record(record, path)
                 rows.setdefault(path.parent.resolve(), _row(str(name) if name.parts else folder.name, path, record))
     if not rows:
         places = ", ".join(str(folder) for folder in folders) or "no folder"
@@ -65,8 +67,8 @@ def _is_whole(value: object) -> bool:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    if path.is_symlink() and not stays_inside(path, folder):
-        raise ValueError(f"{path} is a link that leaves the folder {folder}: put the file itself there")
+    if path.is_symlink():
+        refuse_leaving(path, folder)
     return path
 
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from dkto.common.ends import REMEDIES
 from dkto.common.files import (
     PART,
     Fields,
@@ -30,11 +29,11 @@ from dkto.common.files import (
     discard,
     force_to_disk,
     keep_records,
-    not_written,
     publish,
     read_json,
     remove,
     write_json,
+    writing,
 )
 from dkto.common.machine import git_commit, hardware, versions
 from dkto.common.names import printable, shown
@@ -111,11 +110,8 @@ class RunFolder:
 
     def append(self, record: dict) -> None:
         """Add one record; each line is flushed, so that a viewer sees it at once."""
-        try:
-            with self.records_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise not_written(self.records_path, error) if error.errno in REMEDIES else error from error
+        with writing(self.records_path), self.records_path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def save(self, run: "Run") -> None:
         """Write `checkpoint-STEP/`; every rank makes the call.

@@ -14,7 +14,7 @@ import traitlets
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from dkto.common.files import Fields, check_fields, read_json, read_records, stays_inside
+from dkto.common.files import Fields, check_fields, read_json, read_records, refuse_leaving
 from dkto.common.json_text import parse_json
 from dkto.common.names import printable, shown
 from dkto.data.sources import parse_label
@@ -108,8 +108,7 @@ class Explorer(Instrument):
         for name in ("metrics.jsonl", "training.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no run ({name} is missing)")
-            if not stays_inside(folder / name, folder):
-                raise ValueError(f"{folder / name} is a link that leaves the run's folder: put the file itself there")
+            refuse_leaving(folder / name, folder, "the run's folder")
         config = read_json(folder / "training.json", "record of a training", ["config"])["config"]
         where = f"{folder / 'training.json'}, config"
         check_fields(config if isinstance(config, dict) else {}, CONFIG, where)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkto.common.files import Fields, append_record, check_fields, refuse_other_than_file, stays_inside
+from dkto.common.files import Fields, append_record, check_fields, refuse_leaving, refuse_other_than_file, stays_inside
 from dkto.common.json_text import parse_json
 from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable, make_feedback
@@ -66,15 +66,10 @@ def pictures_in(folder: str | Path) -> list[Picture]:
         warn_unread(folder, [p for p in unread if p.is_file() and p.suffix.lower() not in beside], IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder} holds no picture")
-    for picture in found:
-        _refuse_leaving(picture.image, folder)
+    for picture in found:  # a link that someone else made would show and keep what is in a file of the user
+        if picture.image.is_symlink():
+            refuse_leaving(picture.image, folder)
     return found
-
-
-def _refuse_leaving(path: Path, folder: Path) -> None:
-    """A link to a file of the user, in a folder that someone else made, would show and keep what is in that file."""
-    if path.is_symlink() and not stays_inside(path, folder):
-        raise ValueError(f"{path} is a link that leaves the folder {folder}: put the file itself there")
 
 
 def append_event(path: Path, session: str, **event) -> None:

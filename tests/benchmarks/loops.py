@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dkto.common.machine import peak_memory_mb
-from dkto.data.encode import to_pixel_values
+from dkto.data.decode import to_pixel_values
 from dkto.data.encoded import PreparedFeedback
 from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion

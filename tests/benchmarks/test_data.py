@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dkto.data.encode import prepare_feedback, to_pixel_values
+from dkto.data.decode import to_pixel_values
+from dkto.data.encode import prepare_feedback
 from dkto.data.feedback import make_feedback
 from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, load_model

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dkto.common.processes import sole_writer
-from dkto.data.encode import prepare_feedback, to_pixel_values
+from dkto.data.decode import to_pixel_values
+from dkto.data.encode import prepare_feedback
 from dkto.data.encoded import PreparedFeedback, shard_path
 from dkto.data.feedback import make_feedback, write_feedback
 from dkto.data.images import decode_image, load_image, open_image
@@ -56,7 +57,7 @@ def test_a_picture_that_was_compared_several_times_is_encoded_once(likes, tiny_p
             raise ValueError(f"image {path} is broken")
         return open_image(path, name)
 
-    monkeypatch.setattr("dkto.data.encode.open_image", open_)
+    monkeypatch.setattr("dkto.data.decode.open_image", open_)
     twice = make_feedback([*likes.images] * 2, [*likes.prompts] * 2, [*likes.is_desirable, *~likes.is_desirable])
     with pytest.warns(UserWarning, match="2 of 24 images are set aside"):
         folder = prepare_feedback(twice, tmp_path, str(tiny_pipeline))
@@ -325,7 +326,7 @@ def test_a_folder_that_another_call_fills_is_refused(likes, tiny_pipeline, tmp_p
 
 
 def test_large_images_are_decoded_one_at_a_time(likes, tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("dkto.data.encode.LARGE_PIXELS", 24 * 20 - 1)
+    monkeypatch.setattr("dkto.data.decode.LARGE_PIXELS", 24 * 20 - 1)
     running, most = [], []
 
     def decode(image):
@@ -337,10 +338,10 @@ def test_large_images_are_decoded_one_at_a_time(likes, tiny_pipeline, tmp_path, 
         finally:
             running.remove(image)
 
-    monkeypatch.setattr("dkto.data.encode.decode_image", decode)
+    monkeypatch.setattr("dkto.data.decode.decode_image", decode)
     prepare_feedback(likes, tmp_path / "one", str(tiny_pipeline))
     assert len(most) == 12 and max(most) == 1
-    monkeypatch.setattr("dkto.data.encode.LARGE_PIXELS", 24 * 20)
+    monkeypatch.setattr("dkto.data.decode.LARGE_PIXELS", 24 * 20)
     prepare_feedback(likes, tmp_path / "several", str(tiny_pipeline))
     assert max(most) > 1
 
