@@ -104,6 +104,15 @@ def test_the_laboratory_takes_only_what_it_may():
     assert taken <= TOY
 
 
+def test_no_module_defines_a_name_twice():
+    """The later one would take the place of the first, also where that is called."""
+    twice = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "toy").rglob("*.py")]:
+        names = [node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")]
+        twice += [f"{path.name}: {name}" for name in set(names) if names.count(name) > 1]
+    assert not twice
+
+
 def test_modules_can_be_read_in_one_sitting():
     long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 480}
     assert not long
