@@ -66,5 +66,5 @@ def test_no_file_names_a_package_index(name):
 
 
 def test_every_extra_is_known():
-    assert set(PROJECT["optional-dependencies"]) == {"batch", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"batch", "dev", "web"}
     assert "snakemake" in by_name(PROJECT["optional-dependencies"]["batch"])

@@ -21,6 +21,7 @@ ROOMS = (
     ("evaluation",),
     ("training", "plotting", "workshop"),
     ("paper", "widgets"),
+    ("web",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

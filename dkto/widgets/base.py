@@ -13,6 +13,7 @@ from dkto.common.pixels import to_rgb
 from dkto.plotting import COLOURS
 
 FOLDER = Path(__file__).parent
+SHARED = (FOLDER / "common.js", FOLDER / "utilities.js")  # the page of dkto.web is made of them too
 
 ROLE_COLOURS = {role: COLOURS[role] for role in ("desirable", "undesirable", "model", "reference_point", "pretraining")}
 
@@ -43,8 +44,8 @@ class Instrument(anywidget.AnyWidget):
 
 
 def script(name: str, folder: Path = FOLDER) -> str:
-    """The JavaScript of a widget: common.js and its own file, as one module."""
-    return f"{(FOLDER / 'common.js').read_text()}\n{(folder / f'{name}.js').read_text()}"
+    """The JavaScript of a widget: what all share and its own file, as one module."""
+    return "\n".join(path.read_text() for path in (*SHARED, folder / f"{name}.js"))
 
 
 def style(name: str, folder: Path = FOLDER) -> str:

@@ -75,8 +75,10 @@ function axes(label, height = 230) {
       canvas.width = Math.round(width * ratio);
       canvas.height = Math.round(height * ratio);
     }
+    const theme = getComputedStyle(canvas), themed = (name, colour) => theme.getPropertyValue(`--dkto-${name}`).trim() || colour;
+    const paper = themed("paper", "#ffffff"), ink = themed("ink", "#333333"), grid = themed("grid", "#e6e6e6");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = "#ffffff";
+    context.fillStyle = paper;
     context.fillRect(0, 0, width, height);
     const left = 52, right = 16, top = spec.title ? 22 : 8, bottom = 36;
     const [x0, x1] = spec.x, [y0, y1] = spec.y;
@@ -87,26 +89,26 @@ function axes(label, height = 230) {
     context.textAlign = "center";
     context.textBaseline = "top";
     for (const value of ticks(x0, x1, Math.max(2, Math.min(8, width / 60)))) {
-      context.strokeStyle = value === 0 ? "#999999" : "#e6e6e6";
+      context.strokeStyle = value === 0 ? "#999999" : grid;
       context.beginPath();
       context.moveTo(px(value), top);
       context.lineTo(px(value), height - bottom);
       context.stroke();
-      context.fillStyle = "#333333";
+      context.fillStyle = ink;
       context.fillText(short(value), px(value), height - bottom + 4);
     }
     context.textAlign = "right";
     context.textBaseline = "middle";
     for (const value of ticks(y0, y1, 5)) {
-      context.strokeStyle = value === 0 ? "#999999" : "#e6e6e6";
+      context.strokeStyle = value === 0 ? "#999999" : grid;
       context.beginPath();
       context.moveTo(left, py(value));
       context.lineTo(width - right, py(value));
       context.stroke();
-      context.fillStyle = "#333333";
+      context.fillStyle = ink;
       context.fillText(spec.yText ? spec.yText(value) : short(value), left - 5, py(value));
     }
-    context.fillStyle = "#333333";
+    context.fillStyle = ink;
     context.textAlign = "center";
     context.textBaseline = "bottom";
     context.fillText(spec.xLabel ?? "", (left + width - right) / 2, height - 3);
@@ -118,7 +120,7 @@ function axes(label, height = 230) {
     context.restore();
     if (spec.title) {
       context.textBaseline = "top";
-      context.fillStyle = "#111111";
+      context.fillStyle = ink;
       context.font = "bold 12px sans-serif";
       context.fillText(spec.title, (left + width - right) / 2, 4);
       context.font = "12px sans-serif";
@@ -162,7 +164,14 @@ function axes(label, height = 230) {
     for (const dot of spec.dots ?? []) {
       context.globalAlpha = dot.alpha ?? 1;
       context.fillStyle = dot.colour;
-      context.fillRect(px(dot.x) - 1, py(dot.y) - 1, 2, 2);
+      if (!dot.radius) { context.fillRect(px(dot.x) - 1, py(dot.y) - 1, 2, 2); continue; }
+      context.beginPath();
+      context.arc(px(dot.x), py(dot.y), dot.radius, 0, 7);
+      context.fill();
+      context.strokeStyle = dot.ring ? ink : paper;
+      context.lineWidth = dot.ring ? 2.5 : 1;
+      context.setLineDash([]);
+      context.stroke();
     }
     context.globalAlpha = 1;
     context.setLineDash([]);
@@ -173,8 +182,10 @@ function axes(label, height = 230) {
       context.textBaseline = "middle";
       for (const entry of spec.legend) {
         const text = entry.label, w = context.measureText(text).width;
-        context.fillStyle = "rgba(255,255,255,0.8)";
+        context.globalAlpha = 0.8;
+        context.fillStyle = paper;
         context.fillRect(left + 6, y - 2, w + 36, 16);
+        context.globalAlpha = 1;
         context.strokeStyle = entry.colour;
         context.lineWidth = 2;
         context.setLineDash(entry.dash ?? []);
@@ -183,16 +194,18 @@ function axes(label, height = 230) {
         context.lineTo(left + 34, y + 6);
         context.stroke();
         context.setLineDash([]);
-        context.fillStyle = "#222222";
+        context.fillStyle = ink;
         context.fillText(text, left + 40, y + 6);
         y += 16;
       }
     }
   }
 
-  const observer = new ResizeObserver(() => last && draw(last));
+  const again = () => last && draw(last), dark = matchMedia("(prefers-color-scheme: dark)");
+  dark.addEventListener("change", again);
+  const observer = new ResizeObserver(again);
   observer.observe(canvas);
-  return { canvas, draw, close: () => observer.disconnect() };
+  return { canvas, draw, close: () => { observer.disconnect(); dark.removeEventListener("change", again); } };
 }
 
 // A short line that shows a curve's colour and dashes, for a legend.
@@ -218,6 +231,33 @@ function showPicture(image, bytes) {
     return;
   }
   image.src = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+}
+
+// Keys of a part of the page, by their names: an action is called once a press, those of `repeating` as long as it lasts.
+function shortcuts(node, actions, repeating = []) {
+  const handle = (event) => {
+    const action = actions[event.key];
+    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (!event.repeat || repeating.includes(event.key)) action();
+  };
+  node.addEventListener("keydown", handle);
+  return handle;
+}
+
+// Two images side by side as buttons, of which `answer` gets "left" or "right".
+function pairOf(images, answer) {
+  const button = (side, text) => element("button", { type: "button", "data-side": side, "aria-keyshortcuts": side === "left" ? "ArrowLeft" : "ArrowRight", on: { click: () => answer(side) } },
+    images[side], element("span", { text }));
+  return element("div", { class: "dkto-pair" }, button("left", "← left"), button("right", "right →"));
+}
+
+// Save bytes or text as a file of the visitor.
+function saveAs(name, data, type) {
+  const address = URL.createObjectURL(new Blob([data], { type }));
+  element("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
 // Calls that may come often: only the last within `wait` milliseconds is made.

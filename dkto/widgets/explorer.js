@@ -1,18 +1,5 @@
 // Utility explorer: every curve is computed here, so a slider needs no word from the kernel.
 
-const sigmoid = (x) => (x >= 0 ? 1 / (1 + Math.exp(-x)) : Math.exp(x) / (1 + Math.exp(x)));
-const softplus = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
-
-// U and U' of the built-in utilities; dkto.utilities holds the same in torch, and a test compares them.
-const CLOSED_FORMS = {
-  kahneman_tversky: { value: sigmoid, slope: (x) => sigmoid(x) * sigmoid(-x) },
-  loss_averse: { value: (x) => -softplus(-x), slope: (x) => sigmoid(-x) },
-  risk_seeking: { value: softplus, slope: sigmoid },
-  risk_seeking_literal: { value: softplus, slope: sigmoid },
-  exponential: { value: Math.exp, slope: Math.exp },
-  linear: { value: (x) => x, slope: () => 1 },
-};
-
 // A sampled function on [-limit, limit], linear between the samples.
 function interpolated(view, limit) {
   const samples = new Float64Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
@@ -209,9 +196,7 @@ function render({ model, el }) {
       const up = weight(curve, value, 1), down = weight(curve, value, -1);
       rows.push([value, ...curves.flatMap((c) => [c.value(value), c.slope(value)]), up, down, up * state.desirable_fraction, down * (1 - state.desirable_fraction)].join(","));
     }
-    const address = URL.createObjectURL(new Blob([rows.join("\n") + "\n"], { type: "text/csv" }));
-    element("a", { href: address, download: "curves.csv" }).click();
-    setTimeout(() => URL.revokeObjectURL(address), 10_000);
+    saveAs("curves.csv", rows.join("\n") + "\n", "text/csv");
   }
 
   function readCurves() {

@@ -7,13 +7,8 @@ function render({ model, el }) {
   const alert = element("div", { class: "dkto-alert", role: "alert" });
   const question = element("p", { class: "dkto-question" });
   const prompt = element("p", { class: "dkto-prompt" });
-  const sides = ["left", "right"].map((side) => {
-    const image = element("img", { alt: `${side} picture` });
-    const node = element("button", { type: "button", "data-side": side, "aria-keyshortcuts": side === "left" ? "ArrowLeft" : "ArrowRight", on: { click: () => answer(side) } },
-      image, element("span", { text: side === "left" ? "← left" : "right →" }));
-    return { side, image, node };
-  });
-  const pair = element("div", { class: "dkto-pair" }, ...sides.map((one) => one.node));
+  const images = Object.fromEntries(["left", "right"].map((side) => [side, element("img", { alt: `${side} image` })]));
+  const pair = pairOf(images, answer);
   const undoButton = element("button", { type: "button", text: "undo (z)", "aria-keyshortcuts": "z", on: { click: () => model.send({ type: "undo" }) } });
   const result = element("div", { class: "dkto-result" });
   const stage = element("div", { tabindex: "0", role: "group", "aria-label": "pair to judge; the arrows choose, z takes back" }, prompt, question, pair);
@@ -27,13 +22,7 @@ function render({ model, el }) {
     stage.focus();
   }
 
-  node.addEventListener("keydown", (event) => {
-    const action = { ArrowLeft: () => answer("left"), ArrowRight: () => answer("right"), z: () => model.send({ type: "undo" }) }[event.key];
-    if (!action || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    event.stopPropagation();
-    action();
-  });
+  shortcuts(node, { ArrowLeft: () => answer("left"), ArrowRight: () => answer("right"), z: () => model.send({ type: "undo" }) });
 
   function draw() {
     asked = null;
@@ -46,7 +35,7 @@ function render({ model, el }) {
     prompt.textContent = model.get("prompt");
     pair.hidden = done;
     node.dataset.number = number;
-    for (const { side, image } of sides) showPicture(image, model.get(side));
+    for (const [side, image] of Object.entries(images)) showPicture(image, model.get(side));
     const found = model.get("result");
     result.replaceChildren();
     if (!found.rows) return;

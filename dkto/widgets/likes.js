@@ -28,18 +28,12 @@ function render({ model, el }) {
     model.send({ type: "judge", index, judgement });
   }
 
-  stage.addEventListener("keydown", (event) => {
+  const move = (step) => {
     const tiles = [...stage.querySelectorAll(".dkto-tile")];
-    const move = (step) => tiles[Math.max(0, Math.min(tiles.length - 1, tiles.findIndex((t) => Number(t.dataset.index) === focused) + step))]?.focus();
-    const action = {
-      ArrowRight: say.like, l: say.like, ArrowLeft: say.dislike, d: say.dislike, " ": say.skip, z: say.undo,
-      ArrowDown: () => move(1), ArrowUp: () => move(-1),
-    }[event.key];
-    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    event.stopPropagation();
-    if (!event.repeat || ["ArrowDown", "ArrowUp"].includes(event.key)) action();
-  });
+    tiles[Math.max(0, Math.min(tiles.length - 1, tiles.findIndex((t) => Number(t.dataset.index) === focused) + step))]?.focus();
+  };
+  const keys = { ArrowRight: say.like, l: say.like, ArrowLeft: say.dislike, d: say.dislike, " ": say.skip, z: say.undo, ArrowDown: () => move(1), ArrowUp: () => move(-1) };
+  shortcuts(stage, keys, ["ArrowDown", "ArrowUp"]);
 
   function picture(item) {
     const image = element("img", { alt: item.prompt });

@@ -1,0 +1,15 @@
+"""The page *Teach a diffusion model your taste*: the small world draws and trains inside a browser tab.
+
+`export` turns the model into graphs without weights, over one `blob` of weights that all share.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "blob": ["Layout", "read_layout", "weights_of", "wire_bytes"],
+        "lora": ["LoraLayer", "flat_lora", "lora_layers"],
+        "runtime": ["package_file"],
+    },
+)
