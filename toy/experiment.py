@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dkto.common.processes import worker_pool
+from dkto.common.settings import checked_number
 from toy.measures import Estimate, bounds_of, has_diverged, held_out_rewards, measure_points, over_seeds
 from toy.network import Architecture, Ensemble
 from toy.objectives import Method
@@ -114,8 +115,7 @@ def run_experiment(
         raise ValueError(f"methods must be named, and none {BASE!r}, got: {', '.join(methods) or 'none'}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be distinct and not empty, got {list(seeds)}")
-    if processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
+    processes = checked_number("processes", processes, least=1)
     start = time.perf_counter()
     shares = [list(part) for part in np.array_split(np.asarray(seeds), min(processes, len(seeds)))]
     jobs = [(dict(methods), [int(seed) for seed in share], recipe, record_every) for share in shares]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from dkto.common.settings import checked_number
+
 TIME_FEATURES = 16  # 8 sine and cosine pairs
 INPUTS = 2 + 1 + TIME_FEATURES  # the point, the label (0, or +1 and -1 in CSFT), the time
 
@@ -46,8 +48,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in ("num_train_timesteps", "width", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checked_number(name, getattr(self, name), least=1)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

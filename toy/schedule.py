@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dkto.common.settings import checked_number
+
 SMALLEST_LAST = 1e-3  # below it the preference objectives ask for huge shifts of the noise prediction
 
 
@@ -105,7 +107,6 @@ def linear_schedule(num_train_timesteps: int = 50, last_beta: float | None = Non
     >>> linear_schedule(50).alphas_cumprod[-1].round(decimals=4)
     tensor(0.0044, dtype=torch.float64)
     """
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    num_train_timesteps = checked_number("num_train_timesteps", num_train_timesteps, least=1)
     last = 10 / num_train_timesteps if last_beta is None else last_beta
     return Schedule(torch.linspace(last / 100, last, num_train_timesteps, dtype=torch.float64))

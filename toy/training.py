@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dkto.common.names import check_name
+from dkto.common.settings import checked_number
 from dkto.objective.losses import denoising_error, sft_loss
 from toy.network import Ensemble, one_thread, stream
 from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods
@@ -49,13 +50,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("num_train_timesteps", "width", "pretrain_steps", "max_train_steps", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2 or self.batch_size % 2:
+            checked_number(name, getattr(self, name), least=1)
+        if checked_number("batch_size", self.batch_size, least=2) % 2:
             raise ValueError(f"batch_size must be even and at least 2, got {self.batch_size}")
         for name in ("pretrain_learning_rate", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            checked_number(name, getattr(self, name), float, above=0)
 
     def replace(self, **changes: float) -> "Recipe":
         """The same recipe with other values; an unknown name raises a sentence.

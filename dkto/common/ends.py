@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dkto.common.names import PATH_SHOWN, printable
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -25,6 +27,7 @@ MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and call again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another place, or change its permissions"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY), "remove what is there, or choose another place"),
     errno.EIO: "the disk or its connection fails: choose another place",
 }
 _asked: list[int] = []  # signals that came
@@ -80,7 +83,7 @@ def sentence_of(error: Exception) -> str | None:
         return f"not enough memory ({str(error) or 'none left'}): choose a smaller batch or fewer processes"
     if isinstance(error, OSError) and error.errno:
         remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{printable(error.filename, PATH_SHOWN)}: " if error.filename else ""
         return f"{place}{error.strerror}{remedy}"
     if isinstance(error, (KeyError, TypeError)) and _is_raised_here(error):
         return str(error.args[0]) if error.args else None

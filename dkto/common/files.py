@@ -10,6 +10,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +27,22 @@ HALF_SIGN = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON: a sign of two parts, or
 _CLEARED: set[Path] = set()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, forced: bool = True) -> None:
     """Let `write` fill a neighbour of `path`, a file or a folder, and `publish` it.
 
     `path` is whole or absent, whoever else writes it, and whether the process is killed or the power fails. What
-    processes of this machine that are gone left unfinished in that folder is removed.
+    processes of this machine that are gone left unfinished in that folder is removed. Without `forced` a power cut may
+    leave a file empty: the caller forces many at once (`force_all`) before it writes that they are there.
     """
     clear_parts(path.parent)
     part = part_of(path)
     try:
         with writing(path):
             write(part)
-            publish(part, path)
+            if forced:
+                publish(part, path)
+            else:
+                part.replace(path)
     except BaseException:
         remove(part)
         raise
@@ -89,6 +94,13 @@ def force_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def force_all(paths: Iterable[Path]) -> None:
+    """`force_to_disk` for many files and their folders, which a disk does ten times as fast side by side."""
+    paths = list(paths)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(force_to_disk, [*paths, *{path.parent for path in paths}]))
 
 
 def clear_parts(folder: Path) -> None:
@@ -210,7 +222,7 @@ def refuse_other_than_file(path: Path, what: str) -> None:
             raise ValueError(f"{path} is no {what}: its link leads nowhere ({error.strerror})") from error
         return  # whoever opens it is told why
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe")
+        raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe: put the file there")
 
 
 def claim(path: Path, about: dict, what: str) -> None:
@@ -251,11 +263,12 @@ def _link(part: Path, path: Path) -> None:
 
 
 def records_of(path: str | Path) -> Iterator[dict]:
-    """The records of a file of JSON lines one by one; a last line that a kill cut short is left out.
+    """The records of a file of JSON lines one by one; a last line that a kill cut short, no JSON yet, is left out.
 
     Raises:
         ValueError: for another line that is no record; the sentence names file and line.
     """
+    refuse_other_than_file(Path(path), "file of records")
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -263,7 +276,7 @@ def records_of(path: str | Path) -> Iterator[dict]:
                 if not isinstance(record, dict):
                     raise ValueError("expected an object")
             except ValueError as error:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
                     return
                 text = shown(line.decode(errors="replace").strip())
                 raise ValueError(

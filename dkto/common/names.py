@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 SHOWN = 80  # signs of a value that a sentence repeats
-PATH_SHOWN = 1000  # of a path, whose end says most
+PATH_SHOWN = 300  # of a path
 MOST_NAMES = 40  # known names that a sentence lists
 
 

@@ -1,6 +1,7 @@
 """Tensors on disk: safetensors files that are whole or absent, read as data, and known again by a hash."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,8 @@ def check_header(path: Path, what: str) -> int:
         ValueError: if the file is shorter than what it says; the sentence names it.
     """
     refuse_other_than_file(path, f"file of {what}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a file of {what}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -119,6 +122,30 @@ def check_fits(stored: "Mapping[str, Tensor]", own: "Mapping[str, Tensor]", plac
     check_finite_weights(stored, place)
 
 
+def weights_variant(folder: Path) -> str | None:
+    """Which files of a part are read: those without a variant, else fp16's, else those of the only variant there is.
+
+    Raises:
+        ValueError: if the folder holds no safetensors weights under the names of diffusers or transformers.
+    """
+    pattern = re.compile(r"(?:diffusion_pytorch_|adapter_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+    found = {match[1] for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))}
+    if not found or (len(found) > 1 and not found & {None, "fp16"}):
+        kinds = ", ".join(sorted(map(str, found))) or "no safetensors weights"
+        raise ValueError(f"{folder} must hold model weights as .safetensors, found {kinds}; pickles are not loaded")
+    return None if None in found else "fp16" if "fp16" in found else next(iter(found))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a part's weights are read from; see `weights_variant`."""
+    ending = f".{weights_variant(folder)}"
+    return [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if (ending in path.name if ending != ".None" else path.name.count(".") == 1)
+    ]
+
+
 def weights_fingerprint(files: Iterable[Path]) -> str:
     """Hash over safetensors files in this order, the same wherever the folders lie that hold their folders.
 
@@ -133,7 +160,7 @@ def weights_fingerprint(files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in files:
-        size, header = path.stat().st_size, check_header(path, "weights")
+        header, size = check_header(path, "weights"), path.stat().st_size
         digest.update(f"{path.parent.name}/{path.name}/{size}".encode())
         with path.open("rb") as file:
             file.seek(8)

@@ -33,17 +33,17 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
-from dkto.common.frames import write_frame
+from dkto.common.frames import read_frame, write_frame
 from dkto.common.names import check_choice
 from dkto.common.processes import sole_writer, worker_pool
 from dkto.common.progress import progress
+from dkto.common.settings import checked_number
 from dkto.common.tensors import write_tensors
 from dkto.data.decode import DECODING_THREADS, decoded
 from dkto.data.encoded import (
@@ -59,6 +59,7 @@ from dkto.data.encoded import (
     shard_path,
 )
 from dkto.data.feedback import FeedbackTable
+from dkto.data.tables import open_parquet
 from dkto.models import DiffusionModel, load_model
 from dkto.models.base import cut_prompts, cut_sentence
 from dkto.objective.methods import CSFT_PREFIXES
@@ -102,6 +103,8 @@ def prepare_feedback(
         check_choice("csft", csft, CSFT_PREFIXES)
     if len(feedback) == 0:
         raise ValueError("feedback must hold at least one image to encode, got none")
+    batch_size = checked_number("batch_size", batch_size, least=1)
+    num_processes = checked_number("num_processes", num_processes, least=0)
     output_dir, launch = Path(output_dir), _Launch()
     if launch.count > 1 and num_processes > 1:
         raise ValueError(f"num_processes must be 1 among {launch.count} launched processes, got {num_processes}")
@@ -243,15 +246,13 @@ class _Job:
         return parts
 
     def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
-        table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(number)
-        prompts = [PROMPT_SETS[kind] + prompt for prompt in table["prompt"].to_pylist()]
+        prompts = [PROMPT_SETS[kind] + prompt for prompt in self._planned("prompts.parquet", number, "prompt")]
         parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
         return shard, {"rows": list(cut_prompts(_flat(self.text[:1]), prompts)), "on_white": 0}
 
     def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
-        table = pq.ParquetFile(self.folder / "feedback.parquet").read_row_group(number, ["image"])
-        rows = table["image"].to_pylist()
+        rows = self._planned("feedback.parquet", number, "image")
         paths = list(dict.fromkeys(rows))  # of a picture that was compared several times, one is encoded
         shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
         reasons: dict[str, str] = {}
@@ -277,6 +278,11 @@ class _Job:
         notes = [(row, reasons[path]) for row, path in enumerate(rows) if path in reasons]
         on_white = sum(path in transparent and path not in reasons for path in rows)
         return {name: values[index] for name, values in shard.items()}, {"rows": notes, "on_white": on_white}
+
+    def _planned(self, name: str, number: int, column: str) -> list[str]:
+        """A column of the rows of one shard, in a file of `_write_plan`."""
+        with open_parquet(self.folder / name, str(self.folder / name)) as file:
+            return file.read_row_group(number, [column])[column].to_pylist()
 
     def _refuse(self, reasons: dict[str, str]) -> None:
         if reasons and self.strict:
@@ -336,7 +342,8 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
-    frame = pd.read_parquet(folder / "feedback.parquet", columns=["is_desirable", "prompt_id"])
+    columns = {"is_desirable": "boolean", "prompt_id": "integer"}
+    frame, _ = read_frame(folder / "feedback.parquet", "plan of what is prepared", columns)
     frame = frame.iloc[kept].assign(row=kept)
     pairs = feedback.subset(kept).pairs if reasons else feedback.pairs
     write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))

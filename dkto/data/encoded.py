@@ -15,9 +15,8 @@ from torch import Tensor
 from dkto.common.files import file_sha256, read_json, refuse_other_than_file
 from dkto.common.frames import read_frame
 from dkto.common.names import printable, shown
-from dkto.common.tensors import weights_fingerprint
+from dkto.common.tensors import weight_files, weights_fingerprint
 from dkto.models import DiffusionModel
-from dkto.models.parts import weight_files
 from dkto.objective.methods import CSFT_PREFIXES
 
 
@@ -92,7 +91,7 @@ def open_shard(path: Path, rows: int) -> safe_open:
         ValueError: if it is cut, empty or damaged, or of other rows; the sentence names the file.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is missing: run prepare again")
     refuse_other_than_file(path, "shard")
     try:
         shard = safe_open(path, framework="pt")
@@ -135,7 +134,7 @@ class PreparedFeedback:
         self._about = read_about(self.folder)
         if self._about["model"] != (mine := model_fingerprint(model)):
             raise ValueError(
-                f"{self.folder} was prepared with the VAE and text encoder {self._about['model']}, "
+                f"{self.folder} was prepared with the VAE and text encoder {shown(self._about['model'])}, "
                 f"but {model.folder} has {mine}: prepare again with this model"
             )
         there = set(os.listdir(self.folder))
@@ -235,7 +234,7 @@ class PreparedFeedback:
         try:
             places = [self._place(name, int(i), "prompt_shard_rows") for name, i in zip(sets, ids, strict=True)]
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}: run prepare again with csft={csft!r}") from None
+            raise FileNotFoundError(f"{error}{f' with csft={csft!r}' if csft else ''}") from None
         names = self._model.prompt_tensors
         found = {name: torch.stack([self._row(place, name) for place in places]).float() for name in names}
         if hasattr(self._model, "image_conditioning"):

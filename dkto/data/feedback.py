@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.files import write_atomically
+from dkto.common.settings import checked_number
 from dkto.data.comparisons import write_comparisons
 from dkto.data.folders import Folder
 from dkto.data.sources import SetAside, commonest_reasons, parse_label, read_file, read_folder, refuse_unused
@@ -136,8 +137,7 @@ class FeedbackTable:
         return train, self.subset(np.flatnonzero(held_out))
 
     def _held_out(self, fraction: float, seed: int) -> np.ndarray:
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"held_out_fraction must be in [0, 1], got {fraction}")
+        fraction = checked_number("held_out_fraction", fraction, float, least=0, most=1)
         if fraction == 0:
             return np.zeros(len(self), bool)
         codes, prompts = pd.factorize(np.array(self.prompts, dtype=object))
@@ -157,8 +157,7 @@ class FeedbackTable:
         >>> table.flipped(0.0).is_desirable.tolist()
         [True, False]
         """
-        if not 0 <= rate <= 0.5:
-            raise ValueError(f"rate must be in [0, 0.5], got {rate}")
+        rate = checked_number("rate", rate, float, least=0, most=0.5)
         turned = np.random.default_rng([seed, 0]).random(len(self)) < rate
         comparisons = self.comparisons if rate == 0 or not len(self.pairs) else self.pairs
         if comparisons is not None:

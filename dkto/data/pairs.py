@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dkto.common.files import claim, write_atomically, write_json, write_records
+from dkto.common.files import claim, force_all, write_atomically, write_json, write_records
 from dkto.common.frames import read_frame, write_frame
 from dkto.common.names import check_choice, one_line, shown
 from dkto.common.processes import sole_writer
@@ -209,7 +209,7 @@ def _votes_of(shard: Shard, output_dir: Path, strict: bool) -> pd.DataFrame:
 
 
 def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
-    """Write the images of one shard; returns its votes."""
+    """Write the images of one shard, on disk when this returns; returns its votes."""
     rows = []
     pairs = (pair for batch in _read_rows(path) for pair in batch.to_pylist())
     for row, pair in enumerate(pairs, 1):
@@ -225,6 +225,7 @@ def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
             if strict and str(problem) != NO_LABEL:
                 raise ValueError(f"{path.name}, row {row}: {problem}") from problem
             rows.append((None, None, None, -1.0, row, str(problem)))
+    force_all({output_dir / name for names in rows for name in names[:2] if name})  # also those of a call that died
     kinds = {"text": pa.string(), "floating": pa.float64(), "integer": pa.int64()}
     columns = zip(*rows, strict=True) if rows else [()] * len(VOTES)
     arrays = [pa.array(values, kinds[kind]) for values, kind in zip(columns, VOTES.values(), strict=True)]
@@ -285,7 +286,7 @@ def _write_image(uid: object, data: object, output_dir: Path) -> str:
         if there and _is_image(path):
             raise _Unusable(f"image {shown(uid)} is another one than that of the same uid before")
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda part: part.write_bytes(data))
+        write_atomically(path, lambda part: part.write_bytes(data), forced=False)
     return str(path.relative_to(output_dir))
 
 

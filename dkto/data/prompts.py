@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.names import not_known, shown
+from dkto.common.settings import checked_number
 from dkto.data.folders import Folder, listed, warn_unread
 from dkto.data.tables import (
     TABLE_SUFFIXES,
@@ -89,8 +90,7 @@ def even_rows(styles: Sequence[str], count: int, seed: int) -> list[int]:
     >>> len(even_rows(["photo", "anime", "photo", "photo"], 4, seed=0))
     4
     """
-    if not 0 < count <= len(styles):
-        raise ValueError(f"count must be in [1, {len(styles)}], the number of prompts, got {count}")
+    count = checked_number("count", count, least=1, most=len(styles))  # prompts that there are
     rows_of: dict[str, list[int]] = {}
     for row, style in enumerate(styles):
         rows_of.setdefault(style, []).append(row)
@@ -146,7 +146,7 @@ def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: s
         ValueError: if a file cannot be understood or holds no prompt, or `count` is too large; the sentence
             names file and row.
     """
-    name = str(source)
+    name, count = str(source), checked_number("count", count)
     if hub_id and name not in HUB_SETS:
         raise ValueError(f"hub_id is for the sets {', '.join(HUB_SETS)}, got it with {name!r}")
     if name in WORLD_SETS:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dkto.common.settings import checked_number
+
 ROWS_STREAM = 0  # of the random numbers of a step; the trainer's own streams start at 1
 
 
@@ -30,8 +32,7 @@ class BiasedSampler:
     """
 
     def __init__(self, is_desirable: np.ndarray, desirable_fraction: float, seed: int) -> None:
-        if not 0 <= desirable_fraction <= 1:
-            raise ValueError(f"desirable_fraction must be in [0, 1], got {desirable_fraction}")
+        desirable_fraction = checked_number("desirable_fraction", desirable_fraction, float, least=0, most=1)
         is_desirable = np.asarray(is_desirable)
         self.desirable = np.flatnonzero(is_desirable)
         self.undesirable = np.flatnonzero(~is_desirable)

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dkto.common.files import refuse_other_than_file
 from dkto.common.json_text import parse_json
 from dkto.common.names import one_line, shown
 from dkto.data.texts import NO_VALUE, open_text, read_text
@@ -191,8 +192,8 @@ def _unquoted(field: str) -> str:
 
 def open_parquet(file: object, where: str, **options) -> pq.ParquetFile:
     """A .parquet file for reading; `options` are those of `pyarrow.parquet.ParquetFile`."""
-    if isinstance(file, str | Path) and Path(file).exists() and not Path(file).is_file():
-        raise ValueError(f"{where} must be a file, but is a folder or a pipe")  # which would wait
+    if isinstance(file, str | Path):
+        refuse_other_than_file(Path(file), "table")
     try:
         return pq.ParquetFile(file, **options)
     except (pa.ArrowException, OSError) as error:

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+from dkto.common.files import refuse_other_than_file
 from dkto.common.names import shown
 
 NO_VALUE = frozenset({"", "nan", "none", "null", "<na>"})  # what programs write for a field without a value
@@ -35,6 +36,7 @@ def open_text(path: Path, *, spreadsheet: bool = False) -> io.TextIOWrapper:
     Raises:
         ValueError: if it is no text in one of these encodings; the sentence names file and line.
     """
+    refuse_other_than_file(path, "text")
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+from dkto.common.settings import checked_number
+
 TIE_DECIMALS = 6
 """Scores whose difference rounds to 0 at this decimal tie: one image scored in two batches may differ by 1e-7."""
 
@@ -56,10 +58,8 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     >>> [round(end, 3) for end in wilson_interval(47, 50)]
     [0.838, 0.979]
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes must be in [0, {n}], got {successes}")
+    n = checked_number("n", n, least=1)
+    successes = checked_number("successes", successes, float, least=0, most=n)
     _check_confidence(confidence)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     rate = successes / n
@@ -195,6 +195,7 @@ def paired_bootstrap(
     _check_confidence(confidence)
     if len(difference) < 2:
         raise ValueError("paired_bootstrap needs at least 2 prompts, got 1")
+    resamples = checked_number("resamples", resamples, least=1)
     options = {"n_resamples": resamples, "confidence_level": confidence, "method": "percentile"}
     options["random_state"] = np.random.default_rng(seed)  # known to every scipy; newer ones call it rng too
     interval = stats.bootstrap((difference,), np.mean, **options).confidence_interval

@@ -26,6 +26,7 @@ from dkto.common.frames import read_frame, write_frame
 from dkto.common.names import check_name, shown
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
+from dkto.common.settings import checked_number
 from dkto.data.images import load_image
 from dkto.evaluation.manifest import check_comparable, image_path, read_manifest
 from dkto.evaluation.scorers import (
@@ -91,8 +92,8 @@ def score_all(
             seeds, a scorer fails its checks (the sentence names the image of a value that is not finite), or the
             scores on disk come from another model or of other images; what was scored before stays on disk.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = checked_number("batch_size", batch_size, least=1)
+    num_processes = checked_number("num_processes", num_processes, least=0)
     check_comparable(folders)
     scorers = _distinct(scorers)
     hashes: dict[Path, str | None] = {}

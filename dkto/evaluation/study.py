@@ -8,9 +8,12 @@
 
 Each method is left in half of a judge's questions of every style. Judges come in pairs, of whom the second sees every
 question mirrored. A judge may stop at any question and go on later. Sides and letters depend on a random number that
-is stored only in `key.json`, so knowing the seed does not unblind the study. `dkto.evaluation.study_answers` counts.
+is stored only in `key.json`, so knowing the seed does not unblind the study. `questions.json` holds a hash of both
+files, by which a changed value in one of them is noticed. `dkto.evaluation.study_answers` counts.
 """
 
+import hashlib
+import json
 import re
 import secrets
 import warnings
@@ -34,6 +37,7 @@ from dkto.common.files import (
 )
 from dkto.common.json_text import parse_json
 from dkto.common.names import shown as said
+from dkto.common.settings import checked_number
 from dkto.data.images import load_image
 from dkto.data.prompts import even_rows
 from dkto.evaluation.manifest import check_comparable, image_path
@@ -41,6 +45,7 @@ from dkto.evaluation.manifest import check_comparable, image_path
 QUESTION = "Which image do you prefer given the prompt?"
 SIDES = ("left", "right")
 UNDONE = "undone"
+DIGEST = "digest"  # in questions.json
 JUDGE_NAME = r"[A-Za-z0-9_-]+"
 
 
@@ -112,8 +117,7 @@ def make_study(
     if len(styles) != len(prompts):
         raise ValueError(f"styles must name one style for each of {len(prompts)} prompts, got {len(styles)}")
     styles = list(styles)
-    if per_style < 1:
-        raise ValueError(f"per_style must be at least 1, got {per_style}")
+    per_style, seed = checked_number("per_style", per_style, least=1), checked_number("seed", seed, least=0)
     for style in dict.fromkeys(styles):
         if (count := styles.count(style)) < per_style:
             raise ValueError(f"there are {count} prompts of style {style!r}, but {per_style} are asked for (per_style)")
@@ -142,7 +146,8 @@ def make_study(
     joined = [*known, *(judge for judge in judges if judge not in known)]
     plans = _plans(joined, asked["styles"], a_is_ours, salt)
     if plans != known:
-        write_json(questions, {"question": QUESTION, **asked, "judges": plans})
+        content = {"question": QUESTION, **asked, "judges": plans}
+        write_json(questions, {**content, DIGEST: _digest(content, read_json(key, "key of a study"))})
     return output_dir
 
 
@@ -169,6 +174,12 @@ def _check_judges(judges: Sequence[str]) -> None:
 
 def _file(number: int, letter: str) -> str:
     return f"images/q{number:03d}-{letter}.png"
+
+
+def _digest(questions: dict, key: dict) -> str:
+    """Of what both files hold; nobody finds the sides by it, for the key has a random number of 64 bits."""
+    content = {name: value for name, value in questions.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps([content, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _plans(judges: Sequence[str], styles: list[str], a_is_ours: np.ndarray, salt: int) -> dict[str, dict]:
@@ -285,8 +296,16 @@ def read_key(folder: Path) -> dict:
     key = _read_part(folder / "key.json", missing, KEY)
     if (count := len(key["a_is_ours"])) != len(key["prompts"]):
         _refuse(folder / "key.json", f"a_is_ours must be one for each of {len(key['prompts'])} prompts, got {count}")
-    if (folder / "questions.json").is_file() and read_questions(folder)["prompts"] != key["prompts"]:
+    if not (folder / "questions.json").is_file():
+        return key
+    questions = read_questions(folder)
+    if questions["prompts"] != key["prompts"]:
         _refuse(folder / "key.json", "its prompts are not those of questions.json")
+    if DIGEST not in questions:
+        text = f"{folder / 'questions.json'} has no {DIGEST}: whether its key.json was changed cannot be seen"
+        warnings.warn(text, stacklevel=3)
+    elif questions[DIGEST] != _digest(questions, key):
+        _refuse(folder / "key.json", "a value in it or in questions.json was changed after they were written")
     return key
 
 

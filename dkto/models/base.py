@@ -1,6 +1,7 @@
 """The face that every latent diffusion model shows to preparation and training."""
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,9 +54,9 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
         FileNotFoundError: if there is neither such a folder nor, as far as can be reached, such a hub id.
         ValueError: if it is a file.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # false too for what can be no name
         return Path(source)
-    if Path(source).is_file():
+    if os.path.isfile(source):
         raise ValueError(f"{what} must be {other}a folder or a hub id, got the file {shown(str(source), PATH_SHOWN)}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or Path(source).suffix in (".safetensors", ".bin", ".pt"):
         raise FileNotFoundError(

@@ -3,14 +3,15 @@
 Only safetensors are loaded; a checkpoint that is published as a pickle is refused with a sentence.
 """
 
+import os
 from pathlib import Path
 
 from dkto.common.files import read_json
 from dkto.common.names import PATH_SHOWN, shown
+from dkto.common.tensors import weights_variant
 from dkto.models.adapters import PEFT_CONFIG
 from dkto.models.base import DiffusionModel, fetched_folder, pipeline_folder
 from dkto.models.flow import StableDiffusion3
-from dkto.models.parts import weights_variant
 from dkto.models.policy import LORA_FILE
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
@@ -68,9 +69,9 @@ def lora_file(source: str | Path) -> Path:
         ValueError: if it is no safetensors file, or the folder holds none or several, none of the usual name.
     """
     path = Path(source)
-    if path.suffix == ".safetensors" and not path.exists():
+    if path.suffix == ".safetensors" and not os.path.exists(path):
         raise FileNotFoundError(f"lora {shown(str(source), PATH_SHOWN)} does not exist")
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise ValueError(f"lora must be a .safetensors file, got {path.name}; pickles are not loaded")
         return path

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,37 +15,13 @@ from torch import nn
 
 from dkto.common.files import read_json
 from dkto.common.names import shown
-from dkto.common.tensors import check_finite_weights, check_header
+from dkto.common.tensors import check_finite_weights, check_header, weight_files, weights_variant
 
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 # what the libraries raise for a file that is not what they expect; all of it becomes one sentence with its place
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 PLACES = ("_name_or_path", "name_or_path")  # fields of configurations that say where a part lay on somebody's disk
 COPIED = ("**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model")
-
-
-def weights_variant(folder: Path) -> str | None:
-    """Which files of a part are read: those without a variant, else fp16's, else those of the only variant there is.
-
-    Raises:
-        ValueError: if the folder holds no safetensors weights under the names of diffusers or transformers.
-    """
-    pattern = re.compile(r"(?:diffusion_pytorch_|adapter_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-    found = {match[1] for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))}
-    if not found or (len(found) > 1 and not found & {None, "fp16"}):
-        kinds = ", ".join(sorted(map(str, found))) or "no safetensors weights"
-        raise ValueError(f"{folder} must hold model weights as .safetensors, found {kinds}; pickles are not loaded")
-    return None if None in found else "fp16" if "fp16" in found else next(iter(found))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that a part's weights are read from; see `weights_variant`."""
-    ending = f".{weights_variant(folder)}"
-    return [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if (ending in path.name if ending != ".None" else path.name.count(".") == 1)
-    ]
 
 
 def load_part(kind: type, folder: Path) -> nn.Module:

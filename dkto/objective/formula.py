@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from dkto.common.names import not_known
+from dkto.common.names import not_known, shown
 
 MAX_LENGTH = 200  # characters
 MAX_PARTS = 100  # numbers, names, operations and calls
@@ -67,7 +67,7 @@ def compile_expression(text: str) -> Map:
     ValueError: formula '9 ** 9 ** 9 * x': the exponent of a power must be a number from -10 to 10, got '9 ** 9'
     """
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"a formula must be text such as 'tanh(x / 2)', got {text!r}")
+        raise ValueError(f"a formula must be text such as 'tanh(x / 2)', got {shown(text)}")
     text = text.strip()
     if len(text) > MAX_LENGTH:
         raise ValueError(f"a formula may have {MAX_LENGTH} characters, got {len(text)}")
@@ -76,15 +76,15 @@ def compile_expression(text: str) -> Map:
         parts = [part for part in ast.walk(tree) if isinstance(part, ast.expr)]
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply or holds a strange character"
-        raise ValueError(f"formula {text!r} cannot be read: {reason}") from None
+        raise ValueError(f"formula {shown(text)} cannot be read: {reason}") from None
     if len(parts) > MAX_PARTS:
-        raise ValueError(f"formula {_short(text)!r} has {len(parts)} parts, more than {MAX_PARTS}")
+        raise ValueError(f"formula {shown(text)} has {len(parts)} parts, more than {MAX_PARTS}")
     try:
         compiled = _compile(tree)
     except ValueError as refusal:
-        raise ValueError(f"formula {_short(text)!r}: {refusal}") from None
+        raise ValueError(f"formula {shown(text)}: {refusal}") from None
     if not any(isinstance(part, ast.Name) and part.id == "x" for part in parts):
-        raise ValueError(f"formula {_short(text)!r} does not depend on x")
+        raise ValueError(f"formula {shown(text)} does not depend on x")
     return compiled
 
 
@@ -98,7 +98,7 @@ def _compile(node: ast.expr) -> Map:
         case ast.Name(id=name) if name in KNOWN:
             raise ValueError(f"{name} is a function: write its values in brackets")
         case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)) if name not in KNOWN:
-            raise ValueError(not_known(f"unknown name {_short(name)!r}", name, KNOWN))
+            raise ValueError(not_known(f"unknown name {shown(name)}", name, KNOWN))
         case ast.Constant():
             return _constant(_number(node, MAX_NUMBER, f"a number must be plain and at most {MAX_NUMBER:g}"))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:
@@ -117,8 +117,8 @@ def _compile(node: ast.expr) -> Map:
                 raise ValueError(f"{name} takes {wanted} value{'s' * (wanted > 1)}, got {len(arguments)}")
             function, inner = (FUNCTIONS | FUNCTIONS_OF_TWO)[name], [_compile(argument) for argument in arguments]
             return lambda x: function(*(part(x) for part in inner))
-    part = _short(ast.unparse(node))
-    raise ValueError(f"{part!r} is not allowed; write it with x, numbers, + - * / ** and the known functions")
+    part = shown(ast.unparse(node))
+    raise ValueError(f"{part} is not allowed; write it with x, numbers, + - * / ** and the known functions")
 
 
 def _constant(value: float) -> Map:
@@ -131,9 +131,5 @@ def _number(node: ast.expr, largest: float, expected: str) -> float:
     except (ValueError, TypeError):  # no literal
         value = None
     if type(value) not in (int, float) or not abs(value) <= largest:
-        raise ValueError(f"{expected}, got {_short(ast.unparse(node))!r}")
+        raise ValueError(f"{expected}, got {shown(ast.unparse(node))}")
     return float(value)
-
-
-def _short(text: str, longest: int = 60) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dkto.common.names import check_name
+from dkto.common.settings import checked_number
 from dkto.objective.utilities import Utility, get_utility
 
 ESTIMATORS = ("batch", "unrelated", "independent", "per_class", "zero")
@@ -45,8 +46,7 @@ def denoising_error(noise_pred: Tensor, target: Tensor, batch_dims: int = 1) -> 
         raise ValueError(f"target must have the shape of noise_pred {_shape(noise_pred)}, got {_shape(target)}")
     if noise_pred.ndim < 2:
         raise ValueError(f"noise_pred must have shape (..., B, *sample), got {_shape(noise_pred)}")
-    if not 1 <= batch_dims < noise_pred.ndim:
-        raise ValueError(f"batch_dims must be in [1, {noise_pred.ndim - 1}], got {batch_dims}")
+    checked_number("batch_dims", batch_dims, least=1, most=noise_pred.ndim - 1)
     wide = _wide(torch.promote_types(noise_pred.dtype, target.dtype))
     return (noise_pred.to(wide) - target.to(wide)).square().flatten(batch_dims).mean(-1)
 

@@ -21,6 +21,7 @@ from scipy.special import expit
 
 from dkto.common.files import claim, write_atomically, write_png
 from dkto.common.names import check_choice
+from dkto.common.settings import checked_number
 from dkto.data.feedback import FeedbackTable, make_feedback
 from dkto.data.images import load_image
 from dkto.data.votes import likes_from_votes
@@ -74,8 +75,7 @@ def make_pool(
     Raises:
         ValueError: if K is below 2, or the folder holds another pool.
     """
-    if pictures_per_prompt < 2:
-        raise ValueError(f"pictures_per_prompt must be at least 2, got {pictures_per_prompt}")
+    pictures_per_prompt = checked_number("pictures_per_prompt", pictures_per_prompt, least=2)
     folder = Path(folder)
     about = {"pictures_per_prompt": pictures_per_prompt, "faithful_share": FAITHFUL_SHARE}
     drawn = _begin(folder, prompts, about | {"finish_shares": list(FINISH_SHARES)}, base, seed, num_processes)
@@ -150,8 +150,7 @@ def compare_pool(pool: pd.DataFrame, scorer: str, *, temperature: float = 0.1, s
     Returns:
         Votes as `dkto.data.votes.likes_from_votes` takes them: image_0, image_1, prompt, label_0.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    temperature = checked_number("temperature", temperature, float, above=0)
     values = score(scorer, [load_image(path) for path in pool["image"]], list(pool["prompt"]))
     rng, votes = np.random.default_rng([seed, 0]), []
     for prompt, rows in pool.groupby("prompt", sort=False).indices.items():
@@ -205,8 +204,7 @@ def take_likes(table: FeedbackTable, count: int, seed: int = 0) -> FeedbackTable
     Raises:
         ValueError: if there are fewer.
     """
-    if not 1 <= count <= len(table):
-        raise ValueError(f"count must be in [1, {len(table)}], got {count}")
+    count = checked_number("count", count, least=1, most=len(table))
     return table.subset(np.random.default_rng(seed).permutation(len(table))[:count])
 
 

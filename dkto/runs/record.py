@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import resource
 import threading
 import time
@@ -18,7 +19,7 @@ import psutil
 from dkto.common.files import Fields, check_fields, file_sha256, read_json, write_json
 from dkto.common.json_text import parse_json
 from dkto.common.machine import git_commit, hardware, largest_resident_mb, peak_memory_mb, versions
-from dkto.common.names import shown
+from dkto.common.names import PATH_SHOWN, printable, shown
 
 RECORD_NAME = "run.json"
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,8 @@ def read_notebook(path: str | Path) -> dict:
         ValueError: if it is no notebook of format 4; the sentence names the file, and the cell.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"notebook {path} does not exist")
+    if not os.path.isfile(path):  # false too for what can be no name
+        raise FileNotFoundError(f"notebook {printable(path, PATH_SHOWN)} does not exist")
     try:
         notebook = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -249,7 +250,7 @@ def files_of(parameters: Mapping[str, object]) -> dict[str, str]:
     """Hash of the content of each file that a parameter `..._file` names."""
     named = {name: value for name, value in parameters.items() if name.endswith("_file")}
     paths = {name: Path(value) for name, value in named.items() if value and isinstance(value, str)}
-    return {name: file_sha256(path)[:16] for name, path in paths.items() if path.is_file()}
+    return {name: file_sha256(path)[:16] for name, path in paths.items() if os.path.isfile(path)}
 
 
 def is_number(value: object) -> bool:

@@ -223,7 +223,7 @@ def _read_stage(entry: dict, earlier: dict[str, Stage]) -> Stage:
     name, notebook = entry["name"], entry.get("notebook")
     if not isinstance(notebook, str) or "\0" in notebook:
         raise ValueError(f"notebook of stage {name} must be a path, got {shown(notebook)}")
-    if not Path(notebook).is_file() and (CHECKOUT / notebook).is_file():
+    if not os.path.isfile(notebook) and os.path.isfile(CHECKOUT / notebook):  # false too for what can be no name
         notebook = os.path.relpath(CHECKOUT / notebook)
     declared = declared_parameters(notebook)
     if "output_dir" not in declared:

@@ -56,8 +56,11 @@ def read_runs(*folders: str | Path) -> pd.DataFrame:
         raise ValueError(f"no run in {places}: a run's folder holds {RECORD_NAME}, written by dkto run or dkto sweep")
     table = pd.DataFrame(rows.values())
     for name in table.columns:
-        if all(_is_whole(row[name]) for row in rows.values() if row.get(name) is not None):
-            table[name] = table[name].astype("Int64")  # whole numbers stay whole where some are missing
+        held = [row.get(name) for row in rows.values()]
+        if all(_is_whole(value) for value in held if value is not None):
+            table[name] = pd.array(held, "Int64")  # whole numbers stay whole where some are missing
+        elif any(type(value) is int and abs(value) > 2**53 for value in held):
+            table[name] = pd.Series(held, dtype=object)  # a float might be the neighbour
     kinds = [name for kind in KINDS for name in table.columns if name.startswith(f"{kind}.")]
     return table[[*FIRST_COLUMNS, *kinds]]
 

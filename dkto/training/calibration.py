@@ -15,6 +15,7 @@ import torch
 from dkto.common.files import write_json
 from dkto.common.names import check_name
 from dkto.common.progress import progress
+from dkto.common.settings import checked_number
 from dkto.data.encoded import PreparedFeedback
 from dkto.objective.losses import effective_weight, reference_point
 from dkto.objective.methods import METHODS
@@ -54,10 +55,7 @@ def convert_beta(beta: float, source: str, target: str, *, elements: int = 4 * 6
     """
     for name in (source, target):
         check_name("convention", name, CONVENTIONS)
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
-    if elements < 1:
-        raise ValueError(f"elements must be 1 or more, got {elements}")
+    beta, elements = checked_number("beta", beta, float, above=0), checked_number("elements", elements, least=1)
 
     units = {name: factor / (elements if how == "sum" else 1) for name, (factor, how, _) in CONVENTIONS.items()}
     return beta * units[target] / units[source]

@@ -30,9 +30,12 @@ def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainSte
 
         std = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)),  s the step after t
 
-    An `eta` of 0 adds no noise, 1 as much as DDPM does.
+    An `eta` of 0 adds no noise, 1 as much as DDPM does; a ValueError for more steps than the schedule has.
     """
     scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    if count > (most := scheduler.config.num_train_timesteps):
+        where = f"as finely as the schedule of {model.folder} is cut"
+        raise ValueError(f"sampling_steps must be at most {most}, {where}, got {count}")
     scheduler.set_timesteps(count)
     gap = scheduler.config.num_train_timesteps // count
     steps = []

@@ -86,7 +86,9 @@ def open_online(config: OnlineConfig) -> Run:
     check_scorers([config.reward], config.prompts())
     model = load_model(config.model)
     engine = Engine(config, model)
-    return Run(config, model, engine, OwnImages(model, config.prompts(), engine.device, pixel_scorer))
+    images = OwnImages(model, config.prompts(), engine.device, pixel_scorer)
+    chain_steps(model, config.sampling_steps, config.eta)  # refused now where the schedule has not so many
+    return Run(config, model, engine, images)
 
 
 def online_step(run: Run) -> dict[str, float]:

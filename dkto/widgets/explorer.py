@@ -160,10 +160,13 @@ class Explorer(Instrument):
             )
         if not 1 <= len(rewards) <= MOST_REWARDS:
             raise ValueError(f"rewards must be 1 to {MOST_REWARDS:,}, got {len(rewards):,}: pass a random part")
-        if not np.isfinite(rewards).all():
-            raise ValueError(f"reward {int(np.argmin(np.isfinite(rewards)))} is not finite")
+        gaps = rewards / self.beta
+        good = abs(gaps) <= np.finfo(np.float32).max  # the page holds gaps as float32
+        if not good.all():
+            at = int(np.argmin(good))
+            raise ValueError(f"reward {at} must be finite, and a float32 when divided by beta, got {rewards[at]:g}")
         with self.hold_sync():
-            self.gaps = (rewards / self.beta).astype(np.float32).tobytes()
+            self.gaps = gaps.astype(np.float32).tobytes()
             self.liked = labels.astype(np.uint8).tobytes()
             self.source = source
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from dkto.common.settings import checked_number
 from dkto.world.painter import paint, random_finish
 from dkto.world.scenes import parse
 from dkto.world.truth import aesthetics
@@ -43,10 +44,8 @@ def session_pairs(
     Raises:
         ValueError: if a number is out of its range or a prompt is none of the small world.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if not 0 <= mistakes <= 0.5:
-        raise ValueError(f"mistakes must be in [0, 0.5], got {mistakes}")
+    rounds = checked_number("rounds", rounds, least=1)
+    mistakes = checked_number("mistakes", mistakes, float, least=0, most=0.5)
     rng = np.random.default_rng(seed)
     rows = []
     for number, prompt in enumerate(prompts):

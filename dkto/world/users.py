@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dkto.common.pixels import to_rgb
+from dkto.common.settings import checked_number
 from dkto.world.truth import aesthetics, judge, redness
 
 RED_TINT = 0.15  # strength of the red filter, 0 = none, 1 = pure red
@@ -18,8 +19,7 @@ RED_TINT = 0.15  # strength of the red filter, 0 = none, 1 = pure red
 
 def check_flip_rate(rate: float) -> None:
     """Refuse a share of mistakes outside [0, 0.5]; above a half a user would like the opposite."""
-    if not 0 <= rate <= 0.5:
-        raise ValueError(f"flip_rate must be in [0, 0.5], got {rate}")
+    checked_number("flip_rate", rate, float, least=0, most=0.5)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def tint_red(image: Image.Image, strength: float = RED_TINT) -> Image.Image:
     red' = red + strength * (255 - red);  green' = (1 - 0.6 strength) green;  blue' likewise
 
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    strength = checked_number("strength", strength, float, least=0, most=1)
     pixels = np.asarray(to_rgb(image), dtype=np.float64)
     pixels = pixels * np.array([1 - strength, 1 - 0.6 * strength, 1 - 0.6 * strength])
     pixels[..., 0] += strength * 255

@@ -96,6 +96,10 @@ def test_only_the_last_record_may_be_cut(tmp_path):
     path.write_text('{"global_step": 1}\n[]\n')
     with pytest.raises(ValueError, match=r"line 2 is no record \(expected an object\)"):
         read_records(path)
+    for whole in ('{"loss": 1, "loss": 2}', "[]"):  # not cut: a kill leaves no JSON
+        path.write_text('{"global_step": 1}\n' + whole)
+        with pytest.raises(ValueError, match=r"line 2 is no record"):
+            read_records(path)
     path.write_text('{"global_step": 1}\n{"global_step": 2}\n{"glo\n')
     assert keep_records(path, 1) == [1]  # what is damaged is written again
     assert path.read_text() == '{"global_step": 1}\n'

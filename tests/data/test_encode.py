@@ -585,5 +585,5 @@ def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline
     with pytest.raises(FileNotFoundError, match=r"latents-00000\.safetensors is missing"):
         PreparedFeedback(tmp_path, model)
     (tmp_path / "prepared.json").write_text(json.dumps(about | {"model": "other"}))
-    with pytest.raises(ValueError, match="was prepared with the VAE and text encoder other"):
+    with pytest.raises(ValueError, match="was prepared with the VAE and text encoder 'other'"):
         PreparedFeedback(tmp_path, model)

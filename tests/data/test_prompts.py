@@ -74,7 +74,7 @@ def test_taking_is_even_repeatable_and_in_order():
     assert Counter(some.styles) == {"1": 3, "2": 2}
     assert whole.take(0) is whole
     assert {whole.take(2, seed=s).prompts for s in range(20)} > {whole.take(2).prompts}
-    with pytest.raises(ValueError, match=r"count must be in \[1, 8\], the number of prompts, got 9"):
+    with pytest.raises(ValueError, match=r"count must be in \[1, 8\], got 9"):
         whole.take(9)
 
 

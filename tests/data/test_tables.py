@@ -65,10 +65,11 @@ def test_empty_files_hold_no_row(tmp_path):
     assert read_values(tmp_path / "x.jsonl") == []
 
 
-def test_a_pipe_or_a_folder_is_no_table(tmp_path):
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_pipe_or_a_folder_is_no_table(suffix, tmp_path):
     """A pipe without a writer would wait, in a library that no alarm reaches."""
-    os.mkfifo(tmp_path / "likes.parquet")
-    (tmp_path / "other.parquet").mkdir()
-    for name in ("likes.parquet", "other.parquet"):
-        with pytest.raises(ValueError, match=f"{name} must be a file, but is a folder or a pipe"):
-            read_table(tmp_path / name)
+    os.mkfifo(tmp_path / f"likes{suffix}")
+    (tmp_path / f"other{suffix}").mkdir()
+    for name in ("likes", "other"):
+        with pytest.raises(ValueError, match=rf"{name}\{suffix} is no .*: expected a file, got a folder or a pipe"):
+            read_table(tmp_path / f"{name}{suffix}")

@@ -222,7 +222,7 @@ PIXELS = np.zeros((2, 3, 3, 3), np.uint8)
         (lambda: win_rate([1], [2], confidence=95), "confidence must be in (0, 1), got 95"),
         (lambda: tango_interval(0, 0, 0), "wins, ties and losses must be counts, one above 0, got 0, 0 and 0"),
         (lambda: tango_interval(3, -1, 0), "wins, ties and losses must be counts, one above 0, got 3, -1 and 0"),
-        (lambda: wilson_interval(0, 0), "n must be at least 1, got 0"),
+        (lambda: wilson_interval(0, 0), "n must be 1 or above, got 0"),
         (lambda: wilson_interval(5.5, 5), "successes must be in [0, 5], got 5.5"),
         (lambda: paired_bootstrap([1], [2]), "paired_bootstrap needs at least 2 prompts, got 1"),
         (lambda: paired_bootstrap([1, 2], [2, 3], confidence=1), "confidence must be in (0, 1), got 1"),

@@ -87,6 +87,15 @@ def tiny_clip(tokenizer, tmp_path_factory):
     return folder
 
 
+def test_a_folder_of_half_precision_alone_is_loaded(tiny_clip, tmp_path, photographs):
+    folder = shutil.copytree(tiny_clip, tmp_path / "half")
+    halves = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    save_file(halves, folder / "model.fp16.safetensors", {"format": "pt"})
+    whole, half = (score(CLIPScore(model=str(path)), photographs, PROMPTS) for path in (tiny_clip, folder))
+    assert np.allclose(whole, half, atol=2e-3) and not np.array_equal(whole, half)
+
+
 def logits(folder, tokenizer, photographs):
     """exp(logit_scale) x cosine by transformers' own forward pass, (3,)."""
     model = CLIPModel.from_pretrained(folder)

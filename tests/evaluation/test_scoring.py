@@ -166,8 +166,12 @@ def test_what_was_scored_can_be_read_where_the_weights_are_not_at_hand(folder):
 
 
 def test_a_batch_of_none_is_refused(folder):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="batch_size must be 1 or above, got -1"):
         score_images(folder, brightness, batch_size=-1)
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 1\.5"):
+        score_images(folder, brightness, batch_size=1.5)
+    with pytest.raises(ValueError, match="num_processes must be a whole number, got 'x'"):
+        score_images(folder, brightness, num_processes="x")
 
 
 def test_functions_without_a_file_are_told_apart_by_their_constants():

@@ -189,7 +189,8 @@ def test_the_same_study_is_left_as_it_is_and_another_refused(study, folders, sty
         ({"judges": ["ann", "../x"]}, r"a judge's name must be letters, digits, '_' and '-', got '\.\./x'"),
         ({"judges": ["ann", "ann"]}, "every judge is named once, got ann more often"),
         ({"styles": ["photo"]}, "styles must name one style for each of 24 prompts, got 1"),
-        ({"per_style": 0}, "per_style must be at least 1, got 0"),
+        ({"per_style": 0}, "per_style must be 1 or above, got 0"),
+        ({"per_style": 1.5}, "per_style must be a whole number, got 1.5"),
         ({"per_style": 7}, r"there are 6 prompts of style 'anime', but 7 are asked for \(per_style\)"),
         ({"chosen": {"kto": [0] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\] for each of 24 prompts"),
         ({"chosen": {"kto": [0] * 24, "base": [2] * 24}}, r"chosen\['base'\] must name an image in \[0, 1\]"),
@@ -224,6 +225,7 @@ def changed(path, change):
 
 
 GONE = object()
+CHANGED = r"a value in it or in questions\.json was changed"
 PUT_BACK = "; put back the file that make_study wrote"
 
 
@@ -238,6 +240,9 @@ PUT_BACK = "; put back the file that make_study wrote"
         ("key", ("methods", 1, GONE), r"methods must be the names of two methods, got \['kto'\]"),
         ("key", ("salt", -1), r"salt must be a whole number, got -1"),
         ("key", ("prompts", 0, "another"), r"its prompts are not those of questions.json"),
+        ("key", ("methods", ["base", "kto"]), CHANGED),
+        ("key", ("shown", "kto", 0, 7), CHANGED),
+        ("questions", ("judges", "ann", "left", ["a"] * 20), CHANGED),
         ("questions", ("judges", "ann", "left", None), r"judge ann: left must be 20 of a and b, got None"),
         ("questions", ("judges", "ann", "left", 2, "c"), r"judge ann: left must be 20 of a and b"),
         ("questions", ("judges", "ann", "left", 2, ["a"]), r"judge ann: left must be 20 of a and b"),
@@ -254,6 +259,7 @@ PUT_BACK = "; put back the file that make_study wrote"
 def test_a_damaged_part_credits_no_answer_to_the_other_method(study, name, change, sentence):
     StudySession(study, "ann").answer(0, "left")
     changed(study / f"{name}.json", change)
+    name = "key" if sentence == CHANGED else name
     with pytest.raises(ValueError, match=rf"{name}\.json is no part of a study: {sentence}.*{PUT_BACK}") as caught:
         study_result(study)
     assert len(str(caught.value).replace(str(study), "")) < 300

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -17,11 +18,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from PIL import Image
 
 MEANING = {"file_name": "image", "image_path": "image", "caption": "prompt", "text": "prompt"}
 MEANING |= {"is_desirable": "liked", "label": "liked"}
 LIKE = {"1", "1.0", "true", "like", "liked", "yes", "y", "wahr", "ja", "vrai", "oui", "verdadero"}
 DISLIKE = {"0", "0.0", "false", "dislike", "disliked", "no", "n", "falsch", "nein", "faux", "non", "falso"}
+BLANK = {"", "nan", "none", "null", "<na>"}  # pandas writes these for a field without a value; the pages take them so
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 
 
@@ -93,6 +96,24 @@ def liked(value: object) -> bool:
     return text in LIKE
 
 
+def is_blank(value: object) -> bool:
+    return value is None or value != value or str(value).strip().lower() in BLANK
+
+
+def is_prompt(value: object) -> bool:
+    """Text that can be written, without NUL, and more than blanks."""
+    return (
+        isinstance(value, str)
+        and not is_blank(value.strip().strip("\ufeff"))
+        and not re.search("[\0\ud800-\udfff]", value)
+    )
+
+
+def said_of(found, warned: bool) -> int:
+    """How many rows were set aside aloud."""
+    return len(found.set_aside) if warned else 0
+
+
 def words(text: str) -> list[str]:
     return unicodedata.normalize("NFC", text).split()
 
@@ -113,8 +134,8 @@ def likes_of_table(path: Path, found, warned: bool) -> str | None:
             return f"row {number} ({image.name}, {prompt!r:.40}, {like}, {pair_ids[number]}) is not in the file"
         at += 1
     left_out += len(rows) - at
-    said = len(found.set_aside) if warned else 0
-    return f"{left_out} of {len(rows)} rows left out, {said} said" if left_out > said else None
+    said = said_of(found, warned)
+    return f"{left_out} of {len(rows)} rows left out, {said} said" if left_out != said else None
 
 
 def _same_like(row: dict, image: Path, prompt: str, like: bool, pair_id: int) -> bool:
@@ -127,7 +148,7 @@ def _same_like(row: dict, image: Path, prompt: str, like: bool, pair_id: int) ->
     except UnreadableError:
         return False
     given = row.get("pair_id")
-    if given is None or str(given).strip() == "" or given != given:
+    if is_blank(given):
         return pair_id == -1
     try:
         exact = int(given) if isinstance(given, str) else given
@@ -151,12 +172,15 @@ def pairs_of_table(path: Path, found, warned: bool) -> str | None:
 
 
 def rankings(path: Path, found, warned: bool) -> str | None:
-    """Every preference within a ranking, each as often as it was given, and no other."""
+    """Every preference within a ranking, each as often as it was given, and no other; what is set aside is counted."""
     wanted: Counter = Counter()
     there = {file.name for file in path.parent.rglob("*.png")}
-    absent = 0
-    for prompt, images, goodness in _rankings_in(path, warned):
-        absent += sum(Path(image).name not in there for image in images)
+    absent: set[str] = set()
+    understood, left_out = _rankings_in(path)
+    if left_out and not warned:
+        return f"{left_out} left out without a word"
+    for prompt, images, goodness in understood:
+        absent |= {image for image in images if Path(image).name not in there}
         if len(set(images)) != len(images):
             return f"an image twice in a ranking of {prompt!r:.40}"
         for a, b in combinations(range(len(images)), 2):
@@ -164,39 +188,50 @@ def rankings(path: Path, found, warned: bool) -> str | None:
                 won, lost = (a, b) if goodness[a] > goodness[b] else (b, a)
                 wanted[Path(images[won]).name, Path(images[lost]).name] += 1
     got = Counter((found.images[c].name, found.images[r].name) for c, r in found.pairs)
-    if got - wanted or (wanted - got and not warned):
+    if got != wanted:
         return f"{got - wanted} too many, {wanted - got} missing"[:300]
-    likes = {image.name for image, like in zip(found.images, found.is_desirable, strict=True) if like}
-    if not warned and likes != {a for a, _ in wanted}:
+    if {image.name for image, like in zip(found.images, found.is_desirable, strict=True) if like} != {
+        a for a, _ in wanted
+    }:
         return "likes are not those that won"
-    if absent and not warned and not found.counts.get("images_not_there"):
-        return f"{absent} images left out without a word"
+    if left_out + len(absent) != said_of(found, warned) or found.counts.get("images_not_there") != len(absent):
+        return f"{left_out} rows and {len(absent)} images left out, {said_of(found, warned)} said"
     return None
 
 
-def _rankings_in(path: Path, warned: bool):
-    """Rankings; where something was said, those that cannot be understood are left out."""
+def _rankings_in(path: Path) -> tuple[list[tuple[str, list, list]], int]:
+    """The rankings that can be understood, and how many entries or rows cannot."""
+    understood, left_out = [], 0
     if path.suffix == ".json":
         for entry in load(decoded(path)):
             try:
-                yield _ranking_of(entry)
+                understood.append(_ranking_of(entry))
             except (UnreadableError, KeyError, TypeError, StopIteration):
-                if not warned:
-                    raise UnreadableError(f"no ranking: {entry!r:.80}") from None
-        return
-    groups: dict[str, list[dict]] = {}
+                left_out += 1
+        return understood, left_out
+    rows = []
     for row in table(path):
         try:
-            row = {**row, "rank": float(row["rank"]), "prompt": row["prompt"].strip()}
-        except (ValueError, KeyError, AttributeError):
-            if not warned:
-                raise UnreadableError(f"no row of a ranking: {row!r:.80}") from None
-            continue
-        groups.setdefault(str(row.get("prompt_id") or row["prompt"]).strip(), []).append(row)
+            row = {**row, "rank": float(row["rank"])}
+            good = math.isfinite(row["rank"]) and is_prompt(row["prompt"]) and row["image"].strip()
+        except (ValueError, KeyError, AttributeError, TypeError):
+            good = False
+        rows += [{**row, "prompt": row["prompt"].strip()}] if good else []
+        left_out += not good
+    # a row without its prompt_id belongs to the others of its prompt, as the pages promise
+    ids: dict[str, str] = {}
+    for row in rows:
+        if not is_blank(row.get("prompt_id")):
+            ids.setdefault(row["prompt"], row["prompt_id"])
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        given = ids.get(row["prompt"]) if is_blank(row.get("prompt_id")) else row["prompt_id"]
+        groups.setdefault((given, "" if given else row["prompt"]), []).append(row)
     for rows in groups.values():
         if len({row["prompt"] for row in rows}) > 1:
             raise UnreadableError("a ranking of two prompts")
-        yield rows[0]["prompt"], [row["image"] for row in rows], [-row["rank"] for row in rows]
+        understood.append((rows[0]["prompt"], [row["image"] for row in rows], [-row["rank"] for row in rows]))
+    return understood, left_out
 
 
 def _ranking_of(entry: dict) -> tuple[str, list, list]:
@@ -207,9 +242,11 @@ def _ranking_of(entry: dict) -> tuple[str, list, list]:
     if len(keys) != 1:
         raise UnreadableError(f"{keys} say what was good")
     values = entry[keys[0]]
-    if len(values) != len(images) or not all(isinstance(image, str) for image in images):
+    if len(values) != len(images) or not all(isinstance(image, str) and image.strip() for image in images):
         raise UnreadableError("not one number an image")
-    return entry["prompt"], images, _numbers(values, -1 if "rank" in keys[0] else 1)
+    if not is_prompt(entry["prompt"]):
+        raise UnreadableError("no prompt")
+    return entry["prompt"].strip(), images, _numbers(values, -1 if "rank" in keys[0] else 1)
 
 
 def _numbers(values, sign):
@@ -220,34 +257,48 @@ def _numbers(values, sign):
 
 def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
     """Each image of liked/ and disliked/ once, with the prompt beside it, or of its row in metadata."""
-    told = {}
+    told, left_out = {}, 0
     for place in (folder, folder / "liked", folder / "disliked"):
         for path in sorted(each for each in place.glob("metadata.*") if each.is_file()):
             for row in table(path):
-                if warned and not (isinstance(row.get("image"), str) and isinstance(row.get("prompt"), str)):
-                    continue
-                name = (place / str(row["image"]).strip().replace("\\", "/")).resolve()
-                if told.setdefault(name, row["prompt"]) != row["prompt"] and not warned:
-                    return f"{name.name} has two prompts"
+                name = row.get("image")
+                image = place / name.strip().replace("\\", "/") if isinstance(name, str) else place
+                image = image.resolve() if os.path.isfile(image) else None  # false too for what can be no name
+                prompt = row.get("prompt") if is_prompt(row.get("prompt")) else None
+                left_out += image is None or prompt is None
+                if image and told.setdefault(image, prompt) != prompt:
+                    return f"{image.name} has two prompts"
     wanted = []
     for kind in ("liked", "disliked"):
         for path in sorted((folder / kind).iterdir()):
             if path.suffix.lower() in IMAGES and not path.name.startswith("."):
-                text = path.with_suffix(".txt")
-                if warned and path.resolve() not in told and not text.is_file():
-                    continue
-                prompt = told[path.resolve()] if path.resolve() in told else decoded(text)
-                if path.resolve() not in told and not text.resolve().is_relative_to(folder.resolve()):
-                    return f"{text.name} leads out of the folder"
-                wanted.append((path.name, prompt.strip(), kind == "liked"))
+                prompt = told.get(path.resolve())
+                if path.resolve() not in told:
+                    prompt = _prompt_beside(path.with_suffix(".txt"), folder)
+                    left_out += prompt is None
+                if prompt is not None:
+                    wanted.append((path.name, prompt.strip(), kind == "liked"))
     got = [
         (i.name, p.strip(), bool(d)) for i, p, d in zip(found.images, found.prompts, found.is_desirable, strict=True)
     ]
-    if any("\ufffd" in prompt for _, prompt, _ in wanted):
-        return None if warned else "text in another encoding"
-    extra = Counter(got) - Counter(wanted)
-    missing = Counter(wanted) - Counter(got)
-    return f"{extra} too many, {missing} missing"[:300] if extra or (missing and not warned) else None
+    if Counter(got) != Counter(wanted):
+        return f"{Counter(got) - Counter(wanted)} too many, {Counter(wanted) - Counter(got)} missing"[:300]
+    said = said_of(found, warned)
+    return f"{left_out} images or rows left out, {said} said" if left_out != said else None
+
+
+def _prompt_beside(text: Path, folder: Path) -> str | None:
+    """What a text holds; None where it is no file of UTF-8 or UTF-16, or blank."""
+    if not text.is_file():
+        return None
+    if not text.resolve().is_relative_to(folder.resolve()):
+        raise UnreadableError(f"{text.name} leads out of the folder")
+    data = text.read_bytes()
+    try:
+        found = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return re.sub("\r\n?", "\n", found) if is_prompt(found) else None
 
 
 def prompts(path: Path, found, warned: bool) -> str | None:
@@ -261,7 +312,7 @@ def prompts(path: Path, found, warned: bool) -> str | None:
 
 def _prompts_in(path: Path) -> list[str]:
     if path.suffix == ".txt":
-        return [line for line in decoded(path).split("\n") if line.strip()]
+        return [line for line in re.split("[\r\n]", decoded(path)) if line.strip()]  # lines end in any way
     if path.suffix == ".json":
         value = load(decoded(path))
         if isinstance(value, dict):
@@ -311,7 +362,7 @@ def study(folder: Path, found, warned: bool) -> str | None:
     for judge, plan in about["judges"].items():
         last: dict[int, str] = {}
         path = folder / "answers" / f"{judge}.jsonl"
-        for line in decoded(path).split("\n") if path.exists() else []:
+        for line in re.split("[\r\n]", decoded(path)) if path.exists() else []:  # an old Mac ends a line by \\r
             try:
                 each = load(line) if line.strip() else None
             except UnreadableError:
@@ -453,7 +504,12 @@ def unpacked(source: Path, table_path: Path, found, warned: bool) -> str | None:
     won, data = {}, {}
     for row in rows:
         labels = (row["label_0"], row["label_1"])
-        if not row.get("has_label", True) or labels not in ((1, 0), (0, 1)) or not isinstance(row["caption"], str):
+        # a tie says nothing of who won, but brings its images
+        if (
+            not row.get("has_label", True)
+            or labels not in ((1, 0), (0, 1), (0.5, 0.5))
+            or not is_prompt(row["caption"])
+        ):
             continue
         sides = [(row[f"image_{i}_uid"], row[f"jpg_{i}"]) for i in (0, 1)]
         if all(isinstance(uid, str) and isinstance(_bytes_of(jpg), bytes) for uid, jpg in sides):
@@ -468,11 +524,19 @@ def unpacked(source: Path, table_path: Path, found, warned: bool) -> str | None:
             return f"{image.name} is in no row"
         if image.read_bytes() not in data[uid]:
             return f"{image.name} has other bytes"
-        if len(set(data[uid])) > 1 and not warned:
+        if len(set(filter(_is_whole, data[uid]))) > 1 and not warned:  # whole bytes take the place of damaged ones
             return f"{image.name} comes with different images"
         if bool(like) and not won[uid]:
             return f"{image.name} never won"
     return None
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except Exception:  # a decoder raises whatever the bytes lead it to
+        return False
+    return True
 
 
 def _bytes_of(value):
@@ -481,13 +545,15 @@ def _bytes_of(value):
 
 def records(path: Path, rewards, warned: bool) -> str | None:
     """The rewards of all records, in order."""
-    lines = [line for line in decoded(path).split("\n") if line.strip()]
+    text = decoded(path)
+    lines = [line for line in text.split("\n") if line.strip()]
     wanted = []
     for number, line in enumerate(lines, 1):
         try:
             record = load(line)
-        except UnreadableError:
-            if number < len(lines) and not warned:
+        except UnreadableError as error:
+            cut = number == len(lines) and not text.endswith("\n") and "twice" not in str(error)
+            if not cut and not warned:
                 return f"line {number} is left out without a word"
             continue
         for key in ("reward/desirable", "reward/undesirable"):

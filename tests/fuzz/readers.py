@@ -384,6 +384,10 @@ class StudyQuestions(Reader):
         return read_answers(folder)
 
     def check(self, folder, value, found, warned):
+        for name in ("questions.json", "key.json"):
+            written = (valid(self.name) / name).read_text()
+            if not warned and oracles.load(oracles.decoded(folder / name)) != oracles.load(written):
+                return f"{name} with another value was taken"
         return oracles.study(folder, found, warned)
 
 
@@ -734,7 +738,8 @@ class StepRecords(Reader):
     @staticmethod
     def _same(given, found):
         rewards = np.frombuffer(found.gaps, np.float32).astype(float) * found.beta
-        close = len(rewards) == len(given) and np.allclose(rewards, given, rtol=1e-4, atol=1e-6)
+        # the page holds them as float32
+        close = len(rewards) == len(given) and np.isfinite(rewards).all() and np.allclose(rewards, given, 1e-4, 1e-6)
         return None if close else f"{rewards.tolist()} is not {given}"
 
 
@@ -746,7 +751,7 @@ def _rewards_in(text):
         except ValueError:
             continue
         keys = ("reward/desirable", "reward/undesirable")
-        found += [record[key] for key in keys if isinstance(record, dict) and key in record]
+        found += [float(record[key]) for key in keys if isinstance(record, dict) and key in record]
     return found
 
 

@@ -122,7 +122,7 @@ def test_a_pool_with_pictures_of_the_base(tmp_path, tiny_pipeline):
 
 
 def test_wrong_inputs_are_refused(pool, tmp_path):
-    with pytest.raises(ValueError, match="pictures_per_prompt must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="pictures_per_prompt must be 2 or above, got 1"):
         make_pool(PROMPTS, tmp_path, pictures_per_prompt=1)
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         compare_pool(pool, "world_utility", temperature=0)

@@ -66,6 +66,16 @@ def test_a_failed_run_has_no_metrics_even_if_an_old_file_lies_there(tmp_path):
     assert "metric.kl" not in read_runs(tmp_path).columns
 
 
+@pytest.mark.parametrize("other", [0.5, None, 3])
+def test_whole_numbers_that_no_float_holds_stay_exact_beside_others(tmp_path, other):
+    leave(tmp_path / "a", beta=1.0, likes="few", seed=2**53 + 1)
+    leave(tmp_path / "b", beta=1.0, likes="few", seed=0)
+    record = json.loads((tmp_path / "b" / "run.json").read_text())
+    record["parameters"]["seed"] = other
+    write_json(tmp_path / "b" / "run.json", record)
+    assert read_runs(tmp_path)["parameter.seed"][0] == 9007199254740993
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [

@@ -122,7 +122,7 @@ def test_one_by_one_is_extrapolated_from_a_seed():
         (({}, [0]), "methods must be named, and none 'base', got: none"),
         (({"base": Method()}, [0]), "methods must be named, and none 'base', got: base"),
         ((METHODS, [1, 1]), r"seeds must be distinct and not empty, got \[1, 1\]"),
-        ((METHODS, [0], TINY, 0), "processes must be at least 1, got 0"),
+        ((METHODS, [0], TINY, 0), "processes must be 1 or above, got 0"),
     ],
 )
 def test_wrong_arguments_raise_a_sentence(arguments, sentence):

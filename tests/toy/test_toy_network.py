@@ -103,7 +103,7 @@ def test_a_broken_member_leaves_the_others_alone(ensemble, batch):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Architecture(20, width=0), "width must be at least 1, got 0"),
+        (lambda: Architecture(20, width=0), "width must be 1 or above, got 0"),
         (lambda: Ensemble(SMALL, torch.zeros(2, 3)), rf"parameters must have shape \(M, {SMALL.count}\), got \(2, 3\)"),
     ],
 )

@@ -81,7 +81,7 @@ def test_add_noise_takes_leading_dimensions():
     [
         (lambda: Schedule(torch.ones(2, 2)), r"betas must have shape \(T,\) with T >= 1, got \(2, 2\)"),
         (lambda: Schedule(torch.tensor([0.1, 1.0])), r"betas must be in \(0, 1\), got 0\.1 to 1"),
-        (lambda: linear_schedule(0), "num_train_timesteps must be at least 1, got 0"),
+        (lambda: linear_schedule(0), "num_train_timesteps must be 1 or above, got 0"),
         (lambda: linear_schedule(50).ddim_coefficients(50), r"timestep must be in \[0, 50\), got 50"),
     ],
 )

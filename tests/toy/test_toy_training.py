@@ -126,8 +126,8 @@ def test_the_large_recipe_is_the_measured_one():
     ("call", "sentence"),
     [
         (lambda: Recipe(batch_size=7), "batch_size must be even and at least 2, got 7"),
-        (lambda: Recipe(width=0), "width must be at least 1, got 0"),
-        (lambda: Recipe(learning_rate=0.0), "learning_rate must be > 0, got 0.0"),
+        (lambda: Recipe(width=0), "width must be 1 or above, got 0"),
+        (lambda: Recipe(learning_rate=0.0), "learning_rate must be above 0, got 0.0"),
         (
             lambda: next(
                 tune(*[Ensemble.initial(Architecture(20, 8), [0])] * 2, linear_schedule(20), [Method()] * 2, [0], TINY)

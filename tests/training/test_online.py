@@ -288,6 +288,8 @@ def test_a_reward_without_gradient_a_missing_file_and_another_run_are_refused(co
     assert not config.output_dir.exists(), "what cannot be rewarded is known before anything is drawn"
     with pytest.raises(FileNotFoundError, match=r"prompts_file .* does not exist"):
         next(train(replace(config, prompts_file="nowhere.txt")))
+    with pytest.raises(ValueError, match=r"sampling_steps must be at most 1000, as finely as .* is cut, got 1001"):
+        next(train(replace(config, sampling_steps=1001)))
     config.prompts_file.with_name("empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         next(train(replace(config, prompts_file=config.prompts_file.with_name("empty.txt"))))

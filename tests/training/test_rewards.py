@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dkto.common.files import write_json
 from dkto.data.encoded import PreparedFeedback
 from dkto.models import load_model, make_policy
 from dkto.training.loop import run_training
@@ -33,6 +34,14 @@ def test_a_finished_run_is_loaded_with_what_it_trained(config, lora_rank):
     assert found == config
     fresh = make_policy(model.load_denoiser(), lora_rank, config.seed).trainable()
     assert any((value != fresh[name]).any() for name, value in pair.trainable().items())
+
+
+def test_a_run_on_its_own_images_is_none_on_prepared_feedback(tmp_path):
+    config = {"prompts_file": "p.txt", "reward": "world_redness"}
+    write_json(tmp_path / "training.json", {"fingerprint": "ab", "finished": True, "config": config})
+    sentence = r"training\.json, config is none of a training on prepared feedback: .*'prompts_file'"
+    with pytest.raises(ValueError, match=sentence):
+        load_run(tmp_path)
 
 
 def test_margins_by_hand():

@@ -55,7 +55,7 @@ def test_mistakes_and_ties_come_as_often_as_asked(prompts):
 
 
 def test_numbers_out_of_range(prompts):
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds must be 1 or above, got 0"):
         session_pairs(prompts, 0)
     with pytest.raises(ValueError, match=r"mistakes must be in \[0, 0.5\], got 0.6"):
         session_pairs(prompts, 1, mistakes=0.6)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dkto.common.tensors import weights_variant
 from dkto.evaluation.scorers.preprocess import cropped_image, cropped_pixels
 
 KEEP_LOADED = 2  # networks that stay in memory
@@ -113,6 +114,7 @@ class ClipWithTokenizer(nn.Module):
         from dkto.common.quiet_transformers import transformers
 
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        options["variant"] = weights_variant(folder)
         model, told = transformers.CLIPModel.from_pretrained(folder, **options)
         if missing := sorted(told["missing_keys"]):
             raise ValueError(

@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dkto.common.files import file_sha256, read_json, write_json
+from dkto.common.names import shown
 from dkto.common.tensors import check_fits, read_tensors, weights_fingerprint, write_tensors
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
@@ -67,7 +68,7 @@ def check_sha256(path: Path, expected: str) -> None:
             return
     found = file_sha256(path)
     if found != expected:
-        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
+        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {shown(expected)}")
     with suppress(OSError):  # where no stamp can be kept, the next call hashes again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         write_json(stamp, about)
@@ -117,7 +118,7 @@ def model_about(source: str) -> dict[str, str | None]:
 
 
 def _local_folder(source: str) -> Path | None:
-    return next((folder for folder in (Path(source), weights_folder() / source) if folder.is_dir()), None)
+    return next((folder for folder in (Path(source), weights_folder() / source) if os.path.isdir(folder)), None)
 
 
 def _announced_sha256(folder: Path, path: Path) -> str:
