@@ -1,9 +1,11 @@
+import warnings
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -161,6 +163,18 @@ def test_image_grid_places_every_image_and_label():
     for j in range(2):
         tick = ax.get_xticks()[j]
         assert ax.images[j].get_extent()[0] < tick < ax.images[j].get_extent()[1]
+
+
+def test_a_label_is_drawn_by_the_fonts_that_have_its_signs(monkeypatch):
+    shipped = [font for font in font_manager.fontManager.ttflist if font.name in ("DejaVu Sans", "DejaVu Serif")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", shipped)
+    with pytest.warns(UserWarning, match=r"^no installed font has '星空' of the labels, which are drawn as boxes: ins"):
+        ax = image_grid([[red()]], ["a \u2900"], ["星空"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax.figure.canvas.draw()
+    assert [label.get_text() for label in (ax.get_xticklabels()[0], ax.get_yticklabels()[0])] == ["□□", "a \u2900"]
+    assert ax.get_yticklabels()[0].get_fontfamily() == ["sans-serif", "DejaVu Serif"]
 
 
 def test_image_grid_does_not_stretch():

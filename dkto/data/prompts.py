@@ -22,7 +22,7 @@ from dkto.common.settings import checked_number
 from dkto.data.folders import Folder, listed, warn_unread
 from dkto.data.tables import (
     TABLE_SUFFIXES,
-    column_names,
+    columns_by_meaning,
     is_blank,
     read_parquet,
     read_table,
@@ -248,8 +248,9 @@ def _table_rows(frame: pd.DataFrame, path: object) -> list[tuple[str, str]]:
     found = frame.attrs.get("columns", list(frame.columns))
     if not found:
         return []
-    names = column_names(frame.columns, str(path))
-    prompt, style = (next((names[n] for n in known if n in names), None) for known in (PROMPT_COLUMNS, STYLE_COLUMNS))
+    synonyms = dict.fromkeys(PROMPT_COLUMNS, "prompt") | dict.fromkeys(STYLE_COLUMNS, "style")
+    names = columns_by_meaning(frame.columns, synonyms, str(path))
+    prompt, style = names.get("prompt"), names.get("style")
     if prompt is None:
         wanted = f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}"
         raise ValueError(f"{path} needs a column {wanted}, got {said(', '.join(map(str, found)), 400)}")

@@ -23,12 +23,11 @@ from dkto.data.images import IMAGE_SUFFIXES
 from dkto.data.tables import (
     TABLE_SUFFIXES,
     UNPACK,
-    column_names,
+    columns_by_meaning,
     need_columns,
     plain_name,
     read_table,
     read_values,
-    said,
     table_of_objects,
     whole_numbers,
 )
@@ -224,14 +223,7 @@ def _sentence(where: str, row: object, text: object, kind: type = ValueError) ->
 
 
 def _known_columns(frame: pd.DataFrame, source: Path) -> pd.DataFrame:
-    names: dict[str, str] = {}
-    for plain, column in column_names(frame.columns, str(source)).items():
-        meaning = COLUMN_ALIASES.get(plain, plain)
-        if meaning in names:
-            raise ValueError(
-                f"{source} has two columns for {meaning}: {said(names[meaning])} and {said(column)}; keep one"
-            )
-        names[meaning] = column
+    names = columns_by_meaning(frame.columns, COLUMN_ALIASES, str(source))
     return frame.set_axis(list(names), axis=1)
 
 

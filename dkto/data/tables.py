@@ -9,7 +9,7 @@ aside and empty ones with them; lines of a .jsonl are its rows. Names of columns
 import csv
 import io
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 
@@ -262,6 +262,24 @@ def column_names(found: Iterable[object], where: str) -> dict[str, str]:
                 "keep one"
             )
         names[plain] = name
+    return names
+
+
+def columns_by_meaning(found: Iterable[object], synonyms: Mapping[str, str], where: str) -> dict[str, str]:
+    """The names of a table's columns by what they mean, which must differ.
+
+    >>> columns_by_meaning(["Prompt", "caption"], {"caption": "prompt"}, "x.csv")
+    Traceback (most recent call last):
+    ValueError: x.csv has two columns for prompt: Prompt and caption; keep one
+    """
+    names: dict[str, str] = {}
+    for plain, column in column_names(found, where).items():
+        meaning = synonyms.get(plain, plain)
+        if meaning in names:
+            raise ValueError(
+                f"{where} has two columns for {meaning}: {said(names[meaning])} and {said(column)}; keep one"
+            )
+        names[meaning] = column
     return names
 
 

@@ -160,7 +160,7 @@ def ranking_of(entry: object, where: str) -> Ranking:
     if not isinstance(values, list) or len(values) != len(images):
         got = len(values) if isinstance(values, list) else type(values).__name__
         raise ValueError(f"{where}: {key} must be a list of {len(images)} numbers, one per image, got {got}")
-    if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in values):
+    if not all(type(value) in (int, float) and abs(value) < LARGEST for value in values):
         raise ValueError(f"{where}: {key} must be finite numbers, got {shown(values)}")
     sign = GOODNESS_KEYS[key]
     return _checked(check_prompt(entry["prompt"], where), images, [sign * float(value) for value in values], where)

@@ -23,7 +23,7 @@ import pandas as pd
 
 from dkto.common.files import file_sha256, read_json, write_json
 from dkto.common.frames import read_frame, write_frame
-from dkto.common.names import check_name, shown
+from dkto.common.names import check_name, printable, shown
 from dkto.common.processes import worker_pool
 from dkto.common.progress import progress
 from dkto.common.settings import checked_number
@@ -214,7 +214,7 @@ class _Table:
             )
         unknown = {key for key, value in about.items() if value is None or stored.get(key) is None}
         differs = [
-            f"{key}: {shown(stored.get(key))} stored, {shown(about.get(key))} asked"
+            f"{printable(key, 40)}: {shown(stored.get(key))} stored, {shown(about.get(key))} asked"
             for key in {**stored, **about}
             if about.get(key) != stored.get(key) and key not in unknown
         ]

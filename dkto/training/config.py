@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dkto.common.names import shown
 from dkto.common.settings import check_settings, setting
 from dkto.objective.methods import METHODS, OFFLINE, ONLINE
 from dkto.objective.utilities import get_utility
@@ -97,7 +98,7 @@ class RunConfig:
         """The fields that differ from a stored run's, as text."""
         mine = self.to_dict()
         names = [f.name for f in fields(self) if f.name in other and other[f.name] != mine[f.name]]
-        return ", ".join(f"{name}: {other[name]!r} stored, {mine[name]!r} asked" for name in names)
+        return ", ".join(f"{name}: {shown(other[name])} stored, {shown(mine[name])} asked" for name in names)
 
 
 @dataclass(frozen=True)

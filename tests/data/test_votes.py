@@ -120,6 +120,7 @@ def test_entries_of_every_kind(tmp_path):
         ),
         ('[{"prompt": "x", "images": ["a"], "rank": 1}]', "one per image, got int"),
         ('[{"prompt": "x", "images": ["a"], "scores": ["good"]}]', "scores must be finite numbers, got ['good']"),
+        ('[{"prompt": "x", "images": ["a"], "scores": [true]}]', "scores must be finite numbers, got [True]"),
         ('[{"prompt": "x", "images": ["a"], "scores": [NaN]}]', "scores must be finite numbers, got [nan]"),
     ],
 )

@@ -4,7 +4,9 @@ An operation runs in a fork of this process, which has imported everything, and 
 simulated: of each file that was written since the start, what was never forced to disk is gone.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -13,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from dkto.common import files
@@ -29,6 +31,7 @@ def crash_points(
     *,
     power_cut: bool = False,
     begin: Callable[[], object] = lambda: None,
+    elsewhere: Collection[str] = (),
 ) -> tuple[int, list[str]]:
     """Kill an operation before its k-th change of a folder, call it again, and compare with one that was not killed.
 
@@ -37,6 +40,7 @@ def crash_points(
         points: of the number of changes, which of them to kill before.
         power_cut: whether what was not forced to disk is gone too.
         begin: what is in the folder before, on disk.
+        elsewhere: names of files that another process writes, and forces to disk unseen.
 
     Returns:
         How many points were tried, and a sentence for each that failed.
@@ -45,7 +49,7 @@ def crash_points(
     failures, tried = [], sorted(set(points(count)))
     for point in tried:
         _cleared(folder, begin)
-        _in_a_fork(operation, folder, point, power_cut)
+        _in_a_fork(operation, folder, point, power_cut, elsewhere=elsewhere)
         failures += _called_again(operation, folder, expected, f"point {point} of {count}")
     return len(tried), failures
 
@@ -94,14 +98,29 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.endswith(".lock"):
-            data = path.read_bytes()
-            if path.suffix in (".json", ".jsonl"):
-                lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
-                data = json.dumps([_without_times(json.loads(line)) for line in lines]).encode()
-            elif path.name == "README.md":
-                data = b"\n".join(line for line in data.splitlines() if b"hours" not in line)
-            found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+            found[str(path.relative_to(folder))] = hashlib.sha256(_timeless(path)).hexdigest()
     return found
+
+
+def _timeless(path: Path) -> bytes:
+    """What a file holds but for times; of a page only whether it has an end."""
+    data = path.read_bytes()
+    match path.suffix:
+        case ".json":
+            return json.dumps(_without_times(json.loads(data))).encode()
+        case ".jsonl":
+            return json.dumps([_without_times(json.loads(line)) for line in data.splitlines()]).encode()
+        case ".ipynb":
+            return json.dumps([(cell["source"], cell.get("outputs")) for cell in json.loads(data)["cells"]]).encode()
+        case ".csv":
+            header, *rows = csv.reader(io.StringIO(data.decode()))
+            kept = [at for at, name in enumerate(header) if name.rpartition(".")[2] not in TIMED]
+            return json.dumps([[row[at] for at in kept] for row in [header, *rows]]).encode()
+        case ".html":
+            return data.rstrip()[-7:]
+        case ".md":
+            return b"\n".join(line for line in data.splitlines() if b"hours" not in line)
+    return data
 
 
 def _without_times(value: object) -> object:
@@ -111,7 +130,12 @@ def _without_times(value: object) -> object:
 
 
 def _in_a_fork(
-    operation: Callable, folder: Path, point: int = 0, power_cut: bool = False, after: float | None = None
+    operation: Callable,
+    folder: Path,
+    point: int = 0,
+    power_cut: bool = False,
+    after: float | None = None,
+    elsewhere: Collection[str] = (),
 ) -> tuple[int, int, str]:
     """Exit code or minus the signal, how many changes were made, and the last line of what went wrong."""
     reader, writer = os.pipe()
@@ -120,7 +144,7 @@ def _in_a_fork(
         os.close(reader)
         code, said = 1, ""
         files._CLEARED.clear()  # as a process of its own
-        changes = _watch(folder, point, power_cut)
+        changes = _watch(folder, point, power_cut, elsewhere)
         try:
             with open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 1)
@@ -140,7 +164,7 @@ def _in_a_fork(
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count, said
 
 
-def _watch(folder: Path, point: int, power_cut: bool) -> list[int]:
+def _watch(folder: Path, point: int, power_cut: bool, elsewhere: Collection[str]) -> list[int]:
     """Count the changes of a folder from here on, and die before one of them."""
     changes, forced, before = [0], {}, _inodes(folder)
     fsync, place = os.fsync, str(folder)
@@ -164,7 +188,7 @@ def _watch(folder: Path, point: int, power_cut: bool) -> list[int]:
         if changes[0] == point:
             if power_cut:
                 for inode, path in _inodes(folder).items():
-                    if inode not in before or inode in forced:
+                    if (inode not in before or inode in forced) and path.name not in elsewhere:
                         os.truncate(path, min(forced.get(inode, 0), path.stat().st_size))
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="an operation dies in a fork of this process"),
 ]
-NAMES = ("write_feedback", "study", "unpack", "score", "generate", "prepare", "train LoRA", "train all")
+NAMES = ("write_feedback", "study", "unpack", "score", "generate", "prepare", "train LoRA", "train all", "sweep")
 QUICK = NAMES[:4]
 
 
@@ -67,6 +68,13 @@ def operation(tmp_path, request, monkeypatch):
             from dkto.evaluation.scoring import score_images
 
             return lambda: score_images(out, "world_redness")
+        if name == "sweep":
+            from dkto.runs.runner import run_sweep
+            from dkto.runs.sweeps import read_sweep
+
+            notebook = str(Path(__file__).parents[1] / "files" / "tiny_train.ipynb")
+            write_json(tmp_path / "tiny.yaml", {"notebook": notebook, "grid": {"seed": [0, 1]}})
+            return lambda: run_sweep(read_sweep(tmp_path / "tiny.yaml", out), in_turn=True)
         likes = request.getfixturevalue("likes")
         if name == "write_feedback":
             from dkto.data.feedback import make_feedback, write_feedback
@@ -92,7 +100,7 @@ def operation(tmp_path, request, monkeypatch):
         from dkto.training.loop import run_training
 
         shape = {"model": model, "learning_rate": 1e-3, "warmup_steps": 1, "batch_size": 2}
-        shape |= {"max_train_steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1}
+        shape |= {"max_train_steps": 2, "checkpoint_every": 1, "keep_checkpoints": 1}  # one checkpoint replaces another
         shape |= {"lora_rank": 2} if name == "train LoRA" else {"ema_decay": 0.9}
         prepared = request.getfixturevalue("prepared")
         return lambda: run_training(TrainConfig(prepared, out, **shape))
@@ -103,6 +111,17 @@ def operation(tmp_path, request, monkeypatch):
 def begin(name, out):
     """What is in the folder before: images, for what reads them there."""
     return lambda: draw_folder(out, 200) if name in ("score", "write_feedback") else None
+
+
+ELSEWHERE = {"sweep": ["metrics.json"]}  # its kernel writes them
+
+
+def of_the_second_run(count):
+    """Points of a sweep's beginning, of its second run and of its end: those of the first run are alike, and slow."""
+    return [point for point in range(1, count + 1) if point <= 4 or point > count // 2 - 2]
+
+
+POINTS = {"sweep": {"points": of_the_second_run}}
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
@@ -123,15 +142,16 @@ def test_a_command_that_died_ends_with_the_next_call(name, power_cut, operation,
 @pytest.mark.parametrize("name", NAMES)
 def test_every_crash_point_of_every_command(name, power_cut, operation, tmp_path, one_thread):
     out = tmp_path / "out"
-    tried, failures = crash_points(operation(name), out, power_cut=power_cut, begin=begin(name, out))
+    more = {"begin": begin(name, out), "elsewhere": ELSEWHERE.get(name, ()), **POINTS.get(name, {})}
+    tried, failures = crash_points(operation(name), out, power_cut=power_cut, **more)
     print(f"{name}: {tried - len(failures)} of {tried}")
     assert tried > 3 and not failures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[:-1])
 def test_two_hundred_kills_at_random_moments(name, operation, tmp_path, one_thread):
-    """25 of each of the eight commands."""
+    """25 of each of the first eight commands; the ninth starts kernels, which takes its time."""
     out = tmp_path / "out"
     trials, failures = random_kills(operation(name), out, 25, seed=0, begin=begin(name, out))
     print(f"{name}: {trials - len(failures)} of {trials}")
