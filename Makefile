@@ -23,7 +23,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all toy paper bench lab lint format site reference results fuzz clean
+.PHONY: help setup demo check test test-all toy paper bench lab lint format site page reference results fuzz clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
@@ -40,6 +40,7 @@ help:
 	@echo "make toy       every objective on the 2-D world, 20 seeds (1 minute; PROFILE=full make toy: several minutes)"
 	@echo "make paper     the paper's tables on the small world (about an hour on 2 old cores; PROFILE=quick make paper: 13 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
+	@echo "make page      Teach a diffusion model your taste: one HTML file that draws and trains, offline, by a double click"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
 	@echo "make results   papermill_runs/RESULTS.md from the kept runs"
 
@@ -97,6 +98,10 @@ toy: $(READY)
 
 site: $(READY)
 	$(BIN)/python -m dkto.workshop.site
+
+# onnxruntime for browsers comes from npm once, known by its hash; after that no network is needed
+page: $(READY)
+	$(BIN)/python -m dkto.web.page
 
 reference: $(READY)
 	$(BIN)/python -m dkto.workshop.keep_lessons

@@ -16,6 +16,8 @@ from dkto.web.lora import LoraLayer
 GRAPHS = Path(__file__).parent / "graphs"
 NAMES = ("text", "unet", "vae", "step")
 LAYOUT = "layout.json"
+BATCH = 8  # of the step's graph, whose reference point is a mean over it; the other graphs take any
+KNOTS, REACH = 2049, 16.0  # the utility's slope is a table of KNOTS points of [-REACH, REACH]
 BLOB = "weights.bin"  # what the graphs call the blob
 FILES = {
     "unet": "unet/diffusion_pytorch_model",

@@ -15,10 +15,8 @@ from transformers import CLIPTextModel
 
 from dkto.models import SMALL_WORLD, load_model
 from dkto.objective.losses import denoising_error, implicit_reward
+from dkto.web.blob import BATCH, KNOTS, REACH
 from dkto.web.lora import LoraLayer, folded, lora_layers
-
-BATCH = 8  # of the step's graph, whose reference point is a mean over it; the other graphs take any
-KNOTS, REACH = 2049, 16.0  # the utility's slope is a table of KNOTS points of [-REACH, REACH]
 
 
 class Call(nn.Module):

@@ -13,8 +13,7 @@ from dkto.models.policy import LORA_FILE, write_weights
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
 from dkto.objective.utilities import UTILITIES
 from dkto.training.loop import run_training
-from dkto.web.blob import BLOB, NAMES, configs_hash, read_graph, read_layout, weights_of, wire_bytes
-from dkto.web.graphs import KNOTS, REACH
+from dkto.web.blob import BLOB, KNOTS, NAMES, REACH, configs_hash, read_graph, read_layout, weights_of, wire_bytes
 from dkto.web.lora import RANK, flat_lora, lora_layers
 
 

@@ -1,0 +1,64 @@
+// The page begins: sections, the link's settings, the model.
+
+function readLink() {
+  const found = settingsOf(location.hash);
+  if (found.group) {
+    found.seed = found.group;
+    let card = found.card;
+    card ??= 1 + (crypto.getRandomValues(new Uint8Array(1))[0] % 99);
+    found.card = card;
+    host("class-details").open = false;
+  }
+  set({ ...DEFAULTS, group: undefined, card: undefined, wrong: undefined, ...found });
+}
+
+// Arrows and letters work wherever no control has the focus: they judge until all is judged, then they compare.
+function keysAnywhere(event) {
+  if (document.activeElement && document.activeElement !== document.body) return;
+  const open = state.pool.some((image) => image.liked === undefined);
+  (open || !state.tuned ? parts.keysOfJudging : parts.keysOfBlind)(event);
+}
+
+async function begin() {
+  say("Loading the model, 10 MB.");
+  const began = performance.now();
+  state.machine = await startMachine((why) => {
+    state.machine = null;
+    fallBack(`The model's worker ended (${why}).`);
+  });
+  state.readyAfter = performance.now();
+  say(`The model is ready after ${((state.readyAfter - began) / 1000).toFixed(1)} seconds. Nothing leaves this page.`);
+  redraw("judging", "tuning");
+  work();
+}
+
+function fallBack(why) {
+  Object.assign(state, { lacks: why, tuning: null, drawing: state.pool.length });
+  say(`${why} The curve above works all the same.`);
+  redraw("judging", "tuning", "take");
+}
+
+function startPage() {
+  state.held = freshHeld();
+  buildPresets();
+  buildFeelings();
+  buildJudging();
+  buildTuning();
+  buildStrength();
+  buildBlind();
+  buildTaking();
+  buildClassroom();
+  readLink();
+  redraw("presets", "feelings", "judging", "tuning", "held", "blind", "take");
+  addEventListener("hashchange", readLink);
+  addEventListener("keydown", keysAnywhere);
+  const lacks = lacking();
+  if (lacks) { fallBack(lacks); return; }
+  const start = () => begin().catch((error) => { state.machine = null; fallBack(`The model could not be started: ${error.message}.`); });
+  if (!navigator.connection?.saveData) { start(); return; }
+  say("The model has 10 MB, and this device saves data.");
+  const load = button("Load the model", () => { load.remove(); start(); }, { class: "dkto-main" });
+  host("start").append(load);
+}
+
+startPage();
