@@ -16,7 +16,9 @@ import numpy as np
 import seaborn as sns
 import torch
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
@@ -52,7 +54,7 @@ BOX = "\u25a1"  # for a sign that no font has
 LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
 REWARD_AXIS = "implicit reward"
 GAINS = torch.linspace(-6, 6, 401, dtype=torch.float64)
-LEGEND = {"fontsize": "x-small", "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
+LEGEND = {"fontsize": 9, "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
 
 
 def display_name(name: str) -> str:
@@ -165,6 +167,7 @@ def plot_reward_weights(
         return weight_at(at, liked, utility, reference_point, **weights).numpy()
 
     largest, top = max(np.abs(weight(x, liked)).max() for liked in (True, False)), 0.05
+    handles: list[Artist] = []
     for role, liked, label in (("desirable", True, "liked"), ("undesirable", False, "disliked")):
         rows = np.asarray(rewards)[np.asarray(is_desirable) == liked]
         share = np.histogram(rows, edges)[0] / max(len(rows), 1)
@@ -172,11 +175,11 @@ def plot_reward_weights(
         learns = np.abs(weight(middles, liked)) >= 0.1 * largest
         heights = share if liked else -share
         for mask, alpha, name in ((learns, 0.9, f"{label}, learning"), (~learns, 0.25, f"{label}, not learning")):
-            at = {"width": edges[1] - edges[0], "color": COLOURS[role], "alpha": alpha, "label": name}
+            at = {"width": edges[1] - edges[0], "color": COLOURS[role], "alpha": alpha}
             ax.bar(middles.numpy()[mask], heights[mask], **at)
+            handles.append(Patch(color=COLOURS[role], alpha=alpha, label=name))  # also where there is no bar
     for liked in (True, False):
-        label = "weight (not to scale)" if liked else None
-        ax.plot(x, weight(x, liked) * 0.9 * top / largest, color=COLOURS["model"], lw=1.6, label=label)
+        lines = ax.plot(x, weight(x, liked) * 0.9 * top / largest, color=COLOURS["model"], lw=1.6)
     ax.axvline(reference_point, color=COLOURS["reference_point"], ls=":")
     ax.set(xlim=(-limit, limit), ylim=(-top, top))
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(100 * value):g} %")
@@ -184,7 +187,8 @@ def plot_reward_weights(
     ax.set_xlabel(REWARD_AXIS + (f"; {outside} outside" if outside else ""), fontsize="small")
     ax.set_ylabel("share of the class's samples", fontsize="small")
     ax.set_title(title, fontsize="medium", parse_math=False)
-    ax.legend(**LEGEND)
+    lines[0].set_label("weight (not to scale)")
+    ax.legend(handles=[*handles, *lines], loc="upper left", bbox_to_anchor=(1, 1), **LEGEND)
     return ax
 
 

@@ -123,10 +123,12 @@ def test_first_cell_says_what_when_and_how_long(path):
 @every_lesson
 def test_last_part_sums_up_and_sets_exercises(path):
     cells = read(path).cells
-    last_code = max(i for i, cell in enumerate(cells) if cell.cell_type == "code")
-    ending = "\n".join(cell.source for cell in cells[last_code + 1 :])
-    assert "## What we saw" in ending
-    assert "## Exercises" in ending
+    start = max(i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and "## What we saw" in cell.source)
+    ending = "\n".join(cell.source for cell in cells[start:] if cell.cell_type == "markdown")
+    said = ending.split("## What we saw")[1].split("## Exercises")[0]
+    filled = [cell for cell in cells[start:] if cell.cell_type == "code"]
+    assert all("findings(" in cell.source for cell in filled), "after the findings no code stands but theirs"
+    assert filled or not re.search(r"\d(\.\d| %)", said), "a number that was seen is filled from the run by `findings`"
     exercises = re.findall(r"^\d+\. ", ending.split("## Exercises")[1], flags=re.MULTILINE)
     assert 2 <= len(exercises) <= 4
 
@@ -134,6 +136,35 @@ def test_last_part_sums_up_and_sets_exercises(path):
 @every_lesson
 def test_every_lesson_has_solutions(path):
     assert (path.parent / "solutions" / path.name).is_file()
+
+
+def reading_order():
+    """The lessons as notebooks/README.md lists them."""
+    listed = (FOLDER / "README.md").read_text().split("## The lessons")[1].split("The experiments replay")[0]
+    return re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\)", listed, flags=re.M)
+
+
+def links(text, word):
+    """Text and file of the links after a bold word, up to the end of its sentence."""
+    return re.findall(r"\[([^\]]*)\]\(([^)]*)\)", text.split(f"**{word}**:")[1].split("**")[0])
+
+
+def test_the_lessons_are_one_chain_without_loops_and_orphans():
+    order = reading_order()
+    assert sorted(order) == sorted(path.stem for path in FOLDER.glob("*.ipynb")), "README.md lists each lesson once"
+    notebooks = {name: read(FOLDER / f"{name}.ipynb") for name in order}
+    titles = {name: book.cells[0].source.splitlines()[0].removeprefix("# ") for name, book in notebooks.items()}
+    named = {f"{name}.ipynb": f"{name[:2]} {title}" for name, title in titles.items()}
+    for place, (name, book) in enumerate(notebooks.items()):
+        earlier = [f"{other}.ipynb" for other in order[:place]]
+        before, following = links(book.cells[0].source, "Before this"), links(book.cells[-1].source, "Next")
+        assert bool(before) == (place > 0) and all(named[file] == text for text, file in before), name
+        assert all(file in earlier for _, file in before), f"{name} asks for what comes later"
+        if place + 1 < len(order):
+            after = f"{order[place + 1]}.ipynb"
+            assert following == [(named[after], after)], f"{name} must lead to {after}"
+        else:
+            assert [file for _, file in following] == ["your_own_likes.md"]
 
 
 def test_every_solution_belongs_to_a_lesson():

@@ -26,7 +26,11 @@ TOY_STEPS = {"pretrain_steps": 300, "max_train_steps": 40}
 # Parameters that make a notebook small enough for a test, by its path below notebooks/ without the ending.
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"pictures": 3},
+    "05_prospect_theory": {},
     "10_utility_functions": {},
+    "15_diffusion_from_scratch": {"pretrain_steps": 150, "num_samples": 300, "frames": 3},
+    "16_likelihood_as_a_reward": {"points": 200, "lengths": [50, 400]},
+    "17_from_rlhf_to_kto": {},
     "20_how_a_model_learns_a_gaussian": {"pretrain_steps": 800, "seeds": 2, "num_samples": 500},
     "21_error_as_reward": {"seeds": 2, "resolution": 9, "draws": 6, **TOY_STEPS},
     "22_reference_point": {"seeds": 2, "processes": 1, **TOY_STEPS},
@@ -119,10 +123,20 @@ SMALL: dict[str, dict[str, object]] = {
         "sample_steps": 4,
     },
     "62_judge_blind": {"prompts": 8, "per_style": 1, "simulated_scorer": "world_aesthetics"},
-    "63_watch_training": {"wait": True, "max_train_steps": 12, "checkpoint_every": 4, "sample_prompts": 2},
+    "63_watch_training": {
+        "wait": True,
+        "max_train_steps": 12,
+        "checkpoint_every": 4,
+        "sample_prompts": 2,
+        "sick_steps": 4,
+    },
     "64_toy_playground": {"max_train_steps": 200},
     "solutions/00_start_here": {"pictures": 2},
+    "solutions/05_prospect_theory": {},
     "solutions/10_utility_functions": {},
+    "solutions/15_diffusion_from_scratch": {},
+    "solutions/16_likelihood_as_a_reward": {},
+    "solutions/17_from_rlhf_to_kto": {},
     "solutions/20_how_a_model_learns_a_gaussian": {},
     "solutions/21_error_as_reward": TOY_STEPS,
     "solutions/22_reference_point": TOY_STEPS,
@@ -237,6 +251,21 @@ def test_start_here_draws_and_finds_every_function_and_its_tests(tmp_path):
     assert all((FOLDER.parent / "tests" / f"{name}.py").is_file() for name in named)
 
 
+def test_the_students_of_1992_are_loss_averse_and_the_sigmoid_is_not(tmp_path):
+    metrics = run_small("05_prospect_theory", tmp_path)
+    assert 0.8 < metrics["fitted/alpha"] < 1 and 1.5 < metrics["fitted/lambda"] < 2.6
+    assert metrics["missed/fitted here"] < metrics["missed/published"] < 0.05, "the table is the one they fitted"
+    assert metrics["aversion/Kahneman-Tversky"] == pytest.approx(1, abs=1e-3)
+
+
+def test_every_line_from_rlhf_to_kto_holds(tmp_path):
+    metrics = run_small("17_from_rlhf_to_kto", tmp_path)
+    gaps = [value for key, value in metrics.items() if key.startswith("gap/")]
+    assert len(gaps) == 8 and max(gaps) < 1e-12
+    assert metrics["far/DPO"] < 1e-3 and metrics["far/RLHF"] < 0.01 < metrics["far/KTO"]
+    assert metrics["shuffled/0.8"] == pytest.approx(0.6) and metrics["shuffled/0.5"] == 0
+
+
 def test_the_explorer_leaves_a_static_picture(tmp_path):
     metrics = run_small("60_explore_utilities", tmp_path)
     assert metrics["slope_at_0"] == 0.5, "tanh(x / 2) at the reference point"
@@ -272,6 +301,7 @@ def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
 def test_a_watched_training_leaves_its_curves_and_rows_of_pictures(tmp_path):
     metrics = run_small("63_watch_training", tmp_path)
     assert metrics["steps"] == 12 and metrics["sample_rows"] >= 1
+    assert metrics["slope/healthy"] > 0.9 and {"slope/sick", "margin/sick", "error/sick"} <= set(metrics)
 
 
 def test_the_cloud_of_the_playground_goes_to_the_liked_gaussian(tmp_path):

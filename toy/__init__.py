@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "playground": ["Playground", "RECIPE", "key_of"],
         "plotting": [
             "LIMITS",
+            "animation",
             "denoised_shift",
             "method_label",
             "plot_cloud",
@@ -22,7 +23,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "plot_sweep",
             "plot_tradeoff",
             "plot_world",
-            "save_animation",
         ],
         "sampling": ["sample_ensemble"],
         "schedule": ["Schedule", "linear_schedule"],
@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "world": [
             "BASE_KL",
             "DESIRABLE",
+            "Gaussian",
             "PRETRAINING",
             "UNDESIRABLE",
             "bayes_accuracy",

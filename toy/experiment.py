@@ -56,6 +56,12 @@ class Experiment:
         row = self.names.index(method)
         return over_seeds(self.measures[measure][row], self.diverged[row], bounds_of(measure))
 
+    def difference(self, measure: str, method: str, other: str) -> Estimate:
+        """A measure of a method minus that of another one on the same seeds, over the seeds in which both stayed."""
+        rows = [self.names.index(name) for name in (method, other)]
+        values = self.measures[measure]
+        return over_seeds(values[rows[0]] - values[rows[1]], self.diverged[rows[0]] | self.diverged[rows[1]])
+
     def text(self, measure: str, method: str) -> str:
         """An estimate as text; "-" for what a method does not have, as the base has no implicit reward."""
         row = self.names.index(method)

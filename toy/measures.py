@@ -176,6 +176,14 @@ class Estimate:
     n: int  # seeds in the mean
     diverged: int = 0  # seeds left out of it
 
+    def against(self, value: float = 0.0) -> str:
+        """On which side of a value the whole interval lies: "above", "below", or "not clearly off" where on neither.
+
+        >>> over_seeds([1.0, 2.0, 3.0]).against(), over_seeds([1.0, 1.1, 1.2]).against()
+        ('not clearly off', 'above')
+        """
+        return "above" if self.low > value else "below" if self.high < value else "not clearly off"
+
     def __str__(self) -> str:
         if not self.n:
             return f"all {self.diverged} seeds diverged" if self.diverged else "-"

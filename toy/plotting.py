@@ -4,13 +4,13 @@ Clouds share limits and equal aspect, so that panels can be compared by eye; mar
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
@@ -19,6 +19,9 @@ from dkto.plotting import COLOURS, LEGEND, NOTEBOOK_WIDTH, UTILITY_COLOURS, disp
 from toy.experiment import Experiment
 from toy.measures import Estimate
 from toy.world import ROLES, UNIT, undesirable_share
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 LIMITS = {"x": (-0.25, 1.25), "y": (0.05, 1.75)}
 METHOD_COLOURS = UTILITY_COLOURS | {
@@ -29,6 +32,7 @@ METHOD_COLOURS = UTILITY_COLOURS | {
 }
 METHOD_MARKS = {"base": "s", "sft": "v", "csft": "^", "dpo": "D"}
 METHOD_MARKS |= {"loss_averse": "P", "risk_seeking": "X", "kahneman_tversky": "o"}
+NOTE = 9  # points, of a note in a figure
 BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
 
 
@@ -84,13 +88,13 @@ def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note:
     drawn = points[:1500].double().numpy()
     low, high = np.array([LIMITS["x"], LIMITS["y"]]).T
     inside = ((drawn >= low) & (drawn <= high)).all(axis=1)
-    ax.scatter(*drawn[inside].T, s=2, color=COLOURS["model"], alpha=0.25, lw=0, zorder=2, rasterized=True)
+    ax.scatter(*drawn[inside].T, s=2, color=COLOURS["model"], alpha=0.5, lw=0, zorder=2, rasterized=True)
     ax.set_title(title, fontsize="small")
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
-    ax.text(0.98, 0.985, note, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, zorder=4, bbox=box)
+    ax.text(0.98, 0.985, note, transform=ax.transAxes, ha="right", va="top", fontsize=NOTE, zorder=4, bbox=box)
     if not inside.all():
-        lost = f"{100 * (1 - inside.mean()):.0f} % outside"
-        ax.text(0.98, 0.02, lost, transform=ax.transAxes, ha="right", fontsize=6.5, bbox=box)
+        lost = f"{100 * (1 - inside.mean()):.2g} % outside"
+        ax.text(0.98, 0.02, lost, transform=ax.transAxes, ha="right", fontsize=NOTE, bbox=box)
     return ax
 
 
@@ -227,7 +231,7 @@ def plot_sweep(
 
 
 def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = None, *, label: str) -> Axes:
-    """A reward over the plane in two colours around zero, each stretched to its end, with the world on top.
+    """A reward over the plane in two colours, equally far to both sides of zero, with the world on top.
 
     Args:
         rewards: (len(y), len(x)).
@@ -236,12 +240,10 @@ def plot_reward_map(rewards: Tensor, x: Tensor, y: Tensor, ax: Axes | None = Non
     """
     ax = plot_world(ax)
     rewards, x, y = rewards.numpy(), x.numpy(), y.numpy()
-    # a map that is never liked, or never disliked, keeps both colours
-    tiny = 1e-6 + 1e-3 * float(np.abs(rewards).max())
-    norm = TwoSlopeNorm(0, min(float(rewards.min()), -tiny), max(float(rewards.max()), tiny))
+    norm = CenteredNorm(0, max(float(np.abs(rewards).max()), 1e-6))
     mesh = ax.pcolormesh(x, y, rewards, cmap="PuOr", norm=norm, shading="nearest", rasterized=True, zorder=-1)
     ax.contour(x, y, rewards, [0.0], colors="black", linewidths=1, linestyles="--")
-    ends = [norm.vmin, norm.vmin / 2, 0, norm.vmax / 2, norm.vmax]
+    ends = [norm.vmin, 0, norm.vmax]
     bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.8, ticks=ends)
     bar.ax.set_yticklabels([f"{end:.2g}" for end in ends], fontsize="x-small")
     bar.set_label(label, fontsize="small")
@@ -264,13 +266,18 @@ def plot_field(points: Tensor, arrows: Tensor, ax: Axes | None = None, *, longes
     return ax
 
 
-def save_animation(draw: Callable, frames: Sequence, path: str | Path, figure: Figure) -> Path:
-    """Write a GIF of 6 frames a second, whole or not at all: `draw(frame)` clears and redraws the figure's axes."""
-    path = Path(path)
-    part = path.with_name("part." + path.name)
-    FuncAnimation(figure, draw, frames=frames).save(part, writer=PillowWriter(fps=6))
-    part.replace(path)
-    return path
+def animation(draw: Callable, frames: Sequence, figure: Figure) -> "HTML":
+    """Frames with buttons to play, stop and step; `draw(frame)` clears and redraws the figure's axes.
+
+    It plays once, 5 frames a second, and rests on the last one. The figure is closed.
+    """
+    from IPython.display import HTML
+
+    figure.set_dpi(72)
+    player = FuncAnimation(figure, draw, frames=frames, init_func=lambda: None, interval=200)
+    html = player.to_jshtml(default_mode="once")
+    plt.close(figure)
+    return HTML(html)
 
 
 def denoised_shift(difference: Tensor, alphas_cumprod: float) -> Tensor:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dkto.plotting import display_name
 from toy.experiment import BASE, Experiment
-from toy.measures import Estimate, over_seeds
+from toy.measures import Estimate
 from toy.objectives import KTO_FAMILY
 
 ALIKE = 0.05  # largest difference of two undesirable shares that are called alike; SFT's own is 0.14
@@ -33,9 +33,7 @@ class Setting:
 
     def gap(self, measure: str, method: str, other: str) -> Estimate:
         """Difference of two methods, seed by seed (they share data and noise)."""
-        first, second = (self.experiment.names.index(self.names[name]) for name in (method, other))
-        values, diverged = self.experiment.measures[measure].double(), self.experiment.diverged
-        return over_seeds(values[first] - values[second], diverged[first] | diverged[second])
+        return self.experiment.difference(measure, self.names[method], self.names[other])
 
 
 @dataclass(frozen=True)

@@ -241,21 +241,34 @@ class StudySession:
         return None
 
     def answer(self, number: int, side: str) -> None:
-        """Keep an answer, on disk before this returns; a question may be answered again."""
+        """Keep an answer, on disk before this returns; until the last one, a question may be answered again.
+
+        Raises:
+            ValueError: if there is no such question or side, or every question has its answer: the names may be known.
+        """
         if number not in self.plan["order"]:
             raise ValueError(f"question must be in [0, {len(self.plan['order']) - 1}], got {said(number)}")
         if side not in SIDES:
             raise ValueError(f"side must be left or right, got {said(side)}")
+        self._refuse_after_the_end()
         self._append(number, side)
 
     def undo(self) -> int | None:
-        """Take back the last answer that counts; returns its question, or None if there is none."""
+        """Take back the last answer that counts; returns its question, or None if there is none.
+
+        A ValueError once every question has its answer: the names may be known.
+        """
+        self._refuse_after_the_end()
         standing = self.answers
         for line in reversed(self.lines):
             if line["question"] in standing:
                 self._append(line["question"], UNDONE)
                 return line["question"]
         return None
+
+    def _refuse_after_the_end(self) -> None:
+        if len(self.answers) == (total := len(self.plan["order"])):
+            raise ValueError(f"all {total} questions are answered and the names may be known: no answer changes now")
 
     def _append(self, number: int, choice: str) -> None:
         line = {"question": int(number), "choice": choice, "time": datetime.now(UTC).isoformat(timespec="seconds")}

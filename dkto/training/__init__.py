@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "calibration": ["CONVENTIONS", "calibrate", "convert_beta"],
         "config": ["OnlineConfig", "RunConfig", "TrainConfig"],
         "engine": ["Engine"],
+        "health": ["training_health"],
         "launch": ["run_trainings", "training_command"],
         "loop": ["run_training", "train"],
         "run_folder": ["RunFolder"],

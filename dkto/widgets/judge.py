@@ -46,7 +46,7 @@ class Judge(Instrument):
         self._show()
 
     def undo(self) -> None:
-        """Take the last answer back."""
+        """Take the last answer back; a ValueError after the last question, when the names are shown."""
         self.session.undo()
         self._show()
 

@@ -20,7 +20,7 @@ from dkto.widgets.training_view import TrainingView
 from dkto.world.users import SimulatedUser
 
 SHOWN = 6  # prompts of the before/after grid
-QUICK = {"beta": 100.0, "learning_rate": 1e-3, "warmup_steps": 5, "max_train_steps": 60}
+QUICK = {"beta": 15.0, "learning_rate": 1e-3, "warmup_steps": 5, "max_train_steps": 60}
 QUICK |= {"batch_size": 16, "lora_rank": 8, "checkpoint_every": 30}
 
 
@@ -133,5 +133,7 @@ class Tuner(TrainingView):
                 for images in (self.after, self.before)
             )
             self.win_rate = win_rate(after, before)
-            text += f" In the eyes of {self._user.name}, after wins against before on {self.win_rate} held-out prompts."
+            text += (
+                f" By the rule of the simulated user {self._user.name}, after wins on {self.win_rate} held-out prompts."
+            )
         self.result = text

@@ -80,7 +80,7 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, accessible,
         page.wait_for_timeout(100)
     assert finished() and len(seen - {"0"}) >= 3, "at least three updates of the plots"
     until(page, AFTER_IS_SHOWN)
-    assert "In the eyes of likes_red" in training.text_content()
+    assert "By the rule of the simulated user likes_red" in training.text_content()
     weights = load_file(tmp_path / "run-01" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.abs().sum() > 0 for key, value in weights.items() if "lora_B" in key)
     before, after = page.evaluate(ROWS)

@@ -139,6 +139,16 @@ def test_undo_takes_back_one_answer_after_the_other(study):
     assert StudySession(study, "ann").answers == {numbers[0]: "right"} and session.next().number == numbers[1]
 
 
+def test_once_all_is_answered_no_answer_changes(study):
+    session = StudySession(study, "ann")
+    while (pair := session.next()) is not None:
+        session.answer(pair.number, "left")
+    for change in (session.undo, lambda: session.answer(0, "right")):
+        with pytest.raises(ValueError, match="questions are answered and the names may be known"):
+            change()
+    assert set(StudySession(study, "ann").answers.values()) == {"left"}
+
+
 def _answer_until_killed(study):
     session = StudySession(study, "ann")
     while (pair := session.next()) is not None:

@@ -71,6 +71,14 @@ def test_undo_comes_back_and_a_second_key_for_the_same_pair_counts_once(study):
     assert judge.message == "not kept: side must be left or right, got 'middle'"
 
 
+def test_after_the_names_are_shown_no_answer_is_taken_back(study):
+    judge = Judge(study, "bob")
+    while judge.number >= 0:
+        judge.answer("left")
+    judge.receive({"type": "undo"})
+    assert judge.answered == 6 and judge.result and "no answer changes now" in judge.message
+
+
 def test_the_same_refusal_twice_is_told_twice(study):
     judge, told = Judge(study, "ann"), []
     judge.observe(lambda change: told.append(change.new), "message")

@@ -80,7 +80,7 @@ def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pi
     assert tuner.samples[0]["label"] == "before" and tuner.samples[-1]["label"] == "after"
     assert len(tuner.before) == len(tuner.after) == 2 and tuner.win_rate.n == 2
     assert any(np.asarray(b).tolist() != np.asarray(a).tolist() for b, a in zip(tuner.before, tuner.after, strict=True))
-    assert "In the eyes of likes_bright" in tuner.result and tuner.step == 60
+    assert "By the rule of the simulated user likes_bright" in tuner.result and tuner.step == 60
     weights = load_file(folder / "run-01" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
     assert tuner.can_start, "more likes make a new run"
