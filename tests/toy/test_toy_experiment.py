@@ -12,6 +12,7 @@ from toy.measures import over_seeds
 from toy.objectives import METHODS, Method
 from toy.plotting import (
     LIMITS,
+    animation,
     method_label,
     plot_cloud,
     plot_clouds,
@@ -20,7 +21,6 @@ from toy.plotting import (
     plot_reward_map,
     plot_sweep,
     plot_tradeoff,
-    save_animation,
 )
 from toy.training import Recipe
 from toy.verdicts import CLAIMS, Setting, headline_settings, verdict_card
@@ -227,7 +227,8 @@ def test_rows_name_the_seeds_that_diverged(experiment):
     assert "1 of 3 seeds diverged" in [text.get_text() for text in ax.texts]
 
 
-def test_an_animation_is_written_whole(tmp_path):
-    figure, ax = plt.subplots(figsize=(1, 1))
-    path = save_animation(lambda frame: ax.plot([0, frame]), range(3), tmp_path / "a.gif", figure)
-    assert path.read_bytes()[:6] == b"GIF89a" and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+def test_an_animation_has_buttons_and_each_frame_once():
+    figure, drawn = plt.figure(figsize=(1, 1)), []
+    html = animation(drawn.append, range(3), figure).data
+    assert html.count("data:image/png;base64") == 3 and "<button" in html and drawn == [0, 1, 2]
+    assert not plt.fignum_exists(figure.number)
