@@ -4,6 +4,7 @@ Pairs (Pick-a-Pic) and rankings (HPDv2, ImageRewardDB) both become votes: image_
 is 1 if image_0 was preferred, 0 if image_1 was and 0.5 for a tie. `likes_from_votes` then applies a stated rule.
 """
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,14 +120,14 @@ def votes_from_rankings(rankings: Iterable[Ranking]) -> pd.DataFrame:
     for ranking in rankings:
         for i, j in combinations(range(len(ranking.images)), 2):
             gap = ranking.goodness[i] - ranking.goodness[j]
-            rows.append((ranking.images[i], ranking.images[j], ranking.prompt, 0.5 * (1 + np.sign(gap))))
+            rows.append((ranking.images[i], ranking.images[j], ranking.prompt, 0.5 * (1 + (gap > 0) - (gap < 0))))
     return pd.DataFrame(rows, columns=["image_0", "image_1", "prompt", "label_0"])
 
 
 MOST_RANKED = 1000  # images of one ranking: half a million comparisons
-LARGEST = 1e300  # the largest score
+LARGEST = sys.float_info.max  # a larger whole number could not be compared with a float
 IMAGE_KEYS = ("images", "image_path", "file_path")
-GOODNESS_KEYS = {"scores": 1.0, "human_preference": 1.0, "rank": -1.0, "ranks": -1.0}
+GOODNESS_KEYS = {"scores": 1, "human_preference": 1, "rank": -1, "ranks": -1}
 """Name of the list in an entry, and its sign: a rank of 1 is the best, a higher score is better."""
 
 
@@ -160,10 +161,10 @@ def ranking_of(entry: object, where: str) -> Ranking:
     if not isinstance(values, list) or len(values) != len(images):
         got = len(values) if isinstance(values, list) else type(values).__name__
         raise ValueError(f"{where}: {key} must be a list of {len(images)} numbers, one per image, got {got}")
-    if not all(type(value) in (int, float) and abs(value) < LARGEST for value in values):
+    if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in values):
         raise ValueError(f"{where}: {key} must be finite numbers, got {shown(values)}")
-    sign = GOODNESS_KEYS[key]
-    return _checked(check_prompt(entry["prompt"], where), images, [sign * float(value) for value in values], where)
+    goodness = [GOODNESS_KEYS[key] * value for value in values]  # whole numbers stay exact
+    return _checked(check_prompt(entry["prompt"], where), images, goodness, where)
 
 
 def _checked(prompt: str, images: Sequence[object], goodness: Sequence[float], where: str) -> Ranking:

@@ -178,13 +178,13 @@ class RunFolder:
                 if folder.name != f"checkpoint-{state['global_step']:08d}":
                     raise ValueError(f"{folder / 'state.json'} is of step {state['global_step']}, another checkpoint's")
             except (ValueError, FileNotFoundError) as error:
-                broken.append(f"{folder.name} is broken ({error})")
+                broken.append(f"{folder.name} is broken ({printable(error, 250)})")
                 continue
             self._check_same(folder, state)
             try:
                 check(folder)
             except (ValueError, FileNotFoundError) as error:
-                broken.append(f"{folder.name} is broken ({error})")
+                broken.append(f"{folder.name} is broken ({printable(error, 250)})")
                 continue
             if state["global_step"] > self.config.max_train_steps:
                 raise ValueError(

@@ -114,7 +114,8 @@ def test_only_the_last_record_may_be_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(28, "make room and call again"), (5, "the disk or its"), (13, "choose")]
+    ("number", "remedy"),
+    [(28, "make room and call again"), (5, "the disk or its"), (13, "choose"), (21, "remove what")],
 )
 def test_what_the_disk_refuses_is_a_sentence_with_file_and_remedy(number, remedy, tmp_path, monkeypatch):
     def refused(*_):

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dkto.common.processes import sole_writer
+from dkto.data import encode
 from dkto.data.decode import to_pixel_values
 from dkto.data.encode import prepare_feedback
 from dkto.data.encoded import PreparedFeedback, shard_path
@@ -574,6 +575,20 @@ def test_a_million_rows_are_opened_without_reading_them(prepared, tiny_pipeline,
 def test_a_folder_of_other_feedback_is_refused(prepared, likes, tiny_pipeline):
     with pytest.raises(ValueError, match=r"holds encoded feedback of another run \(feedback differ\)"):
         prepare_feedback(likes.shuffled_likes(1), prepared, str(tiny_pipeline))
+
+
+@pytest.mark.parametrize("name", ["feedback.parquet", "prompts.parquet"])
+def test_a_pipe_that_takes_the_place_of_the_plan_is_not_waited_for(name, likes, tiny_pipeline, tmp_path, monkeypatch):
+    write = encode._write_plan
+
+    def swapped(feedback, folder, *more):
+        write(feedback, folder, *more)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    monkeypatch.setattr(encode, "_write_plan", swapped)
+    with pytest.raises(ValueError, match=rf"{name} is no table: expected a file, got a folder or a pipe: put the file"):
+        prepare_feedback(likes, tmp_path, str(tiny_pipeline))
 
 
 def test_missing_and_incomplete_folders_and_other_models(prepared, tiny_pipeline, tmp_path):

@@ -96,6 +96,13 @@ def test_a_ranking_makes_every_pair():
     assert labels(likes_from_votes(table, "always")) == {"a": True, "b": False, "c": False, "d": False}
 
 
+def test_whole_numbers_that_floats_would_round_are_no_tie(tmp_path):
+    (tmp_path / "x.json").write_text(
+        '[{"prompt": "x", "images": ["a", "b", "c"], "scores": [9007199254740993, 9007199254740992, 1e308]}]'
+    )
+    assert votes_from_rankings(read_rankings(tmp_path / "x.json"))["label_0"].tolist() == [1.0, 0.0, 0.0]
+
+
 def test_entries_of_every_kind(tmp_path):
     entries = [
         {"prompt": "x", "file_path": ["a", "b"], "human_preference": [0, 1]},

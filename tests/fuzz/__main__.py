@@ -92,8 +92,11 @@ def cases(count: int, seed: int, only: str) -> list[str]:
 
 
 def supervise(ids: list[str], folder: Path, keep: Path, found: dict) -> None:
-    """Run cases in a process of its own, and in another one after the case that ended it."""
-    todo, attempt = list(ids), 0
+    """Run cases in a process of its own, and in another one after the case that ended it.
+
+    A case that hangs is run once more by that other process: a machine with other work may have been slow.
+    """
+    todo, attempt, slow = list(ids), 0, set()
     while todo:
         attempt += 1
         place = folder / str(attempt)
@@ -113,17 +116,20 @@ def supervise(ids: list[str], folder: Path, keep: Path, found: dict) -> None:
         watch = threading.Thread(target=_end_when_stuck, args=(child, last), daemon=True)
         watch.start()
         threading.Thread(target=_feed, args=(child, list(todo)), daemon=True).start()
-        current = None
+        current, stopped = None, False
         for line in child.stdout:
             last[0] = time.monotonic()
             message = json.loads(line)
             current = message["case"]
             if "kind" in message:
-                found[current] = message["kind"], message["said"]
-                todo.remove(current)
+                stopped = message["kind"] == "hang"
+                if not stopped or current in slow:
+                    found[current] = message["kind"], message["said"]
+                    todo.remove(current)
+                slow |= {current} if stopped else set()
                 current = None
         code = child.wait()
-        if todo and current is None:
+        if todo and current is None and not stopped:
             raise RuntimeError(
                 f"the process ended with {code} outside of a case: {(place / 'log').read_text()[-2000:]}"
             )
@@ -202,6 +208,8 @@ def work(place: Path, keep: Path) -> None:
             shutil.copytree(kept, target, symlinks=True)
             (target / "outcome.txt").write_text(f"{outcome.kind}\n{outcome.said!a}\n{value!a:.3000}\n")
         print(json.dumps({"case": case, "kind": outcome.kind, "said": outcome.said[:2000]}), file=out, flush=True)
+        if outcome.kind == "hang":  # the alarm left libraries in the middle of something
+            return
 
 
 def _no_pipes(folder: str, names: list[str]) -> list[str]:
