@@ -20,11 +20,11 @@ from dkto.evaluation.scorers import check_scorers
 from dkto.evaluation.scoring import Scores, score_all
 from dkto.evaluation.win_rates import flat_metrics, medians, outcomes
 from dkto.models.system import System
-from dkto.paper.pool import TASTES, ask, compare_pool, likes_of, make_pool, shares, tint_pool
+from dkto.paper.pool import TASTES, ask, compare_pool, draw_pool, likes_of, make_pool, shares
 from dkto.paper.train_all import systems_of
 from dkto.plotting import image_grid
 from dkto.training import OnlineConfig, RunConfig
-from dkto.world.users import USERS
+from dkto.world.users import RED_TINT, USERS
 
 NUMBERS = ("mean/", "drift", "neutral_drift", "diversity")  # columns of the monitors that are measures
 
@@ -40,12 +40,16 @@ class Feedback:
 
     def grid(self, count: int = 8) -> Axes:
         """The first liked images above the first disliked ones."""
-        table = next(iter(self.likes.values()))
-        sides = [[i for i, liked in enumerate(table.is_desirable) if bool(liked) is side] for side in (True, False)]
-        count = min(count, *map(len, sides))
-        return image_grid(
-            [[load_image(table.images[i]) for i in side[:count]] for side in sides], row_labels=["liked", "disliked"]
-        )
+        return likes_grid(next(iter(self.likes.values())), count)
+
+
+def likes_grid(table: FeedbackTable, count: int = 8) -> Axes:
+    """The first liked images above the first disliked ones."""
+    sides = [[i for i, liked in enumerate(table.is_desirable) if bool(liked) is side] for side in (True, False)]
+    count = min(count, *map(len, sides))
+    return image_grid(
+        [[load_image(table.images[i]) for i in side[:count]] for side in sides], row_labels=["liked", "disliked"]
+    )
 
 
 def held_out_prompts(
@@ -117,7 +121,7 @@ def simulated_feedback(
         texts, place = load_prompts(pool_set, count=pool_prompts, seed=seed).prompts, Path(folder) / "pool"
         drawing = {"seed": seed, "num_processes": num_processes}
         if user == "likes_red" and not partitions:
-            pool = tint_pool(texts, place, base=base, **drawing)
+            pool = draw_pool(texts, place, base=base, tint=RED_TINT, **drawing)
         else:
             unguided = System(model=base.model, guidance=1.0, steps=base.steps)
             pool = make_pool(texts, place, pictures_per_prompt=pictures_per_prompt, base=unguided, **drawing)

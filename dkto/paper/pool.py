@@ -29,11 +29,11 @@ from dkto.evaluation.generate import generate_images
 from dkto.evaluation.manifest import image_path
 from dkto.evaluation.scorers import score
 from dkto.models.system import System
-from dkto.world.painter import BAD_FINISH, BRILLIANT_FINISH, paint, random_finish
+from dkto.world.painter import BAD_FINISH, GOOD_FINISH, paint, random_finish
 from dkto.world.scenes import Scene, changed, parse
-from dkto.world.users import RED_TINT, USERS, tint_red
+from dkto.world.users import USERS, tint_red
 
-FINISHES = ("brilliant", "middling", "bad")
+FINISHES = ("plain", "middling", "bad")
 FINISH_SHARES = (0.2, 0.4, 0.4)
 """Of painted images, by finish. Equal shares were tried first and left after a look at validation prompts: KTO won
 50 % [42, 59] of 140 over SFT on all images there, and 54 % [45, 62] with these, which does not tell them apart."""
@@ -43,9 +43,14 @@ TASTES = {
     "likes_red": "world_redness",
     "likes_vivid": "world_aesthetics",
     "prompt_faithful": "world_fidelity",
+    "clean_backgrounds": "world_clean",
+    "no_outlines": "world_no_white_rim",
+    "never_pink": "world_no_pink",
+    "dark_backgrounds": "world_dark",
+    "blue_things": "world_blue",
 }
-"""Simulated users by name: the scorer that measures what each of them likes. The measure of `balanced` cannot be
-hacked: beauty counts only where the prompt is followed, and up to a limit."""
+"""Simulated users by name: the scorer that measures what each of them likes. The measure of `balanced` is best at an
+ideal image and not beyond it, and counts only where the prompt is followed: no filter pushes it further."""
 
 
 def unfaithful(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -81,7 +86,7 @@ def make_pool(
     drawn = _begin(folder, prompts, about | {"finish_shares": list(FINISH_SHARES)}, base, seed, num_processes)
     rows = [(path, prompt, "base", True) for path, prompt in zip(drawn, prompts, strict=False)]
     (folder / "painted").mkdir(exist_ok=True)
-    finishes = {"brilliant": BRILLIANT_FINISH, "bad": BAD_FINISH}
+    finishes = {"plain": GOOD_FINISH, "bad": BAD_FINISH}
     for p, prompt in enumerate(prompts):
         for k in range(pictures_per_prompt - (base is not None)):
             rng = np.random.default_rng([seed, p, k])
@@ -95,21 +100,29 @@ def make_pool(
     return _end(folder, rows)
 
 
-def tint_pool(
-    prompts: Sequence[str], folder: str | Path, *, base: System, seed: int = 0, num_processes: int = 1
+def draw_pool(
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    base: System,
+    tint: float = 0.0,
+    seed: int = 0,
+    num_processes: int = 1,
 ) -> pd.DataFrame:
-    """An image of each prompt drawn by the base, and the same one seen through a red filter (paper 6).
+    """An image of each prompt drawn by the base, and with a tint the same one seen through a red filter (paper 6).
 
     Images and `pool.parquet`, the table, land in the folder.
     """
     folder, rows = Path(folder), []
-    drawn = _begin(folder, prompts, {"strength": RED_TINT}, base, seed, num_processes)
-    (folder / "tinted").mkdir(exist_ok=True)
+    drawn = _begin(folder, prompts, {"strength": tint}, base, seed, num_processes)
     for p, (original, prompt) in enumerate(zip(drawn, prompts, strict=True)):
-        tinted = image_path(folder / "tinted", p, 0)
-        if not tinted.exists():
-            write_png(tinted, tint_red(load_image(original)))
-        rows += [(original, prompt, "base", True), (tinted, prompt, "tinted", True)]
+        rows.append((original, prompt, "base", True))
+        if tint:
+            (folder / "tinted").mkdir(exist_ok=True)
+            tinted = image_path(folder / "tinted", p, 0)
+            if not tinted.exists():
+                write_png(tinted, tint_red(load_image(original), tint))
+            rows.append((tinted, prompt, "tinted", True))
     return _end(folder, rows)
 
 
@@ -179,7 +192,7 @@ def ask(pool: pd.DataFrame, user: str, *, flip_rate: float = 0.0, seed: int = 0)
     one for DPO.
 
     Args:
-        pool: from `tint_pool` for likes_red, else from `make_pool`.
+        pool: from `draw_pool` for likes_red, else from `make_pool`.
         user: name of the user.
         flip_rate: share of likes, and of comparisons, that contradict what the user meant, in [0, 0.5].
         seed: of the contradictions.
@@ -192,7 +205,9 @@ def ask(pool: pd.DataFrame, user: str, *, flip_rate: float = 0.0, seed: int = 0)
     if user == "likes_red":
         meant = (pool["finish"] == "tinted").to_numpy()
         if not meant.any():
-            raise ValueError("user likes_red looks at tinted images, but the pool holds none: make it with tint_pool")
+            raise ValueError(
+                "user likes_red looks at tinted images, but the pool holds none: call draw_pool with a tint"
+            )
     else:
         meant = USERS[user].likes([load_image(path) for path in pool["image"]], prompts)
     return make_feedback(pool["image"], prompts, meant, pd.factorize(pool["prompt"])[0]).flipped(flip_rate, seed)

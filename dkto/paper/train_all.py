@@ -33,6 +33,7 @@ class Compared:
     shuffled: bool = False  # whether it is trained on shuffled likes
     like: str = ""  # whose settings it takes: a variant or control with its own would not isolate one thing
     control: bool = False  # whether a win over it, and not over the base alone, is needed
+    balanced: bool = False  # whether liked and disliked samples count the same in all, whatever gamma is
 
 
 COMPARED: dict[str, Compared] = {
@@ -46,9 +47,13 @@ COMPARED: dict[str, Compared] = {
     "kto_loss_averse": Compared("kto", {"utility": "loss_averse"}, like="kto"),  # 4.2
     "kto_risk_seeking": Compared("kto", {"utility": "risk_seeking"}, like="kto"),
     "kto_shuffled": Compared("kto", shuffled=True, like="kto", control=True),
+    "kto_shuffled_balanced": Compared("kto", shuffled=True, like="kto", control=True, balanced=True),
     "alignprop": Compared("alignprop"),  # the last two draw their own images while they train, for fewer steps
     "d3po": Compared("d3po"),
 }
+BALANCED = 0.4
+"""Chance of a class times its weight, in a balanced training: at gamma 0.8 the weights are 0.5 and 2. At rest the step
+of KTO on shuffled likes is (2 gamma - 1) times that of SFT on all images; balanced, it is none."""
 UNTRAINED = tuple(name for name, row in COMPARED.items() if not row.method)
 CONTROLS = tuple(name for name, row in COMPARED.items() if row.control)
 
@@ -104,7 +109,7 @@ def share_data(
         prepare_feedback(table, folder / "likes", model, csft=style)
     if "dpo" in names:
         prepare_feedback(pairs_of(table), folder / "pairs", model)
-    if "kto_shuffled" in names:
+    if any(COMPARED[name].shuffled for name in names):
         prepare_feedback(table.shuffled_likes(seed), folder / "shuffled", model)
     text = "\n".join(prompts) + "\n"  # last: a folder of other feedback was refused before anything in it changes
     write_atomically(folder / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
@@ -172,7 +177,11 @@ def make_config(name: str, data: Path, output_dir: Path, settings: Mapping[str, 
             raise ValueError(f"settings of {name}: {key!r} is no setting of a training")
     kind = OnlineConfig if row.method in ONLINE else TrainConfig
     used = {key: value for key, value in settings.items() if key in known[kind]}
-    return kind(source_of(name, data), output_dir, **{**used, **row.fixed, "objective": row.method})
+    used |= row.fixed
+    if row.balanced:
+        gamma = used.get("desirable_fraction", 0.8)
+        used |= {"desirable_weight": BALANCED / gamma, "undesirable_weight": BALANCED / (1 - gamma)}
+    return kind(source_of(name, data), output_dir, **{**used, "objective": row.method})
 
 
 def method_configs(

@@ -13,7 +13,7 @@ no prompt is ever in two splits.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -38,7 +38,8 @@ BACKGROUNDS = {
     "brown": (116, 78, 50),
 }
 STYLES = ("icon", "toy", "sticker", "painting")
-SIZES = {"small": (22, 26), "large": (32, 40)}
+SIZES = {"small": (22, 26), "large": (32, 40)}  # diameters in pixels
+PAIR_SIZE = (23, 28)  # of each of two things
 RELATIONS = ("left of", "above")
 ATTRIBUTES = ("shape", "colour", "background", "relation", "style", "size")
 SPLITS = ("train", "validation", "test")
@@ -170,8 +171,10 @@ def split_of(prompt: str) -> str:
     return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
 
 
-def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) -> list[str]:
-    """`count` distinct prompts of one split, the four styles in turn.
+def prompts_for(
+    split: str, count: int, seed: int = 0, two_things: float = 0.5, where: Callable[[Scene], bool] | None = None
+) -> list[str]:
+    """`count` distinct prompts of one split, the four styles in turn; with `where`, of such scenes alone, in any style.
 
     >>> prompts_for("test", 2)
     ['an icon of a small red cross on a white background', 'a toy of a large cyan square on a grey background']
@@ -180,17 +183,35 @@ def prompts_for(split: str, count: int, seed: int = 0, two_things: float = 0.5) 
         ValueError: if `split` is unknown or has fewer than `count` prompts.
     """
     check_choice("split", split, SPLITS)
-    return list(_prompts_for(split, count, seed, two_things))
+    return list(_prompts_for(split, count, seed, two_things, where))
 
 
 @lru_cache(maxsize=32)
-def _prompts_for(split: str, count: int, seed: int, two_things: float) -> tuple[str, ...]:
+def _prompts_for(
+    split: str, count: int, seed: int, two_things: float, where: Callable[[Scene], bool] | None
+) -> tuple[str, ...]:
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     wanted: dict[str, None] = {}
     for _ in range(200 * count + 2_000):
         if len(wanted) == count:
             return tuple(wanted)
         scene = random_scene(rng, two_things)
-        if scene.style == STYLES[len(wanted) % len(STYLES)] and split_of(text := caption(scene)) == split:
+        fits = where(scene) if where else scene.style == STYLES[len(wanted) % len(STYLES)]
+        if fits and split_of(text := caption(scene)) == split:
             wanted.setdefault(text)
     raise ValueError(f"split {split!r} has fewer than {count} prompts (found {len(wanted)})")
+
+
+def open_prompts() -> tuple[list[str], list[str]]:
+    """Prompts that name a style and a shape alone: 16 to give likes on, and 8 others to judge on.
+
+    The model chooses colour, background and number by itself, and otherwise for each noise.
+
+    >>> shown, judged = open_prompts()
+    >>> len(shown), judged[0]
+    (16, 'an icon of a circle')
+    """
+    pairs = [(style, shape) for style in STYLES for shape in SHAPES]
+    texts = [f"{_with_article(style)} of {_with_article(shape)}" for style, shape in pairs]
+    apart = [n % 3 == (n // len(SHAPES)) % 3 for n in range(len(texts))]
+    return tuple([text for text, held in zip(texts, apart, strict=True) if held is side] for side in (False, True))

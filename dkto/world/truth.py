@@ -70,18 +70,33 @@ def recognise_shape(mask: np.ndarray) -> str | None:
     return SHAPES[owners[best]] if overlap[best] >= MIN_OVERLAP else None
 
 
+def check_image(image: np.ndarray) -> np.ndarray:
+    """The image, which must be (64, 64, 3) uint8; a ValueError says what came."""
+    image = np.asarray(image)
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 of shape ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {image.dtype} of shape {image.shape}"
+        )
+    return image
+
+
 def border_colour(image: np.ndarray) -> np.ndarray:
     """Median RGB of the two-pixel border."""
     sides = (image[:2], image[-2:], image[2:-2, :2], image[2:-2, -2:])
     return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
 
-def _patch(image: np.ndarray, thing: Thing, background: np.ndarray) -> np.ndarray | None:
+def hue_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place in `COLOURS` of the hue nearest to each pixel, and its chroma, 0..255, of (..., 3) RGB."""
+    chroma = _chroma(pixels)
+    return np.argmax(np.real(chroma[..., None] * _HUES.conj()), axis=-1), np.abs(chroma)
+
+
+def patch_of(image: np.ndarray, thing: Thing, background: np.ndarray) -> np.ndarray | None:
     """Largest connected patch of the thing's hue that differs from the background, or None."""
-    chroma = _chroma(image)
+    nearest, chroma = hue_of(image)
     away = np.abs(image - background).max(-1) > 36
-    nearest = np.argmax(np.real(chroma[..., None] * _HUES.conj()), axis=-1)
-    wanted = away & (np.abs(chroma) > MIN_CHROMA) & (nearest == list(COLOURS).index(thing.colour))
+    wanted = away & (chroma > MIN_CHROMA) & (nearest == list(COLOURS).index(thing.colour))
     labels, count = label(wanted)
     if count == 0:
         return None
@@ -109,16 +124,11 @@ def judge(image: np.ndarray, prompt: str | Scene) -> dict[str, float]:
     Raises:
         ValueError: if the picture has another size, or the prompt is not of this world.
     """
-    image = np.asarray(image)
-    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 of shape ({IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {image.dtype} of shape {image.shape}"
-        )
+    pixels = check_image(image).astype(np.float64)
     scene = parse(prompt) if isinstance(prompt, str) else prompt
-    pixels = image.astype(np.float64)
     border = border_colour(pixels)
     palette = np.float64(list(BACKGROUNDS.values()))
-    patches = [_patch(pixels, thing, border) for thing in scene.things]
+    patches = [patch_of(pixels, thing, border) for thing in scene.things]
     shapes = [p is not None and recognise_shape(p) == t.shape for p, t in zip(patches, scene.things, strict=True)]
     parts = {
         "colour": float(np.mean([p is not None for p in patches])),

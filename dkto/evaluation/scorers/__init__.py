@@ -40,7 +40,7 @@ _PUBLISHED = (PickScore(), HPS("hps_v2"), HPS("hps_v2_1"), ImageReward(), LaionA
 PUBLISHED_SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _PUBLISHED}
 SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, "world_preference": WorldPreference(), "world_clip": WorldCLIP()}
 SCORERS |= PUBLISHED_SCORERS
-READS_PROMPTS = ("world_fidelity", "world_utility")
+READS_PROMPTS = ("world_fidelity", "world_craft", "world_utility", "world_utility_1", "world_clean")
 
 
 def register_scorer(name: str, scorer: Scorer) -> None:

@@ -4,7 +4,7 @@ The networks' weights ship with the package (`dkto/world/scorers/README.md` is t
 preference` makes them. They are for 64 x 64 pictures of the small world and are neither CLIP nor PickScore.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +18,8 @@ from dkto.common.files import read_json
 from dkto.common.pixels import to_rgb
 from dkto.evaluation.scorers.network import ClipScorer, ClipWithTokenizer
 from dkto.evaluation.scorers.weights import check_sha256
+from dkto.world.craft import CRAFT_VERSION, craft
+from dkto.world.tastes import blueness, cleanness, darkness, no_pink, no_white_rim
 from dkto.world.truth import RULES_VERSION, aesthetics, judge, redness
 
 WORLD_FOLDER = Path(__file__).parents[2] / "world" / "scorers"
@@ -60,14 +62,49 @@ def redness_pixels(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     return red - (green + blue) / 2
 
 
+def world_craft(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """Nearness to the ideal image of the prompt, in (0, 1] (see `dkto.world.craft`); continuous, without a ceiling."""
+    return np.array([craft(_pixels(i), p) for i, p in zip(images, prompts, strict=True)])
+
+
 def world_utility(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """Fidelity times aesthetics, in [0, 1]: beauty counts only where the prompt is followed."""
+    """Fidelity times craft, in [0, 1]: how well an image is made counts only where the prompt is followed."""
+    return world_fidelity(images, prompts) * world_craft(images, prompts)
+
+
+def world_utility_1(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """Fidelity times aesthetics, in [0, 1]: `world_utility` of dkto 0.1, which ties often and can be hacked."""
     return world_fidelity(images, prompts) * world_aesthetics(images, prompts)
 
 
-WORLD_SCORERS = {rule.__name__: rule for rule in (world_fidelity, world_aesthetics, world_redness, world_utility)}
-for _name, _rule in WORLD_SCORERS.items():
-    _rule.about = {"rule": _name, "version": RULES_VERSION}  # by it stored scores are known again
+@dataclass(frozen=True)
+class TasteScorer:
+    """A measure of `dkto.world.tastes`, more is better."""
+
+    name: str
+    measure: Callable[[np.ndarray, str], float]
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"rule": self.name, "version": f"craft {CRAFT_VERSION}"}
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        return np.array([self.measure(_pixels(i), p) for i, p in zip(images, prompts, strict=True)])
+
+
+_TASTES = (
+    TasteScorer("world_clean", cleanness),
+    TasteScorer("world_no_white_rim", no_white_rim),
+    TasteScorer("world_no_pink", no_pink),
+    TasteScorer("world_dark", darkness),
+    TasteScorer("world_blue", blueness),
+)
+_RULES = (world_fidelity, world_aesthetics, world_redness, world_utility_1, world_craft, world_utility)
+for _rule in _RULES:  # by it stored scores are known again
+    _crafted = _rule in (world_craft, world_utility)
+    _rule.about = {"rule": _rule.__name__, "version": f"craft {CRAFT_VERSION}" if _crafted else RULES_VERSION}
+world_utility_1.about["rule"] = "world_utility"  # as it was called when scores of it were stored
+WORLD_SCORERS = {rule.__name__: rule for rule in _RULES} | {taste.name: taste for taste in _TASTES}
 world_aesthetics.score_pixels, world_redness.score_pixels = aesthetics_pixels, redness_pixels
 
 

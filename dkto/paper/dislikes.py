@@ -1,0 +1,121 @@
+"""Tastes that need dislikes: answers whose likes say nothing of the taste, and prompts that put it to the test."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from dkto.common.names import check_choice
+from dkto.data.feedback import FeedbackTable
+from dkto.data.prompts import check_disjoint
+from dkto.evaluation.metrics import paired_bootstrap
+from dkto.evaluation.scoring import Scores
+from dkto.evaluation.win_rates import medians
+from dkto.models.system import System
+from dkto.paper.experiment import likes_grid
+from dkto.paper.pool import ask, draw_pool
+from dkto.world.scenes import Scene, prompts_for
+from dkto.world.users import USERS
+
+NEED_DISLIKES = tuple(name for name, user in USERS.items() if user.provokes)
+
+
+@dataclass(frozen=True)
+class Dislikes:
+    """One user's likes and dislikes, and the prompts that they are judged on; no two of these share a prompt."""
+
+    likes: FeedbackTable
+    judged: tuple[str, ...]  # test prompts for which the base draws what the user dislikes
+    beside: tuple[str, ...]  # test prompts for which it does not: what the taste must not cost
+    validation: tuple[str, ...]  # prompts like the judged ones, to choose a guidance scale on
+
+    def grid(self, count: int = 8) -> Axes:
+        """The first liked images above the first disliked ones."""
+        return likes_grid(self.likes, count)
+
+
+def ask_for_dislikes(
+    folder: str | Path,
+    base: System,
+    user: str,
+    *,
+    judged: int = 60,
+    beside: int = 40,
+    validation: int = 16,
+    pool_prompts: int = 400,
+    likes_each: int = 0,
+    flip_rate: float = 0.0,
+    seed: int = 0,
+    num_processes: int = 1,
+) -> Dislikes:
+    """Let the base draw one image of each training prompt, and ask a user about each.
+
+    Args:
+        folder: the images land in `folder/pool`, which users of one base and seed may share.
+        base: how the base draws.
+        user: one of `NEED_DISLIKES`.
+        judged, beside, validation: how many prompts of each kind.
+        pool_prompts: images that the user sees.
+        likes_each: how many liked and how many disliked images are kept, at most; 0 keeps all.
+        flip_rate: share of likes that contradict what the user meant, in [0, 0.5].
+        seed: of prompts, images and mistakes.
+        num_processes: workers that draw.
+
+    Raises:
+        ValueError: if the user is another, or dislikes none of the images.
+    """
+    check_choice("user", user, NEED_DISLIKES)
+    provokes = USERS[user].provokes
+
+    def spared(scene: Scene) -> bool:
+        return not provokes(scene)
+
+    texts = prompts_for("train", pool_prompts, seed)
+    pool = draw_pool(texts, Path(folder) / "pool", base=base, seed=seed, num_processes=num_processes)
+    likes = ask(pool, user, flip_rate=flip_rate, seed=seed)
+    if likes.is_desirable.all() or not likes.is_desirable.any():
+        raise ValueError(f"{user} must dislike some of {pool_prompts} images and like some, raise pool_prompts")
+    if likes_each:
+        likes = some_of_each(likes, likes_each, seed)
+    found = Dislikes(
+        likes,
+        tuple(prompts_for("test", judged, seed, where=provokes)),
+        tuple(prompts_for("test", beside, seed, where=spared)),
+        tuple(prompts_for("validation", validation, seed, where=provokes)),
+    )
+    check_disjoint(judged=found.judged, beside=found.beside, validation=found.validation, training=likes.prompts)
+    return found
+
+
+def some_of_each(table: FeedbackTable, count: int, seed: int = 0) -> FeedbackTable:
+    """At most `count` liked and `count` disliked images, drawn at random; smaller counts are parts of larger ones."""
+    order = np.random.default_rng(seed).permutation(len(table))
+    sides: Sequence[np.ndarray] = [order[table.is_desirable[order] == side][:count] for side in (True, False)]
+    return table.subset(np.sort(np.concatenate(sides)))
+
+
+def costs(judged: Scores, beside: Scores, scorers: Sequence[str], base: str = "base") -> pd.DataFrame:
+    """What each method changed against the base in other measures, paired by prompt.
+
+    Args:
+        judged: scores on the prompts of the taste.
+        beside: scores of the same methods on prompts that it does not touch.
+        scorers: names of measures that both have.
+        base: the method that the others are held against.
+
+    Returns:
+        A row for each method, kind of prompts and scorer ("kto/beside/world_craft"): mean, low, high (95 %) of the
+        difference, base (its mean) and n.
+    """
+    rows = {}
+    for kind, scores in (("judged", judged), ("beside", beside)):
+        for name in (name for name in judged.methods if name != base):
+            for scorer in scorers:
+                ours, theirs = (medians(scores, each, scorer) for each in (name, base))
+                gap = paired_bootstrap(ours, theirs)
+                about = {"mean": gap.mean, "low": gap.low, "high": gap.high, "base": theirs.mean(), "n": len(ours)}
+                rows[f"{name}/{kind}/{scorer}"] = about
+    return pd.DataFrame.from_dict(rows, orient="index")
