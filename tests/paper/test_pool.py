@@ -7,7 +7,7 @@ import pytest
 from dkto.data.images import load_image
 from dkto.evaluation.scorers import SCORERS, score
 from dkto.models.system import System
-from dkto.paper.pool import TASTES, ask, compare_pool, likes_of, make_pool, shares, take_likes, tint_pool, unfaithful
+from dkto.paper.pool import TASTES, ask, compare_pool, draw_pool, likes_of, make_pool, shares, take_likes, unfaithful
 from dkto.paper.train_all import pairs_of
 from dkto.world.scenes import caption, parse, prompts_for
 from dkto.world.truth import judge
@@ -29,7 +29,7 @@ def utility(pool):
 
 def test_a_pool_holds_k_pictures_of_each_prompt_of_every_kind(pool):
     assert len(pool) == 160 and (pool.groupby("prompt").size() == 4).all()
-    assert set(pool["finish"]) == {"brilliant", "middling", "bad"}
+    assert set(pool["finish"]) == {"plain", "middling", "bad"}
     assert 0.55 < pool["faithful"].mean() < 0.85
     folder = Path(pool["image"][0]).parents[1]
     pd.testing.assert_frame_equal(make_pool(PROMPTS, folder, seed=1), pool)
@@ -43,9 +43,9 @@ def test_kinds_differ_where_they_should(pool):
               for name in ("world_aesthetics", "world_fidelity")}  # fmt: skip
     frame = pool.assign(**values)
     finish = frame.groupby("finish")["world_aesthetics"].mean()
-    assert finish["brilliant"] > finish["middling"] > finish["bad"]
-    brilliant = frame[frame["finish"] == "brilliant"].groupby("faithful")["world_fidelity"].mean()
-    assert brilliant[True] > 0.95 > 0.85 > brilliant[False]
+    assert finish["plain"] > finish["middling"] > finish["bad"]
+    plain = frame[frame["finish"] == "plain"].groupby("faithful")["world_fidelity"].mean()
+    assert plain[True] > 0.95 > 0.85 > plain[False]
 
 
 def test_one_thing_is_wrong_in_an_unfaithful_scene():
@@ -78,7 +78,7 @@ def test_votes_become_likes_and_pairs_of_the_same_pictures(pool):
     chosen = votes["image_0"].where(votes["label_0"] == 1, votes["image_1"])
     assert [str(path) for path in pairs.images[::2]] == chosen.tolist()
     found = shares(pool, likes)
-    assert found["finish/brilliant"] > found["finish/bad"] and found["faithful"] > found["unfaithful"]
+    assert found["finish/plain"] > found["finish/bad"] and found["faithful"] > found["unfaithful"]
     assert sum(likes_of(votes, "always").is_desirable) < sum(likes.is_desirable)
 
 
@@ -107,7 +107,7 @@ def test_specific_users_and_their_contradictions(pool):
 
 
 def test_the_red_user_likes_the_tinted_one_of_two(tmp_path, tiny_pipeline):
-    pool = tint_pool(PROMPTS[:3], tmp_path / "red", base=System(model=str(tiny_pipeline), steps=2))
+    pool = draw_pool(PROMPTS[:3], tmp_path / "red", base=System(model=str(tiny_pipeline), steps=2), tint=0.4)
     likes = ask(pool, "likes_red")
     assert likes.is_desirable.tolist() == [False, True] * 3 and len(likes.pairs) == 3
     red = SCORERS["world_redness"]([load_image(p) for p in likes.images], likes.prompts)
@@ -130,7 +130,7 @@ def test_wrong_inputs_are_refused(pool, tmp_path):
         ask(pool, "nobody")
     with pytest.raises(ValueError, match=r"rate must be in \[0, 0.5\], got 0.7"):
         ask(pool, "likes_vivid", flip_rate=0.7)
-    with pytest.raises(ValueError, match="the pool holds none: make it with tint_pool"):
+    with pytest.raises(ValueError, match="the pool holds none: call draw_pool with a tint"):
         ask(pool, "likes_red")
     with pytest.raises(ValueError, match=r"count must be in \[1, 160\], got 500"):
         take_likes(ask(pool, "likes_vivid"), 500)
