@@ -113,7 +113,7 @@ def background_spread(image: np.ndarray, scene: Scene) -> float:
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) sRGB, 0..255, as CIELAB under D65; brightness is told apart in quarters of a level.
+    """(..., 3) sRGB, 0..255, as CIELAB under D65; levels are rounded to quarters.
 
     >>> to_lab(np.array([[0, 0, 0], [255, 255, 255]])).round().tolist()
     [[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]]
