@@ -140,8 +140,7 @@ def propose_beta(gaps: np.ndarray, is_desirable: np.ndarray, config: TrainConfig
         ValueError: if `wanted_slope` is not in (0, 1), the utility is flat at 0, every gap is 0, or no beta gives
             that slope.
     """
-    if not 0 < wanted_slope < 1:
-        raise ValueError(f"wanted_slope must be in (0, 1), got {wanted_slope}")
+    wanted_slope = checked_number("wanted_slope", wanted_slope, float, above=0, below=1)
     scale = float(np.abs(gaps).mean())
     flat = slope_at(np.zeros(1), np.ones(1, bool), 1.0, config)
     if not np.isfinite(flat.mean_slope):
@@ -174,9 +173,12 @@ def calibrate(
         draws: noises for each row.
 
     Raises:
-        ValueError: as `dkto.training.loop.train` and `propose_beta`.
+        ValueError: as `dkto.training.loop.train` and `propose_beta`, or if a number is out of its range.
     """
     get_utility(config.utility)
+    samples, draws = checked_number("samples", samples, least=1), checked_number("draws", draws, least=1)
+    steps = checked_number("steps", steps, least=1)
+    wanted_slope = checked_number("wanted_slope", wanted_slope, float, above=0, below=1)  # known before the trial
     shorter = {"max_train_steps": steps, "warmup_steps": min(config.warmup_steps, steps // 10)}
     trial = replace(config, output_dir=config.output_dir / "trial", **shorter, checkpoint_every=steps, tracker="none")
     for _ in progress(train(trial), total=steps, desc="trial", unit="step"):

@@ -11,6 +11,7 @@ from dkto.common.ends import PARENT_VARIABLE
 from dkto.common.files import last_record
 from dkto.common.processes import following
 from dkto.common.progress import progress
+from dkto.common.settings import checked_number
 from dkto.training.config import OnlineConfig, RunConfig, TrainConfig
 
 COMMANDS = {TrainConfig: "train", OnlineConfig: "train-online"}
@@ -30,8 +31,7 @@ def config_arguments(config: RunConfig) -> list[str]:
 
 def training_command(config: RunConfig, *, threads: int, ranks: int, accelerate_config: str | Path) -> list[str]:
     """The command that `start_training` runs."""
-    if ranks < 1:
-        raise ValueError(f"ranks must be 1 or more, got {ranks}")
+    ranks, threads = checked_number("ranks", ranks, least=1), checked_number("threads", threads, least=0)
     if accelerate_config and ranks > 1:
         raise ValueError(f"ranks must be 1 with accelerate_config, whose file names their number, got {ranks}")
     if accelerate_config and not Path(accelerate_config).is_file():
@@ -92,8 +92,7 @@ def run_trainings(
         ValueError: if `processes` is below 0.
         RuntimeError: if one fails; the sentence names its log and quotes the last line of it.
     """
-    if processes < 0:
-        raise ValueError(f"processes must be 0 or above, got {processes}")
+    processes = checked_number("processes", processes, least=0)
     waiting, running = list(configs), []
     options = {"threads": threads, "ranks": ranks, "accelerate_config": accelerate_config}
     bar = progress(total=sum(config.max_train_steps for config in configs), desc="training", unit="step")

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dkto.common.names import check_name
+from dkto.common.settings import checked_number
 from dkto.models import (
     DiffusionModel,
     PolicyAndReference,
@@ -177,8 +178,7 @@ def step_memory(
     Raises:
         ValueError: for an unknown size, or a batch below 1.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be 1 or more, got {batch}")
+    batch = checked_number("batch", batch, least=1)
     dtype = getattr(torch, precision)
     pair = make_policy(build_denoiser(name), lora_rank, seed=0, frozen_dtype=dtype)
     if gradient_checkpointing:

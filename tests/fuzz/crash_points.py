@@ -6,7 +6,6 @@ simulated: of each file that was written since the start, what was never forced 
 
 import csv
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -17,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from dkto.common import files
@@ -81,11 +79,8 @@ def _cleared(folder: Path, begin: Callable) -> None:
 
 def _whole(operation: Callable, folder: Path, begin: Callable) -> tuple[dict[str, str], int]:
     _cleared(folder, begin)
-    code, count, said = _in_a_fork(operation, folder, imports=True)
+    code, count, said = _in_a_fork(operation, folder)
     assert code == 0, f"the operation fails by itself: {said}"
-    for name in said.split():  # once here, and not once more in each fork
-        with suppress(Exception):
-            importlib.import_module(name)
     return contents(folder), count
 
 
@@ -141,17 +136,13 @@ def _in_a_fork(
     power_cut: bool = False,
     after: float | None = None,
     elsewhere: Collection[str] = (),
-    imports: bool = False,
 ) -> tuple[int, int, str]:
-    """Exit code or minus the signal, how many changes were made, and the last line of what went wrong.
-
-    With `imports` the text is the modules that the operation imported, if nothing went wrong.
-    """
+    """Exit code or minus the signal, how many changes were made, and the last line of what went wrong."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        code, said, known = 1, "", set(sys.modules)
+        code, said = 1, ""
         files._CLEARED.clear()  # as a process of its own
         changes = _watch(folder, point, power_cut, elsewhere)
         try:
@@ -160,7 +151,6 @@ def _in_a_fork(
                 os.dup2(nothing.fileno(), 2)
             operation()
             code = 0
-            said = " ".join(name for name in sys.modules if name not in known) if imports else ""
         except BaseException as error:
             said = "".join(traceback.format_exception_only(error)).strip()[:500]
         os.write(writer, json.dumps([changes[0], said]).encode())

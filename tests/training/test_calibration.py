@@ -121,6 +121,20 @@ def test_conversions_that_mean_nothing_are_refused(arguments, sentence):
         convert_beta(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"samples": 0}, "samples must be 1 or above, got 0"),
+        ({"draws": 1.5}, r"draws must be a whole number, got 1\.5"),
+        ({"wanted_slope": 1}, r"wanted_slope must be in \(0, 1\), got 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_trial(config, numbers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        calibrate(config, **numbers)
+    assert not config.output_dir.exists()
+
+
 def test_a_trial_is_trained_and_measured(config):
     found = calibrate(config, steps=6, samples=8, wanted_slope=0.8, draws=3)
     assert (found.rows, found.draws, found.steps) == (8, 3, 6)

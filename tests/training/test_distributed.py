@@ -144,7 +144,7 @@ def test_the_command_names_its_launcher(config):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"ranks": 0, "accelerate_config": ""}, "ranks must be 1 or more, got 0"),
+        ({"ranks": 0, "accelerate_config": ""}, "ranks must be 1 or above, got 0"),
         (
             {"ranks": 2, "accelerate_config": PROFILES / "one_gpu.yaml"},
             "ranks must be 1 with accelerate_config",

@@ -102,7 +102,7 @@ def test_a_row_says_which_batch_fits():
 def test_sizes_that_are_not_known_are_named():
     with pytest.raises(ValueError, match="unknown size 'flux'; known: small-world, sd15, sdxl, sd3"):
         step_memory("flux")
-    with pytest.raises(ValueError, match="batch must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="batch must be 1 or above, got 0"):
         step_memory("sd15", batch=0)
 
 
