@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkto.common.files import stays_inside, write_atomically, write_json
+from dkto.common.files import force_to_disk, stays_inside, write_atomically, write_json
 from dkto.common.json_text import parse_json
 from dkto.common.machine import versions
 from dkto.common.names import not_known, printable, shown
@@ -196,6 +196,7 @@ def run_notebook(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, lambda part: part.write_text(source, encoding="utf-8"))
         _execute(path.name, output, checked, progress, memory)
+        force_to_disk(output)  # which papermill wrote, before the record says that the run is finished
         if not result.is_file():
             raise RuntimeError(f"{path.name} ran to its end but wrote no metrics.json into {folder}")
         return read_metrics(result)
