@@ -57,6 +57,8 @@ SMALL: dict[str, dict[str, object]] = {
     "32_one_training_step": {"batch_size": 8, "trial_steps": 4},
     "33_train": {"max_train_steps": 8, "batch_size": 8, "checkpoint_every": 4},
     "40_win_rates": {"prompts": 4, "images_per_prompt": 3, "processes": 1},
+    "41_pitfalls": {"lengths": [20, 40], "pretrain_steps": 300, "seeds": 2, "tries": 200, "processes": 1},
+    "42_whose_likes": {"shares": [0.0, 0.3, 0.5], "seeds": 2, "processes": 1, **TOY_STEPS},
     "60_explore_utilities": {},
     "70_reading_runs": {},
     "50_win_rate_tables": {
@@ -149,6 +151,8 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/32_one_training_step": {"batch_size": 8, "trial_steps": 4},
     "solutions/33_train": {"max_train_steps": 4},
     "solutions/40_win_rates": {},
+    "solutions/41_pitfalls": {},
+    "solutions/42_whose_likes": TOY_STEPS,
     "solutions/60_explore_utilities": {},
     "solutions/70_reading_runs": {},
     "solutions/50_win_rate_tables": {},

@@ -94,10 +94,22 @@ def refreshed(executed: dict, lesson: dict) -> dict:
         raise ValueError(f"the executed copy has {len(ran)} code cells, its notebook {len(code)}: run it again")
     outputs, cells = iter(ran), []
     for cell in lesson["cells"]:
-        cells.append(cell if cell["cell_type"] != "code" else next(outputs) | {"source": cell["source"]})
+        if cell["cell_type"] == "code":
+            ran = next(outputs)
+            cell = described(ran | {"source": cell["source"], "metadata": ran["metadata"] | cell["metadata"]})
+        cells.append(cell)
         if "parameters" in cell["metadata"].get("tags", []):
             cells += given
     return executed | {"cells": cells}
+
+
+def described(cell: dict) -> dict:
+    """A code cell whose figures carry the alternative text that stands in the cell's metadata as `alt`."""
+    if text := cell.get("metadata", {}).get("alt"):
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                output["metadata"] = output.get("metadata", {}) | {"image/png": {"alt": text}}
+    return cell
 
 
 def lesson_plan(names: list[str], root: Path = ROOT) -> Plan:
@@ -222,6 +234,8 @@ def shrink(notebook: dict) -> dict:
                 data.pop("application/vnd.jupyter.widget-view+json", None)
             if "image/png" in data:
                 data["image/png"] = _smaller(data["image/png"])
+        if cell["cell_type"] == "code":
+            described(cell)
     return notebook
 
 

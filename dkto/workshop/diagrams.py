@@ -1,0 +1,235 @@
+"""The five diagrams of the course, as SVG: `python -m dkto.workshop.diagrams` puts them into the lessons.
+
+A lesson holds its diagram as an attachment of a Markdown cell, so the executed copies and the web pages show it too.
+Each has a title and a description in its text for who does not see it.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+import torch
+
+from dkto.common.files import write_atomically
+from dkto.objective.utilities import get_utility
+from dkto.plotting import COLOURS
+
+ROOT = Path(__file__).parents[2]
+LIKED, DISLIKED, POINT = COLOURS["desirable"], COLOURS["undesirable"], COLOURS["reference_point"]
+GREY, PALE = "#555555", "#f2f2f2"
+HEIGHT = 34  # of a box
+COURSE = (
+    ("start", "00"),
+    ("1  what people feel", "05  10  60"),
+    ("2  diffusion", "15  16  17"),
+    ("3  the laboratory", "20-26  64"),
+    ("4  from likes to a model", "30-32  63  61"),
+    ("5  did it work?", "40-42  62"),
+    ("6  your likes, at scale", "33  70"),
+)
+
+
+def _text(x: float, y: float, words: str, *, size: int = 13, colour: str = "black", anchor: str = "middle") -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _box(x: float, y: float, width: float, words: str, *, under: str = "", colour: str = GREY) -> str:
+    """A box with its left upper corner at (x, y); a second line of words stands below the first."""
+    height = HEIGHT + (16 if under else 0)
+    lines = [
+        _text(x + width / 2, y + 22, words),
+        _text(x + width / 2, y + 39, under, size=12, colour=GREY) if under else "",
+    ]
+    frame = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{PALE}" stroke="{colour}"/>'
+    return frame + "".join(lines)
+
+
+def _arrow(*points: tuple[float, float], colour: str = GREY) -> str:
+    way = " ".join(f"{x:g},{y:g}" for x, y in points)
+    return f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="1.5" marker-end="url(#tip)"/>'
+
+
+def _svg(width: int, height: int, title: str, about: str, *parts: str) -> str:
+    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+    tip += f'<path d="M0,0 L8,4 L0,8 z" fill="{GREY}"/></marker>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+    head += f'font-family="sans-serif" role="img" aria-label="{escape(title, quote=True)}">'
+    words = f"<title>{escape(title)}</title><desc>{escape(about)}</desc>"
+    ground = f'<rect width="{width}" height="{height}" fill="white"/>'
+    return "\n".join([head, words, f"<defs>{tip}</defs>", ground, *parts, "</svg>"])
+
+
+def course() -> str:
+    """The seven parts of the course in reading order."""
+    about = (
+        "Seven boxes in a row of reading: " + "; ".join(f"{part}: lessons {lessons}" for part, lessons in COURSE) + "."
+    )
+    parts = []
+    for place, (part, lessons) in enumerate(COURSE):
+        x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
+        parts.append(_box(x, y, 160, part, under=lessons))
+        if place % 4 < 3 and place + 1 < len(COURSE):
+            parts.append(_arrow((x + 160, y + 25), (x + 179, y + 25)))
+        elif place + 1 < len(COURSE):
+            parts.append(_arrow((x + 80, y + 50), (x + 80, y + 70), (95, y + 70), (95, y + 88)))
+    return _svg(730, 170, "The course: seven parts in reading order", about, *parts)
+
+
+def one_like() -> str:
+    """What becomes of one like in one training step."""
+    about = (
+        "An image, its prompt and a like enter. The image becomes latents and gets noise. Policy and reference predict "
+    )
+    about += "that noise. Their errors give a reward, the reward a gain, the gain a slope, which weighs the gradient."
+    steps = ("image, prompt", "latents", "+ noise at t", "two errors", "reward r", "gain r - z", "slope U'", "gradient")
+    below = (
+        "and a like",
+        "encoded once",
+        "the same for both",
+        "policy, reference",
+        "beta x gap",
+        "from the point",
+        "how much it counts",
+        "+ liked, - disliked",
+    )
+    parts = []
+    for place, (words, under) in enumerate(zip(steps, below, strict=True)):
+        x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
+        colour = LIKED if place == 0 else POINT if place == 5 else GREY
+        parts.append(_box(x, y, 150, words, under=under, colour=colour))
+        if place % 4 < 3:
+            parts.append(_arrow((x + 150, y + 25), (x + 179, y + 25)))
+        elif place == 3:
+            parts.append(_arrow((x + 75, y + 50), (x + 75, y + 70), (90, y + 70), (90, y + 88)))
+    return _svg(720, 170, "One like through one training step", about, *parts)
+
+
+def same_noise() -> str:
+    """Policy and reference on the same noise."""
+    about = (
+        "A clean image and one noise make a noisy image. It goes into the policy and into the frozen reference. Each "
+    )
+    about += (
+        "prediction is compared with the same noise; the error of the reference minus that of the policy is the gap."
+    )
+    parts = [
+        _box(15, 20, 120, "clean image"),
+        _box(15, 116, 120, "noise, t", colour=POINT),
+        _box(185, 68, 120, "noisy image"),
+        _arrow((135, 37), (160, 37), (160, 80), (184, 80)),
+        _arrow((135, 133), (160, 133), (160, 92), (184, 92)),
+        _box(355, 20, 130, "policy", under="learns", colour=LIKED),
+        _box(355, 108, 130, "reference", under="frozen"),
+        _arrow((305, 85), (330, 85), (330, 45), (354, 45)),
+        _arrow((305, 85), (330, 85), (330, 133), (354, 133)),
+        _box(535, 28, 110, "error"),
+        _box(535, 116, 110, "error"),
+        _arrow((485, 45), (534, 45)),
+        _arrow((485, 133), (534, 133)),
+        _arrow((75, 150), (75, 175), (590, 175), (590, 151), colour=POINT),
+        _text(330, 190, "the same noise is what both should predict", size=12, colour=POINT),
+        _box(695, 68, 130, "gap", under="reference - policy"),
+        _arrow((645, 45), (670, 45), (670, 85), (694, 85)),
+        _arrow((645, 133), (670, 133), (670, 100), (694, 100)),
+    ]
+    return _svg(840, 205, "Policy and reference on the same noise", about, *parts)
+
+
+def utility_slope_weight() -> str:
+    """From a utility to its slope to the weight of a sample, for the sigmoid."""
+    about = (
+        "Three small curves over the gain: the sigmoid, which rises from 0 to 1; its slope, a bell around 0; and the "
+    )
+    about += "weight of a sample, the bell for liked samples and its mirror image below zero for disliked ones."
+    x = torch.linspace(-6, 6, 61, dtype=torch.float64)
+    utility = get_utility("kahneman_tversky")
+    value, slope = utility.value(x), utility.slope(x)
+
+    def curve(left: float, y: torch.Tensor, low: float, high: float, colour: str) -> str:
+        dots = zip(left + 100 + x * 15, 140 - (y - low) / (high - low) * 105, strict=True)
+        way = " ".join(f"{float(a):.1f},{float(b):.1f}" for a, b in dots)
+        return f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+
+    parts = []
+    for left, words, lines in (
+        (10, "utility U: what is felt", [(value, 0, 1, "black")]),
+        (260, "slope U': what counts", [(slope, 0, 0.26, "black")]),
+        (510, "weight: + liked, - disliked", [(slope, -0.26, 0.26, LIKED), (-slope, -0.26, 0.26, DISLIKED)]),
+    ):
+        zero = 87.5 if len(lines) > 1 else 140
+        parts.append(f'<line x1="{left}" x2="{left + 200}" y1="{zero}" y2="{zero}" stroke="#bbbbbb"/>')
+        parts.append(
+            f'<line x1="{left + 100}" x2="{left + 100}" y1="30" y2="140" stroke="{POINT}" stroke-dasharray="3 3"/>'
+        )
+        parts += [curve(left, *line) for line in lines]
+        parts += [_text(left + 100, 20, words), _text(left + 100, 158, "reference point", size=12, colour=POINT)]
+    parts += [_arrow((215, 88), (250, 88)), _arrow((465, 88), (500, 88))]
+    return _svg(720, 170, "From utility to slope to the weight of a sample", about, *parts)
+
+
+def sampler() -> str:
+    """How gamma draws a batch."""
+    about = (
+        "Two boxes, few liked and many disliked images. With chance gamma the sampler draws from the liked box, else "
+    )
+    about += "from the disliked one; within a box all images are equally likely. With gamma 0.8 four of five are liked."
+    dots = [
+        f'<circle cx="{310 + k % 10 * 24}" cy="{75 + k // 10 * 24}" r="8" fill="{LIKED if k % 5 else DISLIKED}"/>'
+        for k in range(20)
+    ]
+    parts = [
+        _box(15, 20, 150, "liked", under="few", colour=LIKED),
+        _box(15, 110, 150, "disliked", under="many", colour=DISLIKED),
+        _arrow((165, 45), (230, 45), (230, 80), (290, 80)),
+        _arrow((165, 135), (230, 135), (230, 100), (290, 100)),
+        _text(228, 36, "gamma", colour=LIKED),
+        _text(228, 155, "1 - gamma", colour=DISLIKED),
+        _text(418, 52, "a batch at gamma = 0.8"),
+        *dots,
+        _text(418, 130, "within a box every image is equally likely", size=12, colour=GREY),
+    ]
+    return _svg(600, 175, "The sampler with gamma", about, *parts)
+
+
+DIAGRAMS: dict[str, tuple[str, Callable[[], str]]] = {
+    "00_start_here": ("course", course),
+    "10_utility_functions": ("utility_slope_weight", utility_slope_weight),
+    "21_error_as_reward": ("same_noise", same_noise),
+    "31_feedback_data": ("sampler", sampler),
+    "32_one_training_step": ("one_like", one_like),
+}
+"""The lesson that holds each diagram, with the diagram's name."""
+
+
+def attach(lesson: dict, name: str, svg: str) -> dict:
+    """The lesson with a diagram in the cell that shows `attachment:NAME.svg`.
+
+    Raises:
+        ValueError: if there is not just one such cell.
+    """
+    cells = [cell for cell in lesson["cells"] if f"(attachment:{name}.svg)" in "".join(cell["source"])]
+    if len(cells) != 1:
+        raise ValueError(f"the lesson must show attachment:{name}.svg in one cell, got {len(cells)}")
+    cells[0]["attachments"] = {f"{name}.svg": {"image/svg+xml": base64.b64encode(svg.encode()).decode()}}
+    return lesson
+
+
+def description(svg: str) -> str:
+    """What a diagram says about itself."""
+    return re.search("<title>(.*)</title>", svg)[1]
+
+
+def put_into_lessons(folder: Path = ROOT / "notebooks", names: Sequence[str] = tuple(DIAGRAMS)) -> None:
+    """Draw the diagrams of these lessons again."""
+    for stem in names:
+        path, (name, draw) = folder / f"{stem}.ipynb", DIAGRAMS[stem]
+        lesson = attach(json.loads(path.read_text(encoding="utf-8")), name, draw())
+        text = json.dumps(lesson, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    put_into_lessons()
