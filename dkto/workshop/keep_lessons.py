@@ -104,7 +104,7 @@ def refreshed(executed: dict, lesson: dict) -> dict:
 
 
 def described(cell: dict) -> dict:
-    """A code cell whose figures carry the alternative text that stands in the cell's metadata as `alt`."""
+    """A code cell whose figures carry the alternative text in the cell's metadata, `alt`."""
     if text := cell.get("metadata", {}).get("alt"):
         for output in cell["outputs"]:
             if "image/png" in output.get("data", {}):
