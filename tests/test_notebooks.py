@@ -167,5 +167,24 @@ def test_the_lessons_are_one_chain_without_loops_and_orphans():
             assert [file for _, file in following] == ["your_own_likes.md"]
 
 
+KEPT = FOLDER.parent / "papermill_runs" / "reference"
+# lessons whose figures wait for their words
+WITHOUT_WORDS = {"30_train_with_likes", "40_win_rates"} | {path.stem for path in FOLDER.glob("experiments/*.ipynb")}
+
+
+@pytest.mark.parametrize("path", [p for p in LESSONS if p.stem not in WITHOUT_WORDS], ids=lambda path: path.stem)
+def test_every_figure_of_a_kept_run_has_an_alternative_text(path):
+    words = {cell.id: cell.metadata.get("alt", "") for cell in code_cells(read(path))}
+    if not (kept := KEPT / path.stem / "notebook.ipynb").exists():
+        pytest.skip("no kept run")
+    for cell in code_cells(read(kept)):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}) and cell.id in words:
+                assert len(words[cell.id]) >= 30, (
+                    f"cell {cell.id} draws a figure: say in its metadata, alt, what it shows"
+                )
+                assert output.metadata["image/png"]["alt"] == words[cell.id]
+
+
 def test_every_solution_belongs_to_a_lesson():
     assert {path.name for path in SOLUTIONS} <= {path.name for path in LESSONS}

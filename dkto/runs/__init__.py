@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "answers": ["check", "findings"],
-        "notebooks": ["environment_table", "run_notebook", "write_metrics"],
+        "notebooks": ["environment_table", "project_path", "run_notebook", "write_metrics"],
         "page": ["styled", "table_html", "text_html"],
         "table": [
             "column",

@@ -302,6 +302,16 @@ def write_metrics(
     return folder / "metrics.json"
 
 
+def project_path(path: str | Path) -> Path:
+    """A path as it is, or below the project or its notebooks where it exists only there.
+
+    JupyterLab starts a kernel in the folder of its notebook, `dkto run` where it was called.
+    """
+    root = Path(__file__).parents[2]
+    places = (Path(path), root / path, root / "notebooks" / path)
+    return next((place for place in places if place.exists()), places[0])
+
+
 def environment_table() -> "pd.DataFrame":
     """Versions and devices that a notebook runs on, for its first cell."""
     import pandas as pd

@@ -64,9 +64,7 @@ def _svg(width: int, height: int, title: str, about: str, *parts: str) -> str:
 
 def course() -> str:
     """The seven parts of the course in reading order."""
-    about = (
-        "Seven boxes in a row of reading: " + "; ".join(f"{part}: lessons {lessons}" for part, lessons in COURSE) + "."
-    )
+    about = "Seven boxes. " + " ".join(f"{part.capitalize()}: lessons {lessons}." for part, lessons in COURSE)
     parts = []
     for place, (part, lessons) in enumerate(COURSE):
         x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
@@ -80,10 +78,8 @@ def course() -> str:
 
 def one_like() -> str:
     """What becomes of one like in one training step."""
-    about = (
-        "An image, its prompt and a like enter. The image becomes latents and gets noise. Policy and reference predict "
-    )
-    about += "that noise. Their errors give a reward, the reward a gain, the gain a slope, which weighs the gradient."
+    about = "An image, its prompt and a like enter; latents get noise. Policy and reference predict that noise. "
+    about += "Their errors give a reward, the reward a gain, the gain a slope, which weighs the gradient."
     steps = ("image, prompt", "latents", "+ noise at t", "two errors", "reward r", "gain r - z", "slope U'", "gradient")
     below = (
         "and a like",
@@ -109,11 +105,9 @@ def one_like() -> str:
 
 def same_noise() -> str:
     """Policy and reference on the same noise."""
-    about = (
-        "A clean image and one noise make a noisy image. It goes into the policy and into the frozen reference. Each "
-    )
+    about = "A clean image and a noise make a noisy image, for the policy and for the frozen reference. "
     about += (
-        "prediction is compared with the same noise; the error of the reference minus that of the policy is the gap."
+        "Each prediction is compared with that noise. The gap is the error of the reference minus that of the policy."
     )
     parts = [
         _box(15, 20, 120, "clean image"),
@@ -140,10 +134,8 @@ def same_noise() -> str:
 
 def utility_slope_weight() -> str:
     """From a utility to its slope to the weight of a sample, for the sigmoid."""
-    about = (
-        "Three small curves over the gain: the sigmoid, which rises from 0 to 1; its slope, a bell around 0; and the "
-    )
-    about += "weight of a sample, the bell for liked samples and its mirror image below zero for disliked ones."
+    about = "Three small curves over the gain. The sigmoid rises from 0 to 1. Its slope is a bell around 0. "
+    about += "The weight of a sample is that bell if it is liked, and its mirror image below zero if not."
     x = torch.linspace(-6, 6, 61, dtype=torch.float64)
     utility = get_utility("kahneman_tversky")
     value, slope = utility.value(x), utility.slope(x)
@@ -172,10 +164,10 @@ def utility_slope_weight() -> str:
 
 def sampler() -> str:
     """How gamma draws a batch."""
-    about = (
-        "Two boxes, few liked and many disliked images. With chance gamma the sampler draws from the liked box, else "
+    about = "Two boxes, few liked and many disliked images. With chance gamma the sampler draws from the liked box, "
+    about += (
+        "else from the other one. Within a box all images are equally likely. With gamma 0.8 four of five are liked."
     )
-    about += "from the disliked one; within a box all images are equally likely. With gamma 0.8 four of five are liked."
     dots = [
         f'<circle cx="{310 + k % 10 * 24}" cy="{75 + k // 10 * 24}" r="8" fill="{LIKED if k % 5 else DISLIKED}"/>'
         for k in range(20)

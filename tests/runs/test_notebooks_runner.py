@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from unittest import mock
 
 import nbformat
@@ -18,6 +19,7 @@ from dkto.runs.notebooks import (
     coerce,
     declared_parameters,
     environment_table,
+    project_path,
     run_notebook,
     write_metrics,
 )
@@ -35,6 +37,8 @@ HAND_OVER = """\
 from dkto.runs.notebooks import write_metrics
 write_metrics(output_dir, {"rate": rate, "steps": steps}, {"rate": rate, "steps": steps}, seed)
 """
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -419,6 +423,17 @@ def test_an_interrupted_write_leaves_the_old_metrics(tmp_path):
     with mock.patch("pathlib.Path.replace", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         write_metrics(tmp_path, {"seconds": 2.0}, {}, seed=0)
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == {"seconds": 1.0}
+
+
+@pytest.mark.parametrize("name", ["papermill_runs/reference/sweep", "likes/likes.csv"])
+def test_a_default_path_is_found_from_wherever_a_kernel_starts(name, tmp_path, monkeypatch):
+    for folder in (ROOT, ROOT / "notebooks", ROOT / "notebooks" / "solutions", tmp_path):
+        monkeypatch.chdir(folder)
+        assert project_path(name).exists()
+    assert project_path("nowhere.csv") == Path("nowhere.csv"), "the reader's sentence names what was asked for"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert project_path(name) == Path(name), "what lies here comes first"
 
 
 def test_environment_table_names_versions_and_device():
