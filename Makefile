@@ -97,6 +97,7 @@ toy: $(READY)
 	$(BIN)/python -m toy --profile $(or $(PROFILE),small)
 
 site: $(READY)
+	-$(BIN)/python -m dkto.web.page
 	$(BIN)/python -m dkto.workshop.site
 
 # onnxruntime for browsers comes from npm once, known by its hash; after that no network is needed

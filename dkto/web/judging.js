@@ -3,7 +3,7 @@
 const WORDS = { like: "liked", dislike: "disliked", "": "not judged" };
 const answerOf = (image) => (image.liked === undefined ? "" : image.liked ? "like" : "dislike");
 const judged = () => state.pool.filter((image) => image.liked !== undefined);
-let current = 0;
+let current = -1; // the image that keys judge; -1 while none is left to judge
 const history = []; // places of answers, for taking back
 
 function addImage(image) {
@@ -12,6 +12,7 @@ function addImage(image) {
   image.tile.firstChild.removeAttribute("role");
   image.tile.firstChild.removeAttribute("aria-label");
   host("tiles").append(image.tile);
+  if (current < 0 && image.liked === undefined) current = k;
   if (state.pool.length === state.drawing) { applyJudge(); say("All images are drawn."); }
   redraw("judging");
 }
@@ -27,8 +28,8 @@ function judge(k, liked) {
 function judgeCurrent(liked) {
   if (!state.pool[current]) return;
   judge(current, liked);
-  const next = state.pool.findIndex((image, i) => i > current && image.liked === undefined);
-  current = next >= 0 ? next : Math.max(0, state.pool.findIndex((image) => image.liked === undefined));
+  const open = state.pool.map((image, i) => (image.liked === undefined ? i : -1)).filter((i) => i >= 0);
+  current = open.find((i) => i > current) ?? open[0] ?? -1;
   redraw("judging");
 }
 function takeBack() {
@@ -49,12 +50,13 @@ function applyJudge() {
     image.wrong = Boolean(wrong) && k === clearest;
     image.liked = liked[k] !== image.wrong;
   });
+  current = -1;
   redraw("judging", "tuning", "take");
 }
 
 function drawImages() {
   Object.assign(state, { pool: [], drawing: state.settings.count, log: [], tuned: null, held: freshHeld(), pairs: [], answers: [] });
-  current = 0;
+  current = -1;
   history.length = 0;
   host("tiles").replaceChildren();
   say("Drawing; you can judge at once.");
@@ -81,7 +83,7 @@ function buildJudging() {
     const { settings, pool, drawing } = state, image = pool[current], given = judged(), likes = given.filter((one) => one.liked).length;
     draw.disabled = !state.machine || Boolean(state.tuning) || pool.length < drawing;
     draw.textContent = pool.length < drawing ? `Drawing ${pool.length + 1} of ${drawing}` : pool.length ? "Draw again" : `Draw ${settings.count} images`;
-    count.select.value = String(settings.count);
+    showChoice(count.select, settings.count, `${settings.count} images`);
     count.select.disabled = Boolean(settings.group);
     who.select.value = settings.judge;
     card.hidden = !settings.card;
@@ -89,11 +91,9 @@ function buildJudging() {
     area.hidden = !pool.length;
     for (const one of [like, dislike]) one.disabled = !image || Boolean(state.tuning);
     undo.disabled = !history.length || Boolean(state.tuning);
-    if (image) {
-      paint(big, image.pixels);
-      big.setAttribute("aria-label", `${WORDS[answerOf(image)]}: ${image.prompt}`);
-      prompt.textContent = image.prompt;
-    }
+    if (pool.length) paint(big, (image ?? pool[pool.length - 1]).pixels);
+    big.setAttribute("aria-label", image ? `${WORDS[answerOf(image)]}: ${image.prompt}` : "no image to judge");
+    prompt.textContent = image ? image.prompt : pool.length < drawing ? "The next image is on its way." : "All are judged. A click changes an answer.";
     pool.forEach((one, k) => {
       const answer = answerOf(one);
       Object.assign(one.tile.dataset, { answer, sign: { like: "+", dislike: "−", "": "" }[answer], wrong: one.wrong ? "yes" : "" });

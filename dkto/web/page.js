@@ -22,20 +22,20 @@ function keysAnywhere(event) {
 async function begin() {
   say("Loading the model, 10 MB.");
   const began = performance.now();
-  state.machine = await startMachine((why) => {
-    state.machine = null;
-    fallBack(`The model's worker ended (${why}).`);
-  });
+  state.machine = await startMachine((why) => fallBack(`The model's worker ended (${why}).`));
   state.readyAfter = performance.now();
-  say(`The model is ready after ${((state.readyAfter - began) / 1000).toFixed(1)} seconds. Nothing leaves this page.`);
+  say(`The model is ready (${((state.readyAfter - began) / 1000).toFixed(1)} seconds).`);
   redraw("judging", "tuning");
   work();
 }
 
-function fallBack(why) {
-  Object.assign(state, { lacks: why, tuning: null, drawing: state.pool.length });
-  say(`${why} The curve above works all the same.`);
-  redraw("judging", "tuning", "take");
+// Without the model: what the visitor has made stays; one who has nothing tuned yet sees a run that was kept.
+async function fallBack(why) {
+  Object.assign(state, { machine: null, lacks: why, tuning: null, drawing: state.pool.length });
+  const rest = "Your images and answers are still here; reload the page to begin again.";
+  if (!state.tuned) await showKeptRun();
+  say(`${why} ${state.tuned.kept ? "The page shows a run that was kept instead: move the slider and compare blind." : rest}`);
+  redraw("judging", "tuning", "held", "blind", "take", "curve");
 }
 
 function startPage() {
@@ -54,7 +54,7 @@ function startPage() {
   addEventListener("keydown", keysAnywhere);
   const lacks = lacking();
   if (lacks) { fallBack(lacks); return; }
-  const start = () => begin().catch((error) => { state.machine = null; fallBack(`The model could not be started: ${error.message}.`); });
+  const start = () => begin().catch((error) => fallBack(`The model could not be started (${error.message}).`));
   if (!navigator.connection?.saveData) { start(); return; }
   say("The model has 10 MB, and this device saves data.");
   const load = button("Load the model", () => { load.remove(); start(); }, { class: "dkto-main" });

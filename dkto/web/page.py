@@ -27,8 +27,10 @@ SINGLE, SERVED = "teach_your_taste.html", "served"
 UTILITIES = SHARED[-1]
 ENGINE = (UTILITIES, *(HERE / f"{name}.js" for name in ("formula", "numbers", "tokenizer", "engine")))
 PARTS = ("formula", "numbers", "verdicts", "zip", "settings", "machine", "state")
-SECTIONS = ("feelings", "judging", "tuning", "comparing", "taking", "visitor", "page")
+SECTIONS = ("feelings", "judging", "tuning", "comparing", "taking", "kept", "visitor", "page")
+KEPT = HERE / "kept_run.json"  # of dkto.web.keep: what is shown where the model cannot run
 PAGE = (*SHARED, *(HERE / f"{name}.js" for name in (*PARTS, *SECTIONS)))
+KEPT_FIELDS = ("settings", "prompts", "liked", "log", "positions", "sprite")
 STYLES_OF_PAGE = (WIDGETS / "common.css", HERE / "page.css")
 
 
@@ -113,6 +115,7 @@ def html(inside: dict[str, bytes]) -> str:
     ]
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {"CONNECT": "data:" if inside else "'self' data:", "/*STYLE*/": joined(STYLES_OF_PAGE)}
+    parts["/*KEPT*/"] = json.dumps(read_json(KEPT, "kept run of the page", KEPT_FIELDS)).replace("</", "<\\/")
     for mark, text in (parts | {"<!--FILES-->": "\n".join(held), "/*SCRIPT*/": script}).items():
         before, found, after = page.partition(mark)
         if not found:

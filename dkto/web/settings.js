@@ -32,6 +32,6 @@ function settingsOf(fragment) {
 
 // The fragment of settings: what differs from the defaults.
 function fragmentOf(settings) {
-  const changed = Object.entries(settings).filter(([name, value]) => value !== DEFAULTS[name] && value !== undefined && value !== false && (name !== "formula" || settings.utility === "own"));
+  const changed = Object.entries(settings).filter(([name, value]) => value !== DEFAULTS[name] && value !== undefined && value !== null && value !== false && (name !== "formula" || settings.utility === "own"));
   return changed.length ? `#${new URLSearchParams(changed.map(([name, value]) => [name, String(value)]))}` : "";
 }

@@ -54,6 +54,12 @@ async function work() {
   finally { working = false; }
 }
 
+// A number that a link brings, and the list has not, becomes a choice of it.
+function showChoice(select, value, text = String(value)) {
+  if (![...select.options].some((option) => option.value === String(value))) select.append(element("option", { value, text }));
+  select.value = String(value);
+}
+
 function paint(canvas, pixels) {
   const context = canvas.getContext("2d");
   if (pixels) context.putImageData(new ImageData(new Uint8ClampedArray(pixels), IMAGE_SIDE, IMAGE_SIDE), 0, 0);

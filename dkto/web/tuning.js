@@ -75,10 +75,8 @@ function buildTuning() {
     tune.disabled = shuffle.disabled = !state.machine || !enough || !sound || !drawn || Boolean(state.tuning);
     stop.disabled = !state.tuning;
     method.select.value = state.settings.method;
-    const known = [...steps.select.options].some((option) => Number(option.value) === state.settings.steps);
-    if (!known) steps.select.append(element("option", { value: state.settings.steps, text: String(state.settings.steps) }));
-    steps.select.value = String(state.settings.steps);
-    why.textContent = state.lacks ? "" : !drawn ? "First draw the images." : !enough ? "Tuning needs at least one like and one dislike; ten of each show something." : given.length < state.pool.length ? `${state.pool.length - given.length} images have no answer and are left out.`
+    showChoice(steps.select, state.settings.steps);
+    why.textContent = state.lacks ? "What you see is a run that was kept: a rule liked dark backgrounds." : !drawn ? "First draw the images." : !enough ? "Tuning needs at least one like and one dislike; ten of each show something." : given.length < state.pool.length ? `${state.pool.length - given.length} images have no answer and are left out.`
       : "Shuffled likes are the control: the same images, with nothing to learn. What they achieve is chance.";
     parts.live();
   };

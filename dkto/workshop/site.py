@@ -23,6 +23,9 @@ from dkto.workshop.keep_lessons import CARDS
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "papermill_runs" / "outputs" / "site"
+TEACH = Path(
+    "papermill_runs", "outputs", "page", "served"
+)  # of `make page`; without it the site is the same but for it
 SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
@@ -35,6 +38,10 @@ FOLDERS = (
     *(("guides", "Guides and results"), ("lessons", "Lessons, as they ran")),
     *(("cards", "Verdict cards"), ("api", "Functions")),
 )
+TEACH_LINK = """```{raw} html
+<p><a href="teach/index.html"><strong>Teach a diffusion model your taste</strong></a>, in this browser, now.</p>
+```
+"""
 CONTENTS = """
 ```{{toctree}}
 :hidden:
@@ -68,6 +75,8 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:
         raise RuntimeError(f"Sphinx is not content with {source}:\n{done.stderr.strip()}")
+    if (root / TEACH).is_dir():
+        shutil.copytree(root / TEACH, pages / "teach")
     wrong = check_pages(pages)
     if wrong:
         raise ValueError(f"{len(wrong)} links of {pages} are wrong: {'; '.join(wrong[:10])}")
@@ -103,6 +112,8 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
     filled = [(folder, caption) for folder, caption in FOLDERS if any((source / folder).iterdir())]
     contents = [CONTENTS.format(caption=caption, folder=folder) for folder, caption in filled]
     text = copy.rewrite((root / "README.md").read_text(encoding="utf-8"), root, source)
+    if (root / TEACH).is_dir():
+        text = text.replace("\n## ", f"\n{TEACH_LINK}\n## ", 1)
     (source / "index.md").write_text("\n".join([text, *contents]), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dkto.workshop.site import build_site, check_pages, literal_formulas, mathml, write_source
+from dkto.workshop.site import TEACH, build_site, check_pages, literal_formulas, mathml, write_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +46,8 @@ def checkout(tmp_path):
         folder.mkdir(parents=True)
         nbformat.write(notebook, folder / "notebook.ipynb")
     (folder / "reproduction_card.csv").write_text("paper,ours\n86.4 %,<b>1</b>\n")
+    (root / TEACH).mkdir(parents=True)
+    (root / TEACH / "index.html").write_text("<!doctype html><title>Teach</title>")
     return root
 
 
@@ -59,6 +61,7 @@ def test_what_sphinx_reads(checkout, tmp_path):
     assert index.index("guides/*") < index.index("lessons/*") < index.index("cards/*") < index.index("api/*")
     assert (tmp_path / "source" / "picture.png").is_file()
     assert [path.stem for path in (tmp_path / "source" / "api").iterdir()] == ["dkto.runs.yaml12"]
+    assert index.index('href="teach/index.html"') < index.index("## Files")
     lesson = json.loads((tmp_path / "source" / "lessons" / "10_first.ipynb").read_text())
     text = "".join(lesson["cells"][0]["source"])
     assert "[the next](20_second.ipynb)" in text and "and `solutions/x.ipynb`." in text
@@ -78,7 +81,8 @@ def test_a_site_is_built_and_checked(checkout, tmp_path):
     lesson = (page.parent / "lessons" / "10_first.html").read_text()
     assert "<math" in lesson and "mathjax@" not in lesson and "_images/" in lesson
     assert "read_yaml" in (page.parent / "api" / "dkto.runs.yaml12.html").read_text()
-    assert check_pages(page.parent) == []
+    assert check_pages(page.parent) == [] and (page.parent / "teach" / "index.html").is_file()
+    assert 'href="teach/index.html"' in page.read_text()
     (checkout / "README.md").write_text("# small\n\n[broken](#nowhere)\n")
     with pytest.raises(RuntimeError, match="Sphinx is not content"):
         build_site(tmp_path / "site", root=checkout)
