@@ -31,21 +31,26 @@ TOY = {"common", "objective", "plotting", "runs", "widgets"}  # what the 2-D lab
 LIGHT = """
 import sys
 found = lambda *names: [name for name in names if name in sys.modules]
-heavy = ("diffusers", "transformers", "accelerate")
+heavy = ("diffusers", "transformers", "accelerate", "peft")
 import dkto
 print("dkto", found("torch", *heavy))
 import dkto.objective.losses, dkto.objective.methods, dkto.evaluation.metrics
 print("objective", found(*heavy))
 import toy.experiment
 print("toy", found(*heavy))
+import dkto.training, dkto.training.step, dkto.training.batches, dkto.training.launch, dkto.evaluation.scoring
+print("step", found(*heavy))
+import dkto.training.loop
+print("loop", found("peft", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils", "matplotlib"))
 """
 
 
 @pytest.mark.process
-def test_dkto_the_objective_and_the_toy_import_little():
-    """`import dkto` loads not even torch; the objective, the metrics and the 2-D laboratory need no image model."""
+def test_dkto_the_objective_the_toy_and_the_step_import_little():
+    """`import dkto` loads not even torch; objective, metrics, 2-D laboratory and step need no image model, and the
+    training itself no pipeline."""
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["dkto []", "objective []", "toy []"]
+    assert done.stdout.splitlines() == ["dkto []", "objective []", "toy []", "step []", "loop []"]
 
 
 @pytest.mark.process

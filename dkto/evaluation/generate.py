@@ -10,16 +10,11 @@ noise, and batch size or number of processes change no more than the last digits
 float32, two or three in bfloat16).
 """
 
-from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
-
-# isort: split
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from diffusers import DiffusionPipeline
 
 from dkto.common.files import claim, write_png, write_records
 from dkto.common.processes import sole_writer, worker_pool
@@ -178,7 +173,7 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
         yield from pool.map(_draw_chunk, tasks)
 
 
-_PIPELINES: dict[tuple[str | None, ...], DiffusionPipeline] = {}  # the last one, by what it was loaded from
+_PIPELINES: dict[tuple[str | None, ...], object] = {}  # the last one, by what it was loaded from
 
 
 def _draw_chunk(task: _Task) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -158,6 +157,8 @@ def _scale(path: Path, found: Mapping[str, Any], part: str, layer: str, rank: in
     own = {key.removeprefix(f"{part}."): value for key, value in found.items() if key.startswith(f"{part}.")} or found
     if own.get("use_dora"):
         raise ValueError(f"{path} is a DoRA, which is not supported; expected a LoRA")
+    from peft.utils.other import get_pattern_key
+
     pattern = own.get("alpha_pattern") or {}
     alpha = (
         pattern.get(get_pattern_key(pattern, layer), own.get("lora_alpha", rank)) if pattern else own.get("lora_alpha")

@@ -12,7 +12,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -92,7 +91,7 @@ def cut_sentence(count: int, prompts: int, path: Path) -> str:
     return f"{count} of {prompts} prompts are longer than the text encoder takes and are cut, see {path}"
 
 
-def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_denoiser(denoiser: "diffusers.ModelMixin", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save configuration and weights in one file each, as diffusers does, without the place it was loaded from."""
     if weights is None:
         denoiser.save_pretrained(folder, max_shard_size="1TB")
@@ -105,7 +104,7 @@ def save_denoiser(denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor]
 class PipelineText(nn.Module):
     """The text encoders of a pipeline as one module, to be moved together; `encode_prompt` is the pipeline's own."""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: "diffusers.DiffusionPipeline") -> None:
         super().__init__()
         self.pipeline = pipeline
         self.encoders = nn.ModuleList(m for m in pipeline.components.values() if isinstance(m, nn.Module))
@@ -124,8 +123,8 @@ class DiffusionModel(ABC):
     conditions. Whatever takes a batch keeps its first dimension, B. `folder` is a pipeline with safetensors weights.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    denoiser_class: ClassVar[type[ModelMixin]]
+    pipeline_name: ClassVar[str]  # class of diffusers; a training never imports the pipelines, which take seconds
+    denoiser_name: ClassVar[str]  # class of diffusers
     denoiser_part: ClassVar[str]  # "unet" or "transformer": folder and keyword of the pipeline
     default_sampling: ClassVar[str]
     prompt_tensors: ClassVar[tuple[str, ...]]  # names of what `encode_prompts` gives
@@ -141,7 +140,7 @@ class DiffusionModel(ABC):
                 "supported; expected a VAE with scaling_factor and shift_factor alone"
             )
 
-    def load_scheduler(self, kind: type[SchedulerMixin]) -> SchedulerMixin:
+    def load_scheduler(self, kind: "type[diffusers.SchedulerMixin]") -> "diffusers.SchedulerMixin":
         """The stored schedule as a scheduler of this class.
 
         Raises:
@@ -185,7 +184,7 @@ class DiffusionModel(ABC):
                 found[name] = tuple(entry)
         return found
 
-    def load_pipeline(self, **given: Any) -> DiffusionPipeline:
+    def load_pipeline(self, **given: Any) -> "diffusers.DiffusionPipeline":
         """The pipeline in float32 with these parts, None being none; its other networks loaded and checked.
 
         Raises:
@@ -203,7 +202,8 @@ class DiffusionModel(ABC):
         if "safety_checker" in parts:
             parts["requires_safety_checker"] = False
         try:
-            return self.pipeline_class.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32, **parts)
+            kind = getattr(diffusers, self.pipeline_name)
+            return kind.from_pretrained(self.folder, use_safetensors=True, dtype=torch.float32, **parts)
         except UNREADABLE as error:
             raise ValueError(f"{self.folder} cannot be loaded as a pipeline ({first_line(error)})") from error
 
@@ -236,13 +236,13 @@ class DiffusionModel(ABC):
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
         """One pass of a denoiser, shape of `noisy_latents`."""
 
-    def load_denoiser(self) -> ModelMixin:
+    def load_denoiser(self) -> "diffusers.ModelMixin":
         """A fresh denoiser in float32."""
-        return load_part(self.denoiser_class, self.folder / self.denoiser_part)
+        return load_part(getattr(diffusers, self.denoiser_name), self.folder / self.denoiser_part)
 
-    def load_vae(self) -> AutoencoderKL:
+    def load_vae(self) -> "diffusers.AutoencoderKL":
         """The frozen autoencoder in float32."""
-        return load_part(AutoencoderKL, self.folder / "vae").eval().requires_grad_(False)
+        return load_part(diffusers.AutoencoderKL, self.folder / "vae").eval().requires_grad_(False)
 
     @property
     def image_size(self) -> int:
@@ -253,7 +253,7 @@ class DiffusionModel(ABC):
         return denoiser["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
     @torch.no_grad()
-    def encode_images(self, vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, vae: "diffusers.AutoencoderKL", pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled posterior, each (B, C, H/f, W/f).
 
             latents = (x - shift) * scale
@@ -282,7 +282,9 @@ class DiffusionModel(ABC):
             quantiles = torch.sigmoid(torch.from_numpy(rng.standard_normal(size)))
         return self.timesteps_at(quantiles)
 
-    def write_pipeline(self, denoiser: ModelMixin, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    def write_pipeline(
+        self, denoiser: "diffusers.ModelMixin", folder: Path, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Save a whole pipeline with this denoiser, to be loaded by plain diffusers; its other parts are copied.
 
         `weights` are the denoiser's, if they are not to be found in it as a whole.

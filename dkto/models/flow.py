@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
@@ -19,15 +19,15 @@ class StableDiffusion3(DiffusionModel):
     s = shift u / (1 + (shift - 1) u) for u uniform or logit-normal in (0, 1).
     """
 
-    pipeline_class = StableDiffusion3Pipeline
-    denoiser_class = SD3Transformer2DModel
+    pipeline_name = "StableDiffusion3Pipeline"
+    denoiser_name = "SD3Transformer2DModel"
     denoiser_part = "transformer"
     default_sampling = "logit_normal"
     prompt_tensors = ("encoder_hidden_states", "pooled_projections")
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.scheduler = self.load_scheduler(FlowMatchEulerDiscreteScheduler)
+        self.scheduler = self.load_scheduler(diffusers.FlowMatchEulerDiscreteScheduler)
 
     @property
     def num_train_timesteps(self) -> int:

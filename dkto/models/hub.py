@@ -16,7 +16,7 @@ from dkto.models.policy import LORA_FILE
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 MODEL_CLASSES: dict[str, type[DiffusionModel]] = {
-    kind.pipeline_class.__name__: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    kind.pipeline_name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
 }
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PUBLISHED = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, SchedulerMixin
 from safetensors import SafetensorError
 from torch import nn
 
@@ -41,7 +40,7 @@ def load_part(kind: type, folder: Path) -> nn.Module:
         network, told = kind.from_pretrained(folder, **options, output_loading_info=True)
     except (*UNREADABLE, SafetensorError) as error:
         raise ValueError(f"{folder} holds no {kind.__name__} that can be loaded ({first_line(error)})") from error
-    extra = told["unexpected_keys"] if isinstance(network, ModelMixin) else ()
+    extra = told["unexpected_keys"] if isinstance(network, diffusers.ModelMixin) else ()
     for names, why in ((told["missing_keys"], "lack"), (extra, "have no layer for")):
         if names := sorted(names):
             raise ValueError(
@@ -87,7 +86,7 @@ def copy_config(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def check_family(stored: Mapping[str, Any], kind: type[SchedulerMixin], path: Path) -> None:
+def check_family(stored: Mapping[str, Any], kind: "type[diffusers.SchedulerMixin]", path: Path) -> None:
     """Refuse a stored schedule of another family of processes than `kind`'s, or of a distilled model."""
     name = str(stored["_class_name"])
     cls = getattr(diffusers, name, None)

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from dkto.common.tensors import check_fits, read_tensors
@@ -28,8 +27,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class PolicyAndReference:
     """The trained model and what it is measured against."""
 
-    policy: ModelMixin  # in training; with LoRA it carries the adapter
-    reference: ModelMixin | None  # the frozen copy, or None when the adapter switched off is the reference
+    policy: "diffusers.ModelMixin"  # in training; with LoRA it carries the adapter
+    reference: "diffusers.ModelMixin | None"  # the frozen copy, or None when the adapter switched off is the reference
 
     @property
     def part(self) -> str:
@@ -62,7 +61,7 @@ class PolicyAndReference:
 
 
 def make_policy(
-    denoiser: ModelMixin, lora_rank: int, seed: int, *, frozen_dtype: torch.dtype = torch.float32
+    denoiser: "diffusers.ModelMixin", lora_rank: int, seed: int, *, frozen_dtype: torch.dtype = torch.float32
 ) -> PolicyAndReference:
     """Turn a loaded denoiser into policy and reference.
 
@@ -85,6 +84,8 @@ def make_policy(
         # The reference runs under no_grad and is in no optimiser, so nothing can change it.
         reference.requires_grad_(True)
         return PolicyAndReference(denoiser.train().requires_grad_(True), reference)
+    from peft import LoraConfig
+
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -120,11 +121,14 @@ def write_weights(pair: PolicyAndReference, folder: Path, weights: dict[str, Ten
     if pair.reference is not None:
         save_denoiser(pair.policy, folder / pair.part, weights)
         return
+    from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin  # the pipelines take seconds
+    from peft import get_peft_model_state_dict
+
     layers = get_peft_model_state_dict(pair.policy, state_dict=weights)
     if pair.part == "unet":  # the file of every UNet pipeline is the same
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
     else:
-        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+        SD3LoraLoaderMixin.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 def read_weights(pair: PolicyAndReference, folder: Path) -> None:
@@ -139,6 +143,8 @@ def read_weights(pair: PolicyAndReference, folder: Path) -> None:
         check_fits(stored := read_tensors(path, "weights"), own, path, OURS)
         pair.policy.load_state_dict(stored)
         return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     path = folder / LORA_FILE
     stored = {name.removeprefix(f"{pair.part}."): each for name, each in read_tensors(path, "adapter").items()}
     check_fits(stored, get_peft_model_state_dict(pair.policy), path, OURS)

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from dkto.common.files import read_json
 from dkto.models.base import DiffusionModel, PipelineText
@@ -16,15 +17,15 @@ from dkto.models.parts import load_part
 class StableDiffusion(DiffusionModel):
     """Stable Diffusion 1.x and 2.x (epsilon or v prediction), of any size."""
 
-    pipeline_class = StableDiffusionPipeline
-    denoiser_class = UNet2DConditionModel
+    pipeline_name = "StableDiffusionPipeline"
+    denoiser_name = "UNet2DConditionModel"
     denoiser_part = "unet"
     default_sampling = "uniform"
     prompt_tensors = ("encoder_hidden_states",)
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.scheduler = self.load_scheduler(DDPMScheduler)
+        self.scheduler = self.load_scheduler(diffusers.DDPMScheduler)
         unet = read_json(folder / "unet" / "config.json", "configuration of a UNet")
         if unet.get("time_cond_proj_dim") is not None:
             raise ValueError(f"{folder} is distilled (its UNet has time_cond_proj_dim) and is not supported")
@@ -35,12 +36,12 @@ class StableDiffusion(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
-    def load_text(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
-        encoder = load_part(CLIPTextModel, self.folder / "text_encoder")
+    def load_text(self) -> "tuple[transformers.CLIPTokenizer, transformers.CLIPTextModel]":
+        encoder = load_part(transformers.CLIPTextModel, self.folder / "text_encoder")
         return self.tokenizers()[0], encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def encode_prompts(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, tokenizer: Any, encoder: nn.Module, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of the UNet, `encoder_hidden_states` (B, L, D); longer prompts are truncated."""
         tokens = tokenizer(
             prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
@@ -73,7 +74,7 @@ class StableDiffusionXL(StableDiffusion):
     uses when it draws: a picture of the model's own size, not cropped.
     """
 
-    pipeline_class = StableDiffusionXLPipeline
+    pipeline_name = "StableDiffusionXLPipeline"
     prompt_tensors = ("encoder_hidden_states", "text_embeds")
 
     def load_text(self) -> tuple[tuple, PipelineText]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusion3Pipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
@@ -142,23 +142,23 @@ class System:
                 raise ValueError(f"steps must be fewer for the schedule of {model.folder}, got {self.steps}")
         return model
 
-    def _sampler(self, model: DiffusionModel) -> DPMSolverMultistepScheduler | None:
+    def _sampler(self, model: DiffusionModel) -> "diffusers.DPMSolverMultistepScheduler | None":
         """DPM-Solver++ on the model's schedule, or None for a flow."""
-        return model.load_scheduler(DPMSolverMultistepScheduler) if model.denoiser_part == "unet" else None
+        return model.load_scheduler(diffusers.DPMSolverMultistepScheduler) if model.denoiser_part == "unet" else None
 
     def cut_prompts(self, prompts: list[str]) -> list[tuple[int, str]]:
         """Rows of the prompts, the negative one after them, that are longer than a text encoder takes; how much."""
         texts = [self.prefix + prompt for prompt in prompts] + [self.negative_prompt] * bool(self.negative_prompt)
         return list(cut_prompts(load_model(self.model).tokenizers(), texts))
 
-    def load(self) -> DiffusionPipeline:
+    def load(self) -> "diffusers.DiffusionPipeline":
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar.
 
         No system has a safety checker, whatever its model ships: it returns black pictures for those it objects to, and
         would do so for a base but not for what was tuned from it, whose pipeline is written without one.
         """
         model = self.opened()
-        unet = {"unet": load_part(UNet2DConditionModel, unet_folder(self.unet))} if self.unet else {}
+        unet = {"unet": load_part(diffusers.UNet2DConditionModel, unet_folder(self.unet))} if self.unet else {}
         pipeline = model.load_pipeline(**unet)
         if sampler := self._sampler(model):
             pipeline.scheduler = sampler
@@ -183,10 +183,10 @@ def noise_generator(seed: int, prompt_number: int, image_number: int) -> torch.G
 
 
 def draw(
-    pipeline: DiffusionPipeline, prompts: list[str], generators: list[torch.Generator], system: System
+    pipeline: "diffusers.DiffusionPipeline", prompts: list[str], generators: list[torch.Generator], system: System
 ) -> list[Image.Image]:
     """One batch of images, one per prompt and generator."""
-    length = {"max_sequence_length": T5_TOKENS} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
+    length = {"max_sequence_length": T5_TOKENS} if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) else {}
     fast = torch.autocast(pipeline.device.type, torch.bfloat16, enabled=system.precision == "bfloat16")
     with torch.inference_mode(), fast:
         return pipeline(

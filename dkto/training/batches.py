@@ -6,17 +6,19 @@ and 1 process or 16 see the same samples.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
-from dkto.data.encoded import PreparedFeedback
 from dkto.data.sampler import BiasedSampler
-from dkto.models import DiffusionModel
 from dkto.objective.methods import METHODS
 from dkto.training.config import TrainConfig
+
+if TYPE_CHECKING:  # diffusers takes ten seconds to import, and a batch needs none of it
+    from dkto.data.encoded import PreparedFeedback
+    from dkto.models import DiffusionModel
 
 # streams of random numbers; the biased sampler draws from stream 0
 PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS = 1, 2, 3, 4, 5, 6
@@ -38,6 +40,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
+        from accelerate.utils import send_to_device
+
         return Batch(**send_to_device(vars(self), device))
 
 
@@ -61,7 +65,7 @@ class GlobalBatches:
         ValueError: if a class, pairs or mirrored images are needed that the data lack.
     """
 
-    def __init__(self, config: TrainConfig, data: PreparedFeedback, model: DiffusionModel) -> None:
+    def __init__(self, config: TrainConfig, data: "PreparedFeedback", model: "DiffusionModel") -> None:
         self.config, self.data, self.model = config, data, model
         if config.random_flip and not data.has_flips:
             raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")

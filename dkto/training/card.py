@@ -59,7 +59,7 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
         base="`" + printable(base).replace("`", "'") + "`",  # in a span of code a name is only a name
         method=method.title,
         what=f"a LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights",
-        kind=(kind := model.pipeline_class.__name__),
+        kind=(kind := model.pipeline_name),
         usage=_usage(config, f"PATH/TO/{base}" if local else base, kind),
         data=data,
         trained_on=method.trained_on,
@@ -81,7 +81,7 @@ def _usage(config: RunConfig, base: str, kind: str) -> str:
         usage = LORA.format(imports="from dkto.models import SMALL_WORLD_FOLDER\n", base="SMALL_WORLD_FOLDER")
     elif config.lora_rank:
         usage = LORA.format(imports="", base=json.dumps(base))
-    if kind == StableDiffusion3.pipeline_class.__name__:  # the T5 encoder takes as many tokens as in training
+    if kind == StableDiffusion3.pipeline_name:  # the T5 encoder takes as many tokens as in training
         usage = usage.replace('("a prompt")', f'("a prompt", max_sequence_length={T5_TOKENS})')
     return f"{usage}\n\n# {CSFT_HINTS[config.csft_style]}" if config.objective == "csft" else usage
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from dkto.models import StableDiffusion
@@ -32,7 +32,7 @@ def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainSte
 
     An `eta` of 0 adds no noise, 1 as much as DDPM does; a ValueError for more steps than the schedule has.
     """
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config)
     if count > (most := scheduler.config.num_train_timesteps):
         where = f"as finely as the schedule of {model.folder} is cut"
         raise ValueError(f"sampling_steps must be at most {most}, {where}, got {count}")

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedType
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -23,6 +23,9 @@ from dkto.models import DiffusionModel, make_policy
 from dkto.models.base import WEIGHTS_FILE
 from dkto.models.policy import LORA_FILE
 from dkto.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel  # it brings the pipelines, which take seconds
 
 WHOLE_STATE = "engine"  # what DeepSpeed writes for itself
 
@@ -87,6 +90,8 @@ class Engine:
         self.policy, self.prepared_optimizer = self.accelerator.prepare(self.pair.policy, self.optimizer)
         self.pair = replace(self.pair, policy=self.accelerator.unwrap_model(self.policy))
         if self.config.ema_decay and self.ema is None:
+            from diffusers.training_utils import EMAModel
+
             self.ema = EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)  # begins at these weights
         if self.config.compile:
             self.policy = torch.compile(self.policy)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 
+import diffusers
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,7 +95,7 @@ def build_denoiser(name: str, device: str = "meta") -> nn.Module:
     """A denoiser of a published size, a key of `SIZES`, with random weights, on "meta" without any."""
     check_name("size", name, SIZES)
     with torch.device(device):
-        return SIZES[name].model_class.denoiser_class(**SIZES[name].config)
+        return getattr(diffusers, SIZES[name].model_class.denoiser_name)(**SIZES[name].config)
 
 
 @dataclass(frozen=True)

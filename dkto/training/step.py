@@ -10,18 +10,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dkto.models import DiffusionModel
 from dkto.objective.accuracy import measures
 from dkto.objective.losses import denoising_error, implicit_reward
 from dkto.objective.methods import METHODS, Errors, Felt, Method, method_loss
 from dkto.objective.utilities import get_utility
 from dkto.training.batches import Batch, GlobalBatches
 from dkto.training.config import RunConfig
-from dkto.training.engine import Engine
+
+if TYPE_CHECKING:
+    from dkto.models import DiffusionModel
+    from dkto.training.engine import Engine
 
 
 @dataclass
@@ -39,8 +42,8 @@ class Run:
     """A training under way: what is trained, with what, on what, and how far it is."""
 
     config: RunConfig
-    model: DiffusionModel
-    engine: Engine
+    model: "DiffusionModel"
+    engine: "Engine"
     batches: GlobalBatches
     progress: Progress = field(default_factory=Progress)
 

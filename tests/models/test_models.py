@@ -140,7 +140,7 @@ def test_a_written_pipeline_draws_in_plain_diffusers(folder, tmp_path):
             parameter.add_(torch.randn_like(parameter) * 0.01)
     model.write_pipeline(denoiser, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
-    assert type(pipeline) is model.pipeline_class
+    assert type(pipeline).__name__ == model.pipeline_name
     drawn = getattr(pipeline, model.denoiser_part)
     for name, value in denoiser.state_dict().items():
         assert torch.equal(drawn.state_dict()[name], value), name
@@ -233,7 +233,7 @@ def test_a_folder_of_half_precision_alone_is_read_as_it_is(source, request, tmp_
     assert System(model=str(folder)).load().vae.dtype == torch.float32
     assert model_fingerprint(model) != model_fingerprint(load_model(request.getfixturevalue(source)))
     model.write_pipeline(denoiser, tmp_path / "out")
-    written = model.pipeline_class.from_pretrained(tmp_path / "out")
+    written = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(next(written.vae.parameters()).float(), next(model.load_vae().parameters()))
 
 
