@@ -5,7 +5,6 @@ that it calls, `read: Calls("dkto.data.feedback:read_feedback")`, whose help is 
 that is asked for imports what it calls.
 """
 
-import gc
 import inspect
 import pkgutil
 import sys
@@ -36,8 +35,6 @@ def run_commands(functions: Iterable[Callable[..., None]], arguments: list[str] 
     this process.
     """
     own_process, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
-    if own_process:
-        gc.set_threshold(10_000)  # ten thousand modules' objects are no garbage: a tenth of the seconds of every start
     commands = {function.__name__.replace("_", "-"): function for function in functions}
     return guarded(lambda: _call(commands, arguments, prog), prog.split()[-1], own_process=own_process)
 
