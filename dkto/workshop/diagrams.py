@@ -1,13 +1,9 @@
-"""The five diagrams of the course, as SVG: `python -m dkto.workshop.diagrams` puts them into the lessons.
+"""The five diagrams of the course, as SVG: `python -m dkto.workshop.diagrams` writes them into `notebooks/images`.
 
-A lesson holds its diagram as an attachment of a Markdown cell, so the executed copies and the web pages show it too.
-Each has a title and a description in its text for who does not see it.
+Each has a title and a description in its text for who does not see it; the lesson that shows it repeats both.
 """
 
-import base64
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -17,7 +13,7 @@ from dkto.common.files import write_atomically
 from dkto.objective.utilities import get_utility
 from dkto.plotting import COLOURS
 
-ROOT = Path(__file__).parents[2]
+FOLDER = Path(__file__).parents[2] / "notebooks" / "images"
 LIKED, DISLIKED, POINT = COLOURS["desirable"], COLOURS["undesirable"], COLOURS["reference_point"]
 GREY, PALE = "#555555", "#f2f2f2"
 HEIGHT = 34  # of a box
@@ -186,42 +182,20 @@ def sampler() -> str:
     return _svg(600, 175, "The sampler with gamma", about, *parts)
 
 
-DIAGRAMS: dict[str, tuple[str, Callable[[], str]]] = {
-    "00_start_here": ("course", course),
-    "10_utility_functions": ("utility_slope_weight", utility_slope_weight),
-    "21_error_as_reward": ("same_noise", same_noise),
-    "31_feedback_data": ("sampler", sampler),
-    "32_one_training_step": ("one_like", one_like),
+DIAGRAMS: dict[str, Callable[[], str]] = {
+    "course": course,
+    "one_like": one_like,
+    "same_noise": same_noise,
+    "utility_slope_weight": utility_slope_weight,
+    "sampler": sampler,
 }
-"""The lesson that holds each diagram, with the diagram's name."""
 
 
-def attach(lesson: dict, name: str, svg: str) -> dict:
-    """The lesson with a diagram in the cell that shows `attachment:NAME.svg`.
-
-    Raises:
-        ValueError: if there is not just one such cell.
-    """
-    cells = [cell for cell in lesson["cells"] if f"(attachment:{name}.svg)" in "".join(cell["source"])]
-    if len(cells) != 1:
-        raise ValueError(f"the lesson must show attachment:{name}.svg in one cell, got {len(cells)}")
-    cells[0]["attachments"] = {f"{name}.svg": {"image/svg+xml": base64.b64encode(svg.encode()).decode()}}
-    return lesson
-
-
-def description(svg: str) -> str:
-    """What a diagram says about itself."""
-    return re.search("<title>(.*)</title>", svg)[1]
-
-
-def put_into_lessons(folder: Path = ROOT / "notebooks", names: Sequence[str] = tuple(DIAGRAMS)) -> None:
-    """Draw the diagrams of these lessons again."""
-    for stem in names:
-        path, (name, draw) = folder / f"{stem}.ipynb", DIAGRAMS[stem]
-        lesson = attach(json.loads(path.read_text(encoding="utf-8")), name, draw())
-        text = json.dumps(lesson, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+def write_diagrams(folder: Path = FOLDER) -> None:
+    """Draw all diagrams into a folder, each as NAME.svg."""
+    for name, draw in DIAGRAMS.items():
+        write_atomically(folder / f"{name}.svg", lambda part, draw=draw: part.write_text(draw(), encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    put_into_lessons()
+    write_diagrams()
