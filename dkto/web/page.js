@@ -4,17 +4,16 @@ function readLink() {
   const found = settingsOf(location.hash);
   if (found.group) {
     found.seed = found.group;
-    let card = found.card;
-    card ??= 1 + (crypto.getRandomValues(new Uint8Array(1))[0] % 99);
-    found.card = card;
+    found.card ??= 1 + (crypto.getRandomValues(new Uint8Array(1))[0] % 99);
     host("class-details").open = false;
   }
   set({ ...DEFAULTS, group: undefined, card: undefined, wrong: undefined, ...found });
+  if (found.group) window.history.replaceState(null, "", fragmentOf(state.settings)); // a reload keeps the card
 }
 
-// Arrows and letters work wherever no control has the focus: they judge until all is judged, then they compare.
+// Arrows and letters work wherever the focus is in no field: they judge until all is judged, then they compare.
 function keysAnywhere(event) {
-  if (document.activeElement && document.activeElement !== document.body) return;
+  if (document.activeElement?.matches("input, select, textarea, summary")) return;
   const open = state.pool.some((image) => image.liked === undefined);
   (open || !state.tuned ? parts.keysOfJudging : parts.keysOfBlind)(event);
 }
@@ -29,12 +28,12 @@ async function begin() {
   work();
 }
 
-// Without the model: what the visitor has made stays; one who has nothing tuned yet sees a run that was kept.
+// Without the model: what the visitor has made stays; one who has no image yet sees a run that was kept.
 async function fallBack(why) {
   Object.assign(state, { machine: null, lacks: why, tuning: null, drawing: state.pool.length });
-  const rest = "Your images and answers are still here; reload the page to begin again.";
-  if (!state.tuned) await showKeptRun();
-  say(`${why} ${state.tuned.kept ? "The page shows a run that was kept instead: move the slider and compare blind." : rest}`);
+  const rest = "Your images and answers are still here: save them below, and reload the page to begin again.";
+  if (!state.pool.length) await showKeptRun();
+  say(`${why} ${state.tuned?.kept ? "The page shows a run that was kept instead: move the slider and compare blind." : rest}`);
   redraw("judging", "tuning", "held", "blind", "take", "curve");
 }
 

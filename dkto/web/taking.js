@@ -17,7 +17,7 @@ const linkNow = () => location.href.split("#")[0] + fragmentOf({ ...state.settin
 
 function buildTaking() {
   const likes = button("Likes and images (likes.zip)", async () => saveAs("likes.zip", await likesZip(), "application/zip"), { id: "save-likes" });
-  const lora = button("The LoRA (safetensors)", async () => saveAs("pytorch_lora_weights.safetensors", await state.machine.call("file", { lora: state.tuned.lora })), { id: "save-lora" });
+  const lora = button("The LoRA (safetensors)", () => saveAs("pytorch_lora_weights.safetensors", state.tuned.file), { id: "save-lora" });
   const link = element("input", { type: "text", class: "link", readonly: true, id: identifier() }), copied = element("span", { role: "status", class: "note" });
   const copy = button("Copy", async () => {
     link.select();
@@ -26,7 +26,7 @@ function buildTaking() {
   host("take").append(element("div", { class: "dkto-row" }, likes, lora), element("label", { for: link.id, text: "A link with these settings; no image and no answer is in it" }), element("div", { class: "dkto-row" }, link, copy, copied));
   parts.take = () => {
     likes.disabled = !judged().length;
-    lora.disabled = !state.machine || !state.tuned || Boolean(state.tuning);
+    lora.disabled = !state.tuned?.file || Boolean(state.tuning);
     link.value = linkNow();
     copied.textContent = "";
   };

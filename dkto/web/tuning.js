@@ -13,7 +13,8 @@ async function runTuning() {
     state.log.push({ ...record, rows: record.rows.map((row) => places[row]) });
     redraw("curve", "live");
   });
-  state.tuned = { lora, settings: { ...settings }, shuffled, steps: done, ms: performance.now() - began };
+  const ms = performance.now() - began, file = await state.machine.call("file", { lora });
+  state.tuned = { lora, file, settings: { ...settings }, shuffled, steps: done, ms };
   state.tuning = null;
   say(`Tuned in ${(state.tuned.ms / 1000).toFixed(0)} seconds. Now move the slider, then compare blind.`);
   redraw("judging", "tuning", "live", "held", "blind", "take");
@@ -76,7 +77,7 @@ function buildTuning() {
     stop.disabled = !state.tuning;
     method.select.value = state.settings.method;
     showChoice(steps.select, state.settings.steps);
-    why.textContent = state.lacks ? "What you see is a run that was kept: a rule liked dark backgrounds." : !drawn ? "First draw the images." : !enough ? "Tuning needs at least one like and one dislike; ten of each show something." : given.length < state.pool.length ? `${state.pool.length - given.length} images have no answer and are left out.`
+    why.textContent = state.tuned?.kept ? "What you see is a run that was kept: a rule liked dark backgrounds." : state.lacks ? "The model cannot run here." : !drawn ? "First draw the images." : !enough ? "Tuning needs at least one like and one dislike; ten of each show something." : given.length < state.pool.length ? `${state.pool.length - given.length} images have no answer and are left out.`
       : "Shuffled likes are the control: the same images, with nothing to learn. What they achieve is chance.";
     parts.live();
   };

@@ -287,6 +287,20 @@ def test_where_the_model_cannot_run_a_kept_run_takes_its_place(visit, lack):
     compare(page)
 
 
+def test_answers_outlive_the_worker(visit, tmp_path):
+    page = visit("served", "#count=2")
+    wait_until(page, "Boolean(state.machine)")
+    page.click("#draw")
+    wait_until(page, "state.pool.length > 0")
+    page.keyboard.press("ArrowRight")
+    page.evaluate("state.machine.die('it was ended')")
+    wait_until(page, "Boolean(state.lacks)")
+    assert "Your images and answers are still here" in page.locator("#status").text_content()
+    zipfile.ZipFile(download(page, "#save-likes", tmp_path)).extractall(tmp_path / "likes")
+    assert read_feedback(tmp_path / "likes" / "likes.csv").is_desirable.tolist() == [True]
+    assert page.locator("#tune").is_disabled() and page.locator("#save-lora").is_disabled()
+
+
 def test_a_run_is_kept_as_it_was(visit):
     page = visit("served", "#count=4&steps=3&judge=dark")
     found = record(page)
