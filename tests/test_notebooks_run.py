@@ -46,7 +46,8 @@ SMALL: dict[str, dict[str, object]] = {
     "25_noisy_labels": {"flip_rates": [0.0, 0.4], "seeds": 2, "processes": 1, **TOY_STEPS},
     "26_watch_it_move": {"frames": 3, "num_samples": 100, **TOY_STEPS},
     "30_train_with_likes": {
-        "pool_prompts": 12,
+        "pool_prompts": 8,
+        "provoking_prompts": 4,
         "max_train_steps": 12,
         "warmup_steps": 2,
         "batch_size": 8,
@@ -56,7 +57,7 @@ SMALL: dict[str, dict[str, object]] = {
     "31_feedback_data": {"sessions": 24, "rounds": 4, "scored_pictures": 60},
     "32_one_training_step": {"batch_size": 8, "trial_steps": 4},
     "33_train": {"max_train_steps": 8, "batch_size": 8, "checkpoint_every": 4},
-    "40_win_rates": {"prompts": 4, "images_per_prompt": 3, "processes": 1},
+    "40_win_rates": {"prompts": 4, "beside": 2, "images_per_prompt": 3, "processes": 1},
     "41_pitfalls": {"lengths": [20, 40], "pretrain_steps": 300, "seeds": 2, "tries": 200, "processes": 1},
     "42_whose_likes": {"shares": [0.0, 0.3, 0.5], "seeds": 2, "processes": 1, **TOY_STEPS},
     "60_explore_utilities": {},
@@ -73,6 +74,16 @@ SMALL: dict[str, dict[str, object]] = {
         "validation_prompts": 4,
         "sampling_steps": 3,
         "neutral_set": "neutral",
+        "processes": 0,
+    },
+    "55_a_taste_that_needs_dislikes": {
+        "systems": ["sft", "kto", "kto_shuffled_balanced"],
+        "pool_prompts": 24,
+        "train_steps": 2,
+        "prompts": 4,
+        "beside": 3,
+        "validation_prompts": 2,
+        "sampling_steps": 3,
         "processes": 0,
     },
     "51_ablations": {
@@ -160,6 +171,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/52_a_specific_user": {},
     "solutions/53_qualitative_grid": {},
     "solutions/54_published_checkpoints": {"prompts": 100},
+    "solutions/55_a_taste_that_needs_dislikes": {},
     "solutions/61_teach_by_likes": {},
     "solutions/62_judge_blind": {},
     "solutions/63_watch_training": {},
@@ -224,12 +236,12 @@ def check_rate(metrics, key, expected, n):
 def test_the_demo_leaves_what_it_promises(outputs, capsys):
     metrics = json.loads((outputs / "metrics.json").read_text())["metrics"]
     for opponent, folder in (("base", "base"), ("shuffled", "kto_shuffled"), ("kto_shuffled", "kto_shuffled")):
-        for scorer in ("world_redness", "world_fidelity"):
+        for scorer in ("world_clean", "world_fidelity", "world_craft"):
             expected = rate_counted_again(outputs / "win_rates", "kto", folder, scorer)
             check_rate(metrics, f"win_rate/kto_vs_{opponent}/{scorer}", expected, SMALL["40_win_rates"]["prompts"])
     assert metrics["seconds/total"] > metrics["seconds/train"] > 0
     assert 0.5 < metrics["fidelity/base"] <= 1
-    assert metrics["preference/kto"] > metrics["preference/base"], "a few steps on red likes make redder pictures"
+    assert metrics["preference/kto"] > metrics["preference/base"], "a few steps make cleaner backgrounds"
     for name in ("utility_functions", "train_with_likes", "win_rates"):
         notebook = read(outputs / name / "notebook.ipynb")
         assert any(output.get("data", {}).get("image/png") for cell in code_cells(notebook) for output in cell.outputs)
@@ -339,9 +351,21 @@ def test_reading_runs_reads_the_example_sweep(tmp_path):
 def paper_outputs(tmp_path_factory):
     """The lessons on the paper's tables with small parameters: what each handed over, and the folder of all."""
     folder = tmp_path_factory.mktemp("paper")
-    found = {name: run_small(name, folder) for name in SMALL if re.match("5[0124]_", name)}
+    found = {name: run_small(name, folder) for name in SMALL if re.match("5[01245]_", name)}
     lesson_dir = str(folder / "50_win_rate_tables")
     return found | {"53": run_small("53_qualitative_grid", folder, lesson_dir=lesson_dir)}, folder
+
+
+def test_a_taste_that_needs_dislikes_is_held_against_every_control(paper_outputs):
+    metrics, folder = paper_outputs[0]["55_a_taste_that_needs_dislikes"], paper_outputs[1]
+    lesson = folder / "55_a_taste_that_needs_dislikes"
+    for opponent in ("base", "sft", "kto_shuffled_balanced"):
+        expected = rate_counted_again(lesson / "images", "kto", opponent, "world_clean")
+        check_rate(metrics, f"win_rate/kto_vs_{opponent}/world_clean", expected, 4)
+    assert {"cost/kto/judged/world_craft", "cost/kto/beside/world_fidelity/high"} <= metrics.keys()
+    assert metrics["disliked"] >= 1 and metrics["slope/kto"] == pytest.approx(0.25, abs=0.01)
+    weights = json.loads((lesson / "runs" / "kto_shuffled_balanced" / "training.json").read_text())["config"]
+    assert (weights["desirable_weight"], weights["undesirable_weight"]) == pytest.approx((0.5, 2))
 
 
 def test_the_tables_hold_every_comparison_and_control(paper_outputs):

@@ -1,8 +1,10 @@
 """Tastes that need dislikes: answers whose likes say nothing of the taste, and prompts that put it to the test."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,12 +13,15 @@ from matplotlib.axes import Axes
 from dkto.common.names import check_choice
 from dkto.data.feedback import FeedbackTable
 from dkto.data.prompts import check_disjoint
-from dkto.evaluation.metrics import paired_bootstrap
+from dkto.evaluation.metrics import WinRate, paired_bootstrap
 from dkto.evaluation.scoring import Scores
 from dkto.evaluation.win_rates import medians
 from dkto.models.system import System
 from dkto.paper.experiment import likes_grid
-from dkto.paper.pool import ask, draw_pool
+from dkto.paper.pool import TASTES, ask, draw_pool
+from dkto.paper.seeds import pool_metrics
+from dkto.runs.runner import results_of
+from dkto.runs.sweeps import ONLY_STAGE
 from dkto.world.scenes import Scene, prompts_for
 from dkto.world.users import USERS
 
@@ -119,3 +124,47 @@ def costs(judged: Scores, beside: Scores, scorers: Sequence[str], base: str = "b
                 about = {"mean": gap.mean, "low": gap.low, "high": gap.high, "base": theirs.mean(), "n": len(ours)}
                 rows[f"{name}/{kind}/{scorer}"] = about
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+class OverSeeds(NamedTuple):
+    """One user's win-rates of KTO, by opponent."""
+
+    rates: pd.DataFrame  # a row for each opponent, a column for each seed
+    pooled: dict[str, WinRate]  # of all seeds, with the interval of the mixed model
+
+
+def pool_users(folder: str | Path) -> tuple[dict[str, float], dict[str, OverSeeds]]:
+    """The numbers of a sweep over users and seeds (`small_world_dislikes.yaml`): each user's seeds as one.
+
+    Returns:
+        Flat metrics, `<user>/win_rate/kto_vs_base/<scorer>` and so on by `dkto.paper.seeds.pool_metrics`, those of one
+        seed under `seed-<n>/`; and by user a table of KTO's rates, a row for each opponent, a column for each seed.
+
+    Raises:
+        ValueError: if fewer than two seeds of a user are finished, or users have not the same seeds.
+    """
+    results, seconds = results_of(Path(folder) / ONLY_STAGE)
+    by_user: dict[str, dict[int, dict[str, float]]] = {}
+    for name, metrics in results.items():
+        about = dict(part.split("=", 1) for part in name.split(","))
+        by_user.setdefault(about["user"], {})[int(about["seed"])] = metrics
+    seeds = {user: sorted(found) for user, found in by_user.items()}
+    if not seeds or min(map(len, seeds.values())) < 2 or len(set(map(tuple, seeds.values()))) > 1:
+        raise ValueError(f"{folder} must hold the same seeds of every user, at least two, got {seeds}")
+    pooled: dict[str, float] = {"seeds": len(next(iter(seeds.values()))), "seconds/total": sum(seconds.values())}
+    rates = {}
+    for user, found in by_user.items():
+        pooled |= {f"{user}/{key}": value for key, value in pool_metrics([found[s] for s in seeds[user]]).items()}
+        for seed in seeds[user]:
+            pooled |= {f"seed-{seed}/{user}/{key}": value for key, value in found[seed].items()}
+        pattern = f"win_rate/kto_vs_([^/]+)/{TASTES[user]}"
+        keys = {match[1]: key for key in found[seeds[user][0]] if (match := re.fullmatch(pattern, key))}
+        table = pd.DataFrame([[found[s][key] for s in seeds[user]] for key in keys.values()], list(keys), seeds[user])
+        rates[user] = OverSeeds(table, {name: _win_rate(pooled, f"{user}/{key}") for name, key in keys.items()})
+    return pooled, rates
+
+
+def _win_rate(metrics: dict[str, float], key: str) -> WinRate:
+    rate, low, high, n, ties = (metrics[f"{key}{end}"] for end in ("", "/low", "/high", "/n", "/ties"))
+    wins = round(rate * n - ties / 2)
+    return WinRate(rate, low, high, int(n), wins, int(ties), int(n) - int(ties) - wins)

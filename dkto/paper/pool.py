@@ -1,13 +1,13 @@
 """A pool of images as Pick-a-Pic's, and a simulated user who judges them.
 
-A pool is a table: a row an image, with the columns image (path), prompt, finish ("brilliant", "middling", "bad"; "base"
+A pool is a table: a row an image, with the columns image (path), prompt, finish ("plain", "middling", "bad"; "base"
 if the base drew it; "tinted") and faithful.
 
-The images of a prompt come mostly from elsewhere than the model that is tuned: painted in a brilliant, a middling or
+The images of a prompt come mostly from elsewhere than the model that is tuned: painted in a plain, a middling or
 a bad finish, true to the prompt or not, and one drawn by the base without guidance. (On a pool of the base's own
-guided images even training without any preference wins: it bakes the guidance in.) The brilliant ones are finer than
-what guidance alone makes of the base, as Pick-a-Pic's images of larger models are; without such images, likes hold
-nothing that a higher guidance scale does not give. The user compares two images of a prompt with Bradley-Terry noise
+guided images even training without any preference wins: it bakes the guidance in.) The plain ones are better made than
+anything that the base draws, as Pick-a-Pic's images of larger models are; without such images, likes hold nothing that
+another guidance scale does not give. The user compares two images of a prompt with Bradley-Terry noise
 (paper eq. 4-5); comparisons become likes by the paper's rule (5.1.1).
 """
 
@@ -146,7 +146,7 @@ def _end(folder: Path, rows: Sequence[tuple[Path, str, str, bool]]) -> pd.DataFr
     return pool
 
 
-def compare_pool(pool: pd.DataFrame, scorer: str, *, temperature: float = 0.1, seed: int = 0) -> pd.DataFrame:
+def compare_pool(pool: pd.DataFrame, scorer: str, *, temperature: float = 0.07, seed: int = 0) -> pd.DataFrame:
     """What a simulated user answers when shown two images of a prompt at a time (Bradley-Terry, paper eq. 4).
 
         P(first preferred) = sigmoid((u_first - u_second) / temperature)

@@ -23,7 +23,7 @@ from dkto.paper.search_config import SearchConfig
 from dkto.paper.train_all import common_settings, make_config, run_configs, share_data, sweep_guidance, systems_of
 from dkto.world.scenes import prompts_for
 
-GUIDANCE_SCALES = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
+GUIDANCE_SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
 CHECKPOINT_EVERY = 20
 _DROPPED = {"prompt_dropout": 0.2}
 _RATES, _ADAPTER_RATES = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
@@ -36,8 +36,8 @@ def _crossed(rates: Sequence[float], knob: str, values: Sequence[object], **fixe
 GRIDS: dict[str, list[dict[str, object]]] = {
     "sft": _crossed(_RATES, "prompt_dropout", (0.2, 0.0)),
     "csft": _crossed(_RATES, "csft_style", ("negative", "prefix"), **_DROPPED),
-    "dpo": _crossed(_RATES, "beta", (20.0, 5.0), **_DROPPED),
-    "kto": _crossed(_RATES, "beta", (20.0, 5.0), **_DROPPED),
+    "dpo": _crossed(_RATES, "beta", (20.0, 200.0), **_DROPPED),
+    "kto": _crossed(_RATES, "beta", (20.0, 200.0), **_DROPPED),
     "alignprop": _crossed(_ADAPTER_RATES, "backprop_steps", (1, 3)),
     "d3po": _crossed(_ADAPTER_RATES, "beta", (100.0, 10.0)),
 }
@@ -53,7 +53,8 @@ RANGES = (
     "One rule made the tries of every method before this search began: three learning rates a factor of three apart, "
     "crossed with two values of one other setting; gamma as in the paper. The centres and the pool's design "
     "(finish shares, who is compared with whom) come from earlier work by hand on validation prompts: 34 trainings of "
-    "KTO, 8 of SFT, 7 of SFT on all pictures, 3 of DPO, 2 of CSFT, none of AlignProp and D3PO."
+    "KTO, 8 of SFT, 7 of SFT on all images, 3 of DPO, 2 of CSFT, none of AlignProp and D3PO. The judge and its "
+    "range of guidance scales come from a study with one setting each of KTO, SFT, SFT on all images and DPO."
 )
 """What equal budgets do not cover; stands beside them in every table and page."""
 

@@ -6,7 +6,8 @@ A lesson that reads another's folder (a parameter whose default is the other's `
 An experiment (`notebooks/experiments/`) takes an hour: its kept run may be older than its code and stays as it ran;
 remove its folder to run it again.
 
-The tables of `make paper PROFILE=full` are kept by the same command with their folder as its argument.
+The tables of `make paper PROFILE=full` are kept by the same command with their folder as its argument, and so is the
+run of a single notebook, such as a page of `notebooks/pages/`, under its notebook's name.
 """
 
 import base64
@@ -252,7 +253,12 @@ def _smaller(encoded: str) -> str:
 
 
 def _main() -> None:
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and Path(sys.argv[1], RECORD_NAME).is_file():
+        record = read_json(Path(sys.argv[1], RECORD_NAME), "record of a run", ["notebook"])
+        kept = ROOT / "papermill_runs" / "reference" / Path(record["notebook"]).stem
+        keep(Path(sys.argv[1]), kept)
+        print(f"run kept: {kept.relative_to(ROOT)}")
+    elif len(sys.argv) > 1:
         found = keep_paper(Path(sys.argv[1]), ROOT / "papermill_runs" / "reference" / PAPER)
         print(f"steps kept: {', '.join(found)}")
     else:

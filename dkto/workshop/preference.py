@@ -1,7 +1,7 @@
 """Make the small world's two learned scorers: a small CLIP, and a preference model tuned from it in PickScore's recipe.
 
 The preference model sees two pictures of one prompt and which of them a simulated person chose: the chance of a choice
-is Bradley-Terry in `world_utility`, that is fidelity x aesthetics, so that neither beauty nor fidelity alone wins.
+is Bradley-Terry in `world_utility_1`, that is fidelity x aesthetics, so that neither beauty nor fidelity alone wins.
 Its loss is PickScore's (Kirstain et al. 2023): cross-entropy of the choice under softmax of exp(scale) x cosine.
 """
 

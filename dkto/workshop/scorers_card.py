@@ -74,7 +74,7 @@ def measure_scorers(
 ) -> dict[str, dict[str, float]]:
     """Every figure of the card, from pictures of prompts that no training saw."""
     scores = {"world_preference": pair_scores(preference, pairs), "world_clip": pair_scores(clip, pairs)}
-    scores |= {"world_utility itself": pairs.utilities}
+    scores |= {"world_utility_1 itself": pairs.utilities}
     figures = {f"choices/{name}": rate(choice_accuracy(values, pairs, seed)) for name, values in scores.items()}
     return figures | {f"captions/{name}": rate(right) for name, right in caption_accuracy(clip, pairs, seed).items()}
 
@@ -94,7 +94,7 @@ def write_scorers(
         f"| {name} | {v['rate']:.3f} | {v['low']:.3f} to {v['high']:.3f} | {v['n']} |" for name, v in figures.items()
     )
     parameters = sum(parameter.numel() for parameter in clip.parameters())
-    ceiling = figures["choices/world_utility itself"]["rate"]
+    ceiling = figures["choices/world_utility_1 itself"]["rate"]
     (output / "README.md").write_text(CARD.format(rows=rows, parameters=parameters, ceiling=ceiling, **about))
     return figures
 
@@ -152,8 +152,8 @@ Both are for 64 x 64 images of the small world and for no others. Neither is CLI
 
 ## Data
 {pairs:,} pairs of painted images for training prompts: faithful, with one attribute changed, or of something else;
-in good, bad or any finish. A simulated person chooses by Bradley-Terry in `world_utility` (fidelity x aesthetics): the
-chance of a choice is sigmoid({sharpness:g} x difference).
+in good, bad or any finish. A simulated person chooses by Bradley-Terry in `world_utility_1` (fidelity x aesthetics): a
+choice has the chance sigmoid({sharpness:g} x difference).
 
 ## Recipe
 `python -m dkto.workshop preference --folder runs/scorers --output dkto/world/scorers`: {clip_steps:,} steps of the

@@ -2,8 +2,12 @@
 
     pickscore, hps_v2, hps_v2_1, image_reward, laion_aesthetics, clip_h14, clip_l14
         the published metrics, computed as their authors define them; their weights are loaded at the first call
-    world_fidelity, world_aesthetics, world_redness, world_utility
-        exact, stated rules on pictures of the small world
+    world_craft, world_fidelity, world_utility
+        exact, stated rules on images of the small world: how well made, how true to the prompt, and their product
+    world_clean, world_no_white_rim, world_no_pink, world_dark, world_blue, world_redness
+        what single tastes look at, by rule
+    world_aesthetics, world_utility_1
+        rules that a filter can push up: the measures of dkto 0.1, kept to show what hacking looks like
     world_preference, world_clip
         small networks trained on the small world
 
