@@ -43,19 +43,21 @@ def figure(folder: str, key: str) -> str:
     Raises:
         KeyError: if the run has no such key.
 
-    >>> figure("40_win_rates", "win_rate/kto_vs_sft/world_redness")
-    '18 % [11, 30], n = 60'
+    >>> figure("52_a_specific_user", "win_rate/kto_vs_sft/world_redness")
+    '84 % [76, 90], n = 100'
     """
     record = _kept(folder)
     metrics, parameters = record["metrics"], record["parameters"]
     if key not in metrics:
         raise KeyError(f"{folder}/metrics.json has no {key!r}")
-    share = any(part in SHARES for part in key.split("/")[:2])
+    share = any(part in SHARES for part in key.split("/")[:2]) and "/cost/" not in key
     scale, unit, form = (100, " %", ".0f") if share else (1, "", ".3g")
     text = f"{scale * metrics[key]:{form}}{unit}"
     if f"{key}/low" not in metrics:
         return text
     low, high = (f"{scale * metrics[f'{key}/{end}']:{form}}" for end in ("low", "high"))
+    if "/cost/" in key:  # over seeds, on as many prompts as the table says
+        return f"{text} [{low}, {high}]"
     n = metrics.get(f"{key}/n") or parameters.get("prompts") or parameters["seeds"]
     seeds = sum(f"seed-{seed}/{key}" in metrics for seed in range(round(metrics.get("seeds", 0))))
     return f"{text} [{low}, {high}], n = {f'{seeds}×{n // seeds}' if seeds else n}"
@@ -66,7 +68,7 @@ def over_seeds(folder: str, key: str) -> str:
 
     >>> over_seeds("paper_full", "win_rate/kto_vs_kto_shuffled/world_utility")
     "; Holm's p 0.012; seeds alone [46, 69]"
-    >>> over_seeds("40_win_rates", "win_rate/kto_vs_sft/world_redness")
+    >>> over_seeds("52_a_specific_user", "win_rate/kto_vs_sft/world_redness")
     ''
     """
     metrics = _kept(folder)["metrics"]
@@ -88,7 +90,7 @@ def results_page() -> str:
         "",
         "Made by `make results` from the kept runs; each figure links to its run. In brackets is the 95 % interval. "
         "For win-rates of one training it is Tango's score interval over prompts alone: another training is not in it. "
-        "Where `n` is 3×500 it is that of a mixed model over opponents and training seeds. In the 2-D laboratory it is "
+        "Where `n` is a product, as 3×500, it is that of a mixed model over opponents and training seeds. In the 2-D laboratory it is "
         "Student's over seeds, for what is lost a bootstrap over prompts. `n` counts prompts, or seeds in the "
         "laboratory. The base, the liked images and the judges are those of the small world, on 2 CPU cores. The "
         "README says what we make of it.",
