@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "craft": ["read_craft"],
         "scenes": ["parse", "prompts_for"],
         "sessions": ["session_pairs"],
         "truth": ["aesthetics", "judge"],
