@@ -89,11 +89,11 @@ def results_page() -> str:
         "# Results",
         "",
         "Made by `make results` from the kept runs; each figure links to its run. In brackets is the 95 % interval. "
-        "For win-rates of one training it is Tango's score interval over prompts alone: another training is not in it. "
-        "Where `n` is a product, as 3×500, it is that of a mixed model over opponents and training seeds. In the 2-D "
-        "laboratory it is Student's over seeds, for what is lost a bootstrap over prompts. `n` counts prompts, or seeds in the "
-        "laboratory. The base, the liked images and the judges are those of the small world, on 2 CPU cores. The "
-        "README says what we make of it.",
+        "For win-rates of one training it is Tango's score interval over prompts alone: another training is not in "
+        "it. Where `n` is a product, as 3×500, it is that of a mixed model over opponents and training seeds. In "
+        "the 2-D laboratory it is Student's over seeds, for what is lost a bootstrap over prompts. `n` counts "
+        "prompts, or seeds in the laboratory. The base, the liked images and the judges are those of the small "
+        "world, on 2 CPU cores. The README says what we make of it.",
     ]
     for table in TABLES:
         lines += ["", f"## {table.title}", "", table.about, ""]
