@@ -371,7 +371,7 @@ def test_a_taste_that_needs_dislikes_is_held_against_every_control(paper_outputs
 def test_the_tables_hold_every_comparison_and_control(paper_outputs):
     metrics = paper_outputs[0]["50_win_rate_tables"]
     for opponent in ("base", "base_best_guidance", "sft", "kto_shuffled", "alignprop"):
-        for scorer in ("world_utility", "world_fidelity", "world_aesthetics"):
+        for scorer in ("world_utility", "world_fidelity", "world_craft"):
             key = f"win_rate/kto_vs_{opponent}/{scorer}"
             expected = rate_counted_again(paper_outputs[1] / "50_win_rate_tables" / "images", "kto", opponent, scorer)
             check_rate(metrics, key, expected, 8)

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "dislikes": ["NEED_DISLIKES", "ask_for_dislikes", "costs", "pool_users"],
+        "dislikes": ["CONTRASTS", "NEED_DISLIKES", "ask_for_dislikes", "costs", "pool_users"],
         "experiment": [
             "flip_costs",
             "held_out_prompts",

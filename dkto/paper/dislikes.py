@@ -25,6 +25,8 @@ from dkto.runs.sweeps import ONLY_STAGE
 from dkto.world.scenes import Scene, prompts_for
 from dkto.world.users import USERS
 
+CONTRASTS = ("base_best_guidance", "sft", "sft_all", "kto", "kto_shuffled", "kto_shuffled_balanced")
+"""Names of `dkto.paper.train_all.COMPARED` that a taste is tried with, beside the base."""
 NEED_DISLIKES = tuple(name for name, user in USERS.items() if user.provokes)
 
 

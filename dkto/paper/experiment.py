@@ -26,6 +26,7 @@ from dkto.plotting import image_grid
 from dkto.training import OnlineConfig, RunConfig
 from dkto.world.users import RED_TINT, USERS
 
+LOOKS_AT_PAINTINGS = tuple(name for name, user in USERS.items() if not user.provokes and not user.open_prompts)
 NUMBERS = ("mean/", "drift", "neutral_drift", "diversity")  # columns of the monitors that are measures
 
 
@@ -95,7 +96,7 @@ def simulated_feedback(
     Args:
         folder: the pool lands in `folder/pool`.
         base: its images are tinted for the user who likes red, and join the pool, unguided, for the others.
-        user: a name in `TASTES` for comparisons, in `dkto.world.USERS` for single likes.
+        user: a name in `TASTES` for comparisons, in `LOOKS_AT_PAINTINGS` for single likes.
         judged, scorers, validation: see `held_out_prompts`.
         feedback: file or folder of likes to take instead.
         partitions: rules of `dkto.data.votes.PARTITIONS` that make likes of comparisons; none for single likes.
@@ -117,7 +118,7 @@ def simulated_feedback(
         given = read_feedback(feedback)
         likes = {rate: given.flipped(rate, seed) for rate in flip_rates}
     else:
-        check_choice("user", user, TASTES if partitions else USERS)
+        check_choice("user", user, TASTES if partitions else LOOKS_AT_PAINTINGS)
         texts, place = load_prompts(pool_set, count=pool_prompts, seed=seed).prompts, Path(folder) / "pool"
         drawing = {"seed": seed, "num_processes": num_processes}
         if user == "likes_red" and not partitions:

@@ -145,9 +145,9 @@ def test_scorers_agree_with_themselves_and_not_with_their_opposite(folders):
 def test_the_utility_cannot_be_won_by_beauty_or_fidelity_alone(folders):
     images = [Image.open(image_path(folders["plain"], p, 0)) for p in range(6)]
     prompts = prompts_for("test", 6)
-    fidelity, aesthetics, utility = (
-        score(f"world_{n}", images, prompts) for n in ("fidelity", "aesthetics", "utility")
-    )
-    np.testing.assert_allclose(utility, fidelity * aesthetics)
+    names = ("fidelity", "craft", "utility", "aesthetics", "utility_1")
+    fidelity, craft, utility, aesthetics, former = (score(f"world_{n}", images, prompts) for n in names)
+    np.testing.assert_allclose(utility, fidelity * craft)
+    np.testing.assert_allclose(former, fidelity * aesthetics)
     others = score("world_utility", images, prompts[::-1])
     assert others.mean() < 0.5 * utility.mean()

@@ -26,21 +26,22 @@ REACHED = {
     **rate("win_rate/kto_vs_base_best_guidance/world_utility", 0.8),
     **rate("win_rate/kto_vs_sft_all/world_utility", 0.8),
     **rate("win_rate/kto_vs_kto_shuffled/world_utility", 0.8),
+    **rate("win_rate/kto_vs_kto_shuffled_balanced/world_utility", 0.8),
     **rate("reward_gain/alignprop", 0.3),
     **rate("reward_gain/d3po", 0.3),
 }
 
 
 def test_the_first_paragraph_names_what_was_not_reached():
-    assert aims_sentence(REACHED).startswith("Reached: 6 of 6 aims.")
+    assert aims_sentence(REACHED).startswith("Reached: 7 of 7 aims.")
     missed = REACHED | rate("win_rate/kto_vs_sft_all/world_utility", 0.55)
     assert aims_sentence(missed).startswith(
-        "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 5 of 6 aims. "
+        "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 6 of 7 aims. "
         "An interval of these win-rates is up to 20 points wide, n = 40, of one training each."
     )
     assert "n = 40 over 3 seeds." in aims_sentence(missed | {"seeds": 3})
     chance = REACHED | {"win_rate/kto_vs_sft_all/world_utility/holm": 0.06}
-    assert "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 5" in aims_sentence(chance)
+    assert "Not reached, with its 95 % interval: kto wins over sft_all. Reached: 6" in aims_sentence(chance)
     absent = {key: value for key, value in REACHED.items() if "d3po" not in key}
     assert "Not run in this profile: d3po raises its own reward" in aims_sentence(absent)
     assert aims(missed)["verdict"].tolist().count("not reached") == 1
@@ -124,7 +125,7 @@ def test_text_from_prompts_and_files_is_escaped(replay):
 def test_the_page_starts_with_the_aims_and_where_the_settings_come_from(replay):
     page = replay[2]
     lead = page[page.index('<p class="lead">') : page.index("<h2")]
-    assert lead.startswith('<p class="lead">Reached: 6 of 6 aims.') and "Settings: not from a search" in lead
+    assert lead.startswith('<p class="lead">Reached: 7 of 7 aims.') and "Settings: not from a search" in lead
     assert "make paper" not in page and "from dkto" not in page, "no code, no instructions"
 
 

@@ -33,7 +33,10 @@ from dkto.paper.train_all import (
 from dkto.training.config import OnlineConfig, TrainConfig
 from dkto.world.scenes import prompts_for
 
-NAMES = "base base_best_guidance sft sft_all csft dpo kto kto_loss_averse kto_risk_seeking kto_shuffled alignprop d3po"
+NAMES = (
+    "base base_best_guidance sft sft_all csft dpo "
+    "kto kto_loss_averse kto_risk_seeking kto_shuffled kto_shuffled_balanced alignprop d3po"
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def runs(folder, data, likes, size):
 def test_the_names_are_those_of_the_paper_and_its_controls():
     assert " ".join(COMPARED) == NAMES
     assert UNTRAINED == ("base", "base_best_guidance")
-    assert CONTROLS == ("base_best_guidance", "sft_all", "kto_shuffled")
+    assert CONTROLS == ("base_best_guidance", "sft_all", "kto_shuffled", "kto_shuffled_balanced")
 
 
 def test_every_method_trains_in_one_loop_and_draws(runs, tiny_pipeline):
