@@ -328,7 +328,8 @@ def plot_win_rates(
         if len(dots):
             seeds = 100 * np.asarray(dots[row])
             ax.plot(seeds, np.full(len(seeds), row + 0.22), "o", color=COLOURS["desirable"], ms=3.5)
-        ax.annotate(label, (100 * result.rate, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        side = "right" if result.rate > 0.95 else "left" if result.rate < 0.05 else "center"  # not beyond the frame
+        ax.annotate(label, (100 * result.rate, row), (0, 6), textcoords="offset points", ha=side, fontsize=8)
     ax.axvline(50, color="0.6", ls="--", lw=1, zorder=0)
     counts = sorted({result.n for _, result in results})
     shared = f", n = {counts[0]} prompts" if len(counts) == 1 else ""
