@@ -19,8 +19,8 @@ ROOMS = (
     ("models", "runs"),
     ("data",),
     ("evaluation",),
-    ("training", "plotting", "workshop"),
-    ("paper", "widgets"),
+    ("training", "plotting"),
+    ("paper", "widgets", "workshop"),
     ("web",),
     ("cli",),
 )

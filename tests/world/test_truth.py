@@ -140,7 +140,7 @@ def test_a_finish_that_changes_nothing_changes_nothing():
 
 def test_the_red_filter_makes_red_and_keeps_the_prompt():
     scenes, pictures = scenes_and_pictures(200)
-    tinted = [np.asarray(tint_red(Image.fromarray(p))) for p in pictures]
+    tinted = [np.asarray(tint_red(Image.fromarray(p), 0.15)) for p in pictures]
     assert all(redness(t) > redness(p) for t, p in zip(tinted, pictures, strict=True))
     assert np.mean([judge(t, s)["fidelity"] for t, s in zip(tinted, scenes, strict=True)]) > 0.9
     with pytest.raises(ValueError, match=r"strength must be in \[0, 1\], got 2"):
