@@ -485,6 +485,7 @@ def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
     inputs = dict.fromkeys((*TRAINS, "32_one_training_step"), prepared)
     inputs |= {"40_win_rates": {"lesson_dir": str(outputs / "win_rates")}}
     lessons = ("50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid")
+    lessons += ("55_a_taste_that_needs_dislikes",)
     inputs |= {name: {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}
     assert run_small(f"solutions/{path.stem}", tmp_path, **inputs.get(path.stem, {}))
 
