@@ -6,7 +6,6 @@ Tol for registered utilities), sizes meant for a notebook about 7 inches wide.
 """
 
 import textwrap
-import warnings
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from types import SimpleNamespace
@@ -15,14 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from dkto.common.names import shown
+from dkto.common.fonts import drawable
 from dkto.common.pixels import to_rgb
 from dkto.evaluation.metrics import WinRate
 from dkto.objective.losses import effective_weight
@@ -50,7 +48,6 @@ PAPER_UTILITIES = ("kahneman_tversky", "loss_averse", "risk_seeking")
 
 NOTEBOOK_WIDTH = 7.0  # inches
 CAPTION_SIZE = 7.0  # points
-BOX = "\u25a1"  # for a sign that no font has
 LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
 REWARD_AXIS = "implicit reward"
 GAINS = torch.linspace(-6, 6, 401, dtype=torch.float64)
@@ -259,8 +256,8 @@ def image_grid(
             raise ValueError(f"{name} must be {count} or none, got {len(labels)}")
     images = [[_to_pil(image) for image in row] for row in rows]
     cell = images[0][0].height / images[0][0].width  # a cell is 1 wide
-    drawable, families = _drawable([*row_labels, *column_labels])
-    row_labels, column_labels = drawable[: len(row_labels)], drawable[len(row_labels) :]
+    labels, families = drawable([*row_labels, *column_labels])
+    row_labels, column_labels = labels[: len(row_labels)], labels[len(row_labels) :]
     names = [_wrapped(label, 18) for label in row_labels]
     margin = 0.15 + LETTER * max((len(line) for name in names for line in name.split("\n")), default=0)
     side = min(1.2, (NOTEBOOK_WIDTH - margin) / width)  # inches
@@ -282,30 +279,6 @@ def image_grid(
     ax.set_yticks([i * gap * cell for i in range(len(names))], names, parse_math=False, fontfamily=families)
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
-
-
-def _drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Labels with a box for each sign that no font has, and the fonts to draw them with: the usual ones come first."""
-    families, missing = list(plt.rcParams["font.family"]), {sign for sign in "".join(labels) if sign.isprintable()}
-    missing -= _signs_of(font_manager.findfont(font_manager.FontProperties()), missing)
-    for name in sorted({font.name for font in font_manager.fontManager.ttflist}):
-        if missing and "Last Resort" not in name and (found := _signs_of(font_manager.findfont(name), missing)):
-            families.append(name)
-            missing -= found
-    if missing:
-        named = shown("".join(sorted(missing)))
-        text = f"no installed font has {named} of the labels, which are drawn as boxes: install a font of their script"
-        warnings.warn(text, stacklevel=3)
-    boxes = str.maketrans(dict.fromkeys(missing, BOX))
-    return [label.translate(boxes) for label in labels], families
-
-
-def _signs_of(font: str, signs: set[str]) -> set[str]:
-    """Those of some signs that a font file has."""
-    try:
-        return {sign for sign in signs if font_manager.get_font(font).get_char_index(ord(sign))}
-    except (RuntimeError, OSError):  # of a kind that cannot be drawn with, or gone since the list was made
-        return set()
 
 
 def plot_win_rates(

@@ -220,7 +220,7 @@ def refuse_other_than_file(path: Path, what: str) -> None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is no {what}: its link leads nowhere ({error.strerror})") from error
-        return  # whoever opens it is told why
+        return  # opening it says why
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe: put the file there")
 

@@ -33,8 +33,7 @@ from dkto.world.painter import BAD_FINISH, GOOD_FINISH, paint, random_finish
 from dkto.world.scenes import Scene, changed, parse
 from dkto.world.users import USERS, tint_red
 
-FINISHES = ("plain", "middling", "bad")
-FINISH_SHARES = (0.2, 0.4, 0.4)
+FINISH_SHARES = {"plain": 0.2, "middling": 0.4, "bad": 0.4}
 """Of painted images, by finish. Equal shares were tried first and left after a look at validation prompts: KTO won
 50 % [42, 59] of 140 over SFT on all images there, and 54 % [45, 62] with these, which does not tell them apart."""
 FAITHFUL_SHARE = 0.7  # chance that a painted image shows what the prompt says
@@ -83,14 +82,14 @@ def make_pool(
     pictures_per_prompt = checked_number("pictures_per_prompt", pictures_per_prompt, least=2)
     folder = Path(folder)
     about = {"pictures_per_prompt": pictures_per_prompt, "faithful_share": FAITHFUL_SHARE}
-    drawn = _begin(folder, prompts, about | {"finish_shares": list(FINISH_SHARES)}, base, seed, num_processes)
+    drawn = _begin(folder, prompts, about | {"finish_shares": FINISH_SHARES}, base, seed, num_processes)
     rows = [(path, prompt, "base", True) for path, prompt in zip(drawn, prompts, strict=False)]
     (folder / "painted").mkdir(exist_ok=True)
     finishes = {"plain": GOOD_FINISH, "bad": BAD_FINISH}
     for p, prompt in enumerate(prompts):
         for k in range(pictures_per_prompt - (base is not None)):
             rng = np.random.default_rng([seed, p, k])
-            finish = str(rng.choice(FINISHES, p=FINISH_SHARES))
+            finish = str(rng.choice(list(FINISH_SHARES), p=list(FINISH_SHARES.values())))
             faithful = bool(rng.random() < FAITHFUL_SHARE)
             scene = parse(prompt) if faithful else unfaithful(parse(prompt), rng)
             path = image_path(folder / "painted", p, k)
@@ -115,10 +114,11 @@ def draw_pool(
     """
     folder, rows = Path(folder), []
     drawn = _begin(folder, prompts, {"strength": tint}, base, seed, num_processes)
+    if tint:
+        (folder / "tinted").mkdir(exist_ok=True)
     for p, (original, prompt) in enumerate(zip(drawn, prompts, strict=True)):
         rows.append((original, prompt, "base", True))
         if tint:
-            (folder / "tinted").mkdir(exist_ok=True)
             tinted = image_path(folder / "tinted", p, 0)
             if not tinted.exists():
                 write_png(tinted, tint_red(load_image(original), tint))

@@ -21,7 +21,17 @@ from dkto.common.json_text import parse_json
 from dkto.common.machine import versions
 from dkto.common.names import not_known, printable, shown
 from dkto.common.processes import sole_writer
-from dkto.runs.record import PeakMemory, is_number, is_unicode, parsed, read_metrics, read_notebook, recorded, tags_of
+from dkto.runs.record import (
+    ROOT,
+    PeakMemory,
+    is_number,
+    is_unicode,
+    parsed,
+    read_metrics,
+    read_notebook,
+    recorded,
+    tags_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -307,8 +317,7 @@ def project_path(path: str | Path) -> Path:
 
     JupyterLab starts a kernel in the folder of its notebook, `dkto run` where it was called.
     """
-    root = Path(__file__).parents[2]
-    places = (Path(path), root / path, root / "notebooks" / path)
+    places = (Path(path), ROOT / path, ROOT / "notebooks" / path)
     return next((place for place in places if place.exists()), places[0])
 
 

@@ -19,7 +19,7 @@ from dkto.web.lora import RANK
 from dkto.web.runtime import ONNXRUNTIME, package_file
 from dkto.widgets.base import FOLDER as WIDGETS
 from dkto.widgets.base import SHARED
-from dkto.world.scenes import STYLES
+from dkto.world import scenes
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "papermill_runs" / "outputs" / "page"
@@ -41,11 +41,7 @@ def open_prompts() -> dict[str, list[str]]:
     >>> len(prompts["train"]), len(prompts["held"]), {*prompts["train"]} & {*prompts["held"]}
     (16, 12, set())
     """
-    train, held = [], []
-    for s, style in enumerate(STYLES):
-        for k, shape in enumerate(("star", "ring", "circle", "cross", "square", "triangle")):
-            article = "an" if style[0] in "aeiou" else "a"
-            (held if k % 3 == s % 3 else train).append(f"{article} {style} of a {shape}")
+    train, held = scenes.open_prompts(("star", "ring", "circle", "cross", "square", "triangle"))
     stated = ["an icon of a red triangle", "a toy of a green square", "a sticker of a yellow cross"]
     return {"train": train[::3] + train[1::3] + train[2::3], "held": [*held, *stated, "a painting of a blue star"]}
 

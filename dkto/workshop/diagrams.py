@@ -3,7 +3,7 @@
 Each has a title and a description in its text for who does not see it; the lesson that shows it repeats both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -58,17 +58,26 @@ def _svg(width: int, height: int, title: str, about: str, *parts: str) -> str:
     return "\n".join([head, words, f"<defs>{tip}</defs>", ground, *parts, "</svg>"])
 
 
+def _flow(boxes: Sequence[tuple[str, str, str]], width: int) -> list[str]:
+    """Boxes (words, words under them, colour) in rows of four, with an arrow from each to the next."""
+    parts = []
+    for place, (words, under, colour) in enumerate(boxes):
+        x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
+        parts.append(_box(x, y, width, words, under=under, colour=colour))
+        if place + 1 == len(boxes):
+            break
+        if place % 4 < 3:
+            parts.append(_arrow((x + width, y + 25), (x + 179, y + 25)))
+        else:
+            out, into = x + width / 2, 15 + width / 2
+            parts.append(_arrow((out, y + 50), (out, y + 70), (into, y + 70), (into, y + 88)))
+    return parts
+
+
 def course() -> str:
     """The seven parts of the course in reading order."""
     about = "Seven boxes. " + " ".join(f"{part.capitalize()}: lessons {lessons}." for part, lessons in COURSE)
-    parts = []
-    for place, (part, lessons) in enumerate(COURSE):
-        x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
-        parts.append(_box(x, y, 160, part, under=lessons))
-        if place % 4 < 3 and place + 1 < len(COURSE):
-            parts.append(_arrow((x + 160, y + 25), (x + 179, y + 25)))
-        elif place + 1 < len(COURSE):
-            parts.append(_arrow((x + 80, y + 50), (x + 80, y + 70), (95, y + 70), (95, y + 88)))
+    parts = _flow([(part, lessons, GREY) for part, lessons in COURSE], 160)
     return _svg(730, 170, "The course: seven parts in reading order", about, *parts)
 
 
@@ -76,27 +85,17 @@ def one_like() -> str:
     """What becomes of one like in one training step."""
     about = "An image, its prompt and a like enter; latents get noise. Policy and reference predict that noise. "
     about += "Their errors give a reward, the reward a gain, the gain a slope, which weighs the gradient."
-    steps = ("image, prompt", "latents", "+ noise at t", "two errors", "reward r", "gain r - z", "slope U'", "gradient")
-    below = (
-        "and a like",
-        "encoded once",
-        "the same for both",
-        "policy, reference",
-        "beta x gap",
-        "from the point",
-        "how much it counts",
-        "+ liked, - disliked",
-    )
-    parts = []
-    for place, (words, under) in enumerate(zip(steps, below, strict=True)):
-        x, y = 15 + place % 4 * 180, 15 + place // 4 * 90
-        colour = LIKED if place == 0 else POINT if place == 5 else GREY
-        parts.append(_box(x, y, 150, words, under=under, colour=colour))
-        if place % 4 < 3:
-            parts.append(_arrow((x + 150, y + 25), (x + 179, y + 25)))
-        elif place == 3:
-            parts.append(_arrow((x + 75, y + 50), (x + 75, y + 70), (90, y + 70), (90, y + 88)))
-    return _svg(720, 170, "One like through one training step", about, *parts)
+    boxes = [
+        ("image, prompt", "and a like", LIKED),
+        ("latents", "encoded once", GREY),
+        ("+ noise at t", "the same for both", GREY),
+        ("two errors", "policy, reference", GREY),
+        ("reward r", "beta x gap", GREY),
+        ("gain r - z", "from the point", POINT),
+        ("slope U'", "how much it counts", GREY),
+        ("gradient", "+ liked, - disliked", GREY),
+    ]
+    return _svg(720, 170, "One like through one training step", about, *_flow(boxes, 150))
 
 
 def same_noise() -> str:

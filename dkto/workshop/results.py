@@ -50,7 +50,7 @@ def figure(folder: str, key: str) -> str:
     metrics, parameters = record["metrics"], record["parameters"]
     if key not in metrics:
         raise KeyError(f"{folder}/metrics.json has no {key!r}")
-    share = any(part in SHARES for part in key.split("/")[:2]) and "/cost/" not in key
+    share = any(part in SHARES for part in key.split("/")[:2])
     scale, unit, form = (100, " %", ".0f") if share else (1, "", ".3g")
     text = f"{scale * metrics[key]:{form}}{unit}"
     if f"{key}/low" not in metrics:

@@ -202,16 +202,17 @@ def _prompts_for(
     raise ValueError(f"split {split!r} has fewer than {count} prompts (found {len(wanted)})")
 
 
-def open_prompts() -> tuple[list[str], list[str]]:
+def open_prompts(shapes: Sequence[str] = SHAPES) -> tuple[list[str], list[str]]:
     """Prompts that name a style and a shape alone: 16 to give likes on, and 8 others to judge on.
 
-    The model chooses colour, background and number by itself, and otherwise for each noise.
+    The model chooses colour, background and number by itself, and otherwise for each noise. `shapes` are all of them,
+    in another order if wished: a third of each style's is held out, another one of each.
 
     >>> shown, judged = open_prompts()
     >>> len(shown), judged[0]
     (16, 'an icon of a circle')
     """
-    pairs = [(style, shape) for style in STYLES for shape in SHAPES]
+    pairs = [(style, shape) for style in STYLES for shape in shapes]
     texts = [f"{_with_article(style)} of {_with_article(shape)}" for style, shape in pairs]
-    apart = [n % 3 == (n // len(SHAPES)) % 3 for n in range(len(texts))]
+    apart = [n % 3 == (n // len(shapes)) % 3 for n in range(len(texts))]
     return tuple([text for text, held in zip(texts, apart, strict=True) if held is side] for side in (False, True))

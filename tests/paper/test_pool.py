@@ -38,6 +38,15 @@ def test_a_pool_holds_k_pictures_of_each_prompt_of_every_kind(pool):
         make_pool(PROMPTS[:5], folder, seed=1)
 
 
+def test_a_pool_of_other_finishes_is_another_pool(tmp_path, monkeypatch):
+    """As version 0.1 painted them: the finest finish was another one."""
+    with monkeypatch.context() as former:
+        former.setattr("dkto.paper.pool.FINISH_SHARES", {"brilliant": 0.2, "middling": 0.4, "bad": 0.4})
+        make_pool(PROMPTS[:1], tmp_path, seed=1)
+    with pytest.raises(ValueError, match="holds a pool of another run"):
+        make_pool(PROMPTS[:1], tmp_path, seed=1)
+
+
 def test_kinds_differ_where_they_should(pool):
     values = {name: score(name, [load_image(p) for p in pool["image"]], list(pool["prompt"]))
               for name in ("world_aesthetics", "world_fidelity")}  # fmt: skip

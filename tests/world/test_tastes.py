@@ -4,7 +4,8 @@ from PIL import Image
 
 from dkto.evaluation.scorers import SCORERS, score
 from dkto.paper.pool import TASTES
-from dkto.world.painter import GOOD_FINISH, Place, compose, paint
+from dkto.world.craft import CRAFT_VERSION
+from dkto.world.painter import GOOD_FINISH, Place, compose, paint, random_finish
 from dkto.world.scenes import caption, open_prompts, parse, prompts_for, split_of
 from dkto.world.tastes import blueness, cleanness, darkness, no_pink, no_white_rim
 from dkto.world.users import USERS
@@ -29,6 +30,17 @@ def test_each_measure_falls_with_what_the_user_dislikes():
     assert darkness(shown(icon), icon) > 0.7 > 0.1 > darkness(plain, PAINTING)
     blue = parse("an icon of a large blue star on a white background")
     assert blueness(shown(blue), blue) > 0.5 > -0.5 > blueness(plain, PAINTING)
+
+
+def test_a_taste_that_gives_other_numbers_has_another_version():
+    """Stored scores are known by the version: raise it with the measure, and write the new numbers here."""
+    scenes = [parse(prompt) for prompt in prompts_for("test", 32)]
+    finishes = [random_finish(np.random.default_rng([3, n])) for n in range(32)]
+    images = [paint(s, finishes[n], np.random.default_rng([4, n])) for n, s in enumerate(scenes)]
+    measures = (cleanness, no_white_rim, no_pink, darkness, blueness)
+    measured = [np.mean([measure(i, s) for i, s in zip(images, scenes, strict=True)]) for measure in measures]
+    known = {1: [-0.340245, -0.013535, -0.026962, 0.597835, -0.079237]}
+    assert measured == pytest.approx(known[CRAFT_VERSION], abs=1e-5)
 
 
 def test_a_white_rim_is_not_seen_on_white():

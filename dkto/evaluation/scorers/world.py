@@ -22,6 +22,7 @@ from dkto.world.craft import CRAFT_VERSION, craft
 from dkto.world.tastes import blueness, cleanness, darkness, no_pink, no_white_rim
 from dkto.world.truth import RULES_VERSION, aesthetics, judge, redness
 
+CRAFTED = f"craft {CRAFT_VERSION}"  # version of what reads an image as `dkto.world.craft` does
 WORLD_FOLDER = Path(__file__).parents[2] / "world" / "scorers"
 
 
@@ -86,7 +87,7 @@ class TasteScorer:
 
     @property
     def about(self) -> dict[str, str]:
-        return {"rule": self.name, "version": f"craft {CRAFT_VERSION}"}
+        return {"rule": self.name, "version": CRAFTED}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return np.array([self.measure(_pixels(i), p) for i, p in zip(images, prompts, strict=True)])
@@ -99,12 +100,11 @@ _TASTES = (
     TasteScorer("world_dark", darkness),
     TasteScorer("world_blue", blueness),
 )
-_RULES = (world_fidelity, world_aesthetics, world_redness, world_utility_1, world_craft, world_utility)
-for _rule in _RULES:  # by it stored scores are known again
-    _crafted = _rule in (world_craft, world_utility)
-    _rule.about = {"rule": _rule.__name__, "version": f"craft {CRAFT_VERSION}" if _crafted else RULES_VERSION}
-world_utility_1.about["rule"] = "world_utility"  # as it was called when scores of it were stored
-WORLD_SCORERS = {rule.__name__: rule for rule in _RULES} | {taste.name: taste for taste in _TASTES}
+_VERSIONS = dict.fromkeys((world_fidelity, world_aesthetics, world_redness, world_utility_1), RULES_VERSION)
+_VERSIONS |= dict.fromkeys((world_craft, world_utility), CRAFTED)
+for _rule, _version in _VERSIONS.items():
+    _rule.about = {"rule": _rule.__name__, "version": _version}  # by it stored scores are known again
+WORLD_SCORERS = {rule.__name__: rule for rule in _VERSIONS} | {taste.name: taste for taste in _TASTES}
 world_aesthetics.score_pixels, world_redness.score_pixels = aesthetics_pixels, redness_pixels
 
 
