@@ -26,9 +26,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+
+
 def pytest_collection_modifyitems(items):
-    no_chromium = not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-    no_chromium = "chromium is missing: apt-get install chromium" if no_chromium else ""
+    no_chromium = "" if BROWSER else "chromium is missing: apt-get install chromium"
     lacks = {
         "gpu": "" if torch.cuda.is_available() else "this machine has no gpu",
         "browser": no_chromium,
@@ -38,6 +50,16 @@ def pytest_collection_modifyitems(items):
         for name, reason in lacks.items():
             if reason and name in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real Chromium, one for all tests: Playwright's synchronous interface runs once in a process."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=BROWSER, headless=True, args=CHROMIUM)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -70,7 +70,7 @@ def read_craft(image: np.ndarray, prompt: str | Scene) -> Reading:
     >>> scene = parse("an icon of a large red star on a navy background")
     >>> ideal = np.rint(compose(scene, [Place(32, 32, 18, 0.1)])).astype(np.uint8)
     >>> round(read_craft(ideal, scene).craft, 2)
-    0.98
+    0.99
     """
     pixels = check_image(image).astype(np.float64)
     scene = parse(prompt) if isinstance(prompt, str) else prompt

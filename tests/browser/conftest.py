@@ -5,7 +5,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,16 +20,6 @@ from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 
 
 ALL_HAVE_RUN = r"""() => {
@@ -153,15 +142,10 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=found, headless=True, args=CHROMIUM)
-        server = Lab(tmp_path_factory.mktemp("lab"), browser)
-        yield server
-        server.close()
-        browser.close()
+def lab(tmp_path_factory, browser):
+    server = Lab(tmp_path_factory.mktemp("lab"), browser)
+    yield server
+    server.close()
 
 
 @pytest.fixture(name="until", scope="session")

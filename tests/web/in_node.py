@@ -6,11 +6,9 @@ import subprocess
 
 import pytest
 
-from dkto.web.page import HERE, joined
-from dkto.widgets.base import FOLDER
+from dkto.web.page import ENGINE, HERE, joined
 
-SCRIPTS = ("formula", "numbers", "tokenizer", "engine", "verdicts", "zip", "settings")
-SOURCES = (FOLDER / "utilities.js", *(HERE / f"{name}.js" for name in SCRIPTS))
+SOURCES = (*ENGINE, *(HERE / f"{name}.js" for name in ("verdicts", "zip", "settings")))
 REPLY = """
 const bytes = (array) => Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
 const floats = (text) => new Float32Array(Uint8Array.from(Buffer.from(text, "base64")).buffer);

@@ -4,7 +4,6 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import statistics
 import threading
 import time
@@ -22,10 +21,6 @@ from dkto.web.page import SERVED, build_page
 from dkto.web.runtime import AXE, CACHE, ONNXRUNTIME, package_file
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
-]
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 ZOOMED = {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2}  # a window of 1280 px at 200 %
@@ -55,15 +50,6 @@ def addresses(tmp_path_factory):
         address = f"http://127.0.0.1:{server.server_port}/index.html"
         yield {"served": address, "file": single.as_uri(), "folder": folder}
         server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dkto.common.files import file_sha256, read_json, write_json
-from dkto.common.names import shown
+from dkto.common.names import SHOWN, printable
 from dkto.common.tensors import check_fits, read_tensors, weights_fingerprint, write_tensors
 
 WEIGHTS_VARIABLE = "DKTO_WEIGHTS"
@@ -68,7 +68,7 @@ def check_sha256(path: Path, expected: str) -> None:
             return
     found = file_sha256(path)
     if found != expected:
-        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {shown(expected)}")
+        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {printable(expected, SHOWN)}")
     with suppress(OSError):  # where no stamp can be kept, the next call hashes again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         write_json(stamp, about)
