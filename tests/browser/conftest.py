@@ -22,9 +22,14 @@ ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 
 
+# a folded cell shows no prompt of its input: what it left tells that it ran
 ALL_HAVE_RUN = r"""() => {
-  const prompts = [...document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .jp-InputPrompt")];
-  return prompts.length > 0 && prompts.every((prompt) => /[0-9]/.test(prompt.textContent));
+  const cells = [...document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell")];
+  const has_run = (cell) => {
+    const prompt = cell.querySelector(".jp-InputPrompt").textContent;
+    return prompt === "" ? cell.querySelector(".jp-OutputArea-child") : /[0-9]/.test(prompt);
+  };
+  return cells.length > 0 && cells.every(has_run);
 }"""
 SOME_RUN = ALL_HAVE_RUN.replace("every", "some").replace("[0-9]", "[0-9*]")
 
