@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "blob": ["Layout", "read_layout", "weights_of", "wire_bytes"],
         "lora": ["LoraLayer", "flat_lora", "lora_layers"],
-        "page": ["build_page", "open_prompts"],
+        "page": ["build_page", "prompt_pools"],
         "runtime": ["package_file"],
     },
 )

@@ -1,6 +1,10 @@
 // Sections 4 and 5: from base to tuned by a slider, and the blind comparison.
 
-const freshHeld = () => PROMPTS.held.map((prompt, k) => ({ prompt, at: new Map([...(state.held[k]?.at ?? [])].filter(([position]) => position === 0 && state.heldSeed === state.settings.seed)) }));
+// Held-out prompts without images, but for those of the base, which stay true as long as noise and prompt do.
+const freshHeld = () => state.prompts.held.map((prompt, k) => {
+  const { prompt: before, at = [] } = state.held[k] ?? {}, same = before === prompt && state.heldSeed === state.settings.seed;
+  return { prompt, at: new Map([...at].filter(([position]) => same && position === 0)) };
+});
 const STRENGTHS = { 0: "base", 0.5: "half", 1: "tuned", 1.5: "beyond" };
 
 function buildStrength() {
@@ -11,9 +15,9 @@ function buildStrength() {
   });
   strength.input.id = "strength-slider";
   strength.node.querySelector("label").htmlFor = "strength-slider";
-  const tiles = PROMPTS.held.map((prompt) => {
-    const canvas = imageCanvas(prompt), figure = element("figure", {}, canvas, element("figcaption", { text: prompt }));
-    return { canvas, figure };
+  const tiles = state.prompts.held.map((prompt) => {
+    const canvas = imageCanvas(prompt), caption = element("figcaption"), figure = element("figure", {}, canvas, caption);
+    return { canvas, caption, figure };
   });
   const empty = element("p", { class: "note", text: "After the tuning, the images are here." });
   const grid = element("div", { class: "held" }, ...tiles.map((tile) => tile.figure));
@@ -26,7 +30,8 @@ function buildStrength() {
     strength.input.disabled = !ready;
     state.held.forEach((one, k) => {
       const nearest = [...one.at.keys()].sort((a, b) => Math.abs(a - state.position) - Math.abs(b - state.position))[0];
-      const { canvas, figure } = tiles[k];
+      const { canvas, caption, figure } = tiles[k];
+      caption.textContent = one.prompt;
       figure.setAttribute("aria-busy", String(nearest !== state.position));
       canvas.setAttribute("aria-label", `${one.prompt}, strength ${nearest ?? state.position}`);
       if (nearest !== undefined) paint(canvas, one.at.get(nearest));

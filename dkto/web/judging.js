@@ -55,6 +55,7 @@ function applyJudge() {
 }
 
 function drawImages() {
+  state.prompts = PROMPTS[state.settings.pool];
   Object.assign(state, { pool: [], drawing: state.settings.count, log: [], tuned: null, held: freshHeld(), pairs: [], answers: [] });
   current = -1;
   history.length = 0;
@@ -64,10 +65,17 @@ function drawImages() {
   work();
 }
 
+// How long to tune: as long as the taste takes, shorter on few likes.
+function stepsNow() {
+  const { count, judge: taste } = state.settings, { settings } = TASTES[taste] ?? PRESETS[state.preset];
+  return count < 40 ? 60 : settings.steps ?? DEFAULTS.steps;
+}
+
 function buildJudging() {
   const draw = button("Draw", drawImages, { class: "dkto-main", id: "draw" });
-  const count = choice("how many", { 40: "40 images", 24: "24, in a hurry" }, "40", (value) => set({ count: Number(value), steps: Number(value) < 40 ? 60 : 100 }));
-  const who = choice("who judges", { me: "I do", ...Object.fromEntries(Object.entries(TASTES).map(([key, { title }]) => [key, `a rule: ${title}`])) }, "me", (value) => { set({ judge: value }); applyJudge(); });
+  const drawn = choice("prompts", POOLS, "open", (value) => set({ pool: value }));
+  const count = choice("how many", { 40: "40 images", 24: "24, in a hurry" }, "40", (value) => { set({ count: Number(value) }); set({ steps: stepsNow() }); });
+  const who = choice("who judges", { me: "I do", ...Object.fromEntries(Object.entries(TASTES).map(([key, { title }]) => [key, `a rule: ${title}`])) }, "me", (value) => { set({ judge: value, ...TASTES[value]?.settings }); set({ steps: stepsNow() }); applyJudge(); });
   const card = element("p", { class: "card" });
   const big = imageCanvas("the image to judge"), prompt = element("p", { class: "prompt" });
   const like = button("like →", () => judgeCurrent(true), { "aria-keyshortcuts": "ArrowRight L" }), dislike = button("← dislike", () => judgeCurrent(false), { "aria-keyshortcuts": "ArrowLeft D" });
@@ -76,7 +84,7 @@ function buildJudging() {
     big, prompt, element("div", { class: "answers" }, dislike, like), undo);
   const counted = element("p", { class: "note", role: "status" }), tiles = element("div", { class: "tiles", id: "tiles", role: "group", "aria-label": "all images" });
   const area = element("div", { class: "judging" }, stage, tiles);
-  host("likes").append(card, element("div", { class: "dkto-row" }, count.node, who.node, draw), counted, area);
+  host("likes").append(card, element("div", { class: "dkto-row" }, drawn.node, count.node, who.node, draw), counted, area);
   const keys = { ArrowRight: () => judgeCurrent(true), l: () => judgeCurrent(true), ArrowLeft: () => judgeCurrent(false), d: () => judgeCurrent(false), z: takeBack };
   parts.keysOfJudging = shortcuts(area, keys);
   parts.judging = () => {
@@ -84,7 +92,9 @@ function buildJudging() {
     draw.disabled = !state.machine || Boolean(state.tuning) || pool.length < drawing;
     draw.textContent = pool.length < drawing ? `Drawing ${pool.length + 1} of ${drawing}` : pool.length ? "Draw again" : `Draw ${settings.count} images`;
     showChoice(count.select, settings.count, `${settings.count} images`);
-    count.select.disabled = Boolean(settings.group);
+    count.select.disabled = drawn.select.disabled = Boolean(settings.group);
+    drawn.select.value = settings.pool;
+    host("about-pool").textContent = ABOUT_POOLS[settings.pool];
     who.select.value = settings.judge;
     card.hidden = !settings.card;
     card.textContent = settings.card ? `Card ${settings.card}. Your secret taste: ${tasteOfCard(settings).title}. Judge by it, and tell nobody.` : "";

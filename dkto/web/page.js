@@ -5,6 +5,7 @@ function readLink() {
   if (found.group) {
     found.seed = found.group;
     found.card ??= 1 + (crypto.getRandomValues(new Uint8Array(1))[0] % 99);
+    Object.assign(found, { ...tasteOfCard(found).settings, ...found });
     host("class-details").open = false;
   }
   set({ ...DEFAULTS, group: undefined, card: undefined, wrong: undefined, ...found });

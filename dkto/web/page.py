@@ -20,6 +20,7 @@ from dkto.web.runtime import ONNXRUNTIME, package_file
 from dkto.widgets.base import FOLDER as WIDGETS
 from dkto.widgets.base import SHARED
 from dkto.world import scenes
+from dkto.world.tastes import blotchy_prompt
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "papermill_runs" / "outputs" / "page"
@@ -27,23 +28,35 @@ SINGLE, SERVED = "teach_your_taste.html", "served"
 UTILITIES = SHARED[-1]
 ENGINE = (UTILITIES, *(HERE / f"{name}.js" for name in ("formula", "numbers", "tokenizer", "engine")))
 PARTS = ("formula", "numbers", "verdicts", "zip", "settings", "machine", "state")
-SECTIONS = ("feelings", "judging", "tuning", "comparing", "taking", "kept", "visitor", "page")
+SECTIONS = ("feelings", "judging", "tuning", "comparing", "taking", "kept", "page")
 KEPT = HERE / "kept_run.json"  # of dkto.web.keep: what is shown where the model cannot run
 PAGE = (*SHARED, *(HERE / f"{name}.js" for name in (*PARTS, *SECTIONS)))
 KEPT_FIELDS = ("settings", "prompts", "liked", "log", "positions", "sprite")
 STYLES_OF_PAGE = (WIDGETS / "common.css", HERE / "page.css")
 
 
-def open_prompts() -> dict[str, list[str]]:
-    """Prompts that leave colour and background to the model: those to judge, and others, four of them with a colour.
+def prompt_pools() -> dict[str, dict[str, list[str]]]:
+    """Prompts to judge, and others that are held out, by pool.
 
-    >>> prompts = open_prompts()
-    >>> len(prompts["train"]), len(prompts["held"]), {*prompts["train"]} & {*prompts["held"]}
-    (16, 12, set())
+    `open` leaves colour and background to the model, but for four that ask for a colour. `paintings` are full captions:
+    every second one, and each that is held out, is a painting on white or grey, which the model draws cloudy.
+
+    >>> pools = prompt_pools()
+    >>> [(name, len(pool["train"]), len(pool["held"])) for name, pool in pools.items()]
+    [('open', 16, 12), ('paintings', 40, 12)]
     """
     train, held = scenes.open_prompts(("star", "ring", "circle", "cross", "square", "triangle"))
     stated = ["an icon of a red triangle", "a toy of a green square", "a sticker of a yellow cross"]
-    return {"train": train[::3] + train[1::3] + train[2::3], "held": [*held, *stated, "a painting of a blue star"]}
+    cloudy = scenes.prompts_for("train", 20, where=blotchy_prompt)
+    others = [text for text in scenes.prompts_for("train", 26) if scenes.parse(text).style != "painting"]
+    every_second = [text for pair in zip(cloudy, others, strict=True) for text in pair]
+    return {
+        "open": {
+            "train": train[::3] + train[1::3] + train[2::3],
+            "held": [*held, *stated, "a painting of a blue star"],
+        },
+        "paintings": {"train": every_second, "held": scenes.prompts_for("test", 12, where=blotchy_prompt)},
+    }
 
 
 def about() -> dict:
@@ -101,7 +114,7 @@ def joined(paths: tuple[Path, ...]) -> str:
 
 def html(inside: dict[str, bytes]) -> str:
     """The page; `inside` are packed files that it holds itself."""
-    script = f"window.DKTO_PROMPTS = {json.dumps(open_prompts())};\n{joined(PAGE)}"
+    script = f"window.DKTO_POOLS = {json.dumps(prompt_pools())};\n{joined(PAGE)}"
     if "</script" in script.lower():
         raise ValueError("a script of the page must not hold its own end tag")
     held = [

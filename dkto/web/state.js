@@ -1,9 +1,10 @@
 // What the page knows, the model's work one piece after another, and small parts of its look.
 
-const PROMPTS = window.DKTO_PROMPTS; // {train, held}, of dkto.web.page
+const PROMPTS = window.DKTO_POOLS; // {train, held} by pool, of dkto.web.page
 const state = {
   settings: { ...DEFAULTS }, preset: "own",
   machine: null, lacks: "", // why the model cannot run; a kept run is shown then
+  prompts: PROMPTS.open, // those of the images that are drawn
   pool: [], drawing: 0, // images to judge {prompt, pixels, latents, liked, wrong}; how many are asked for
   log: [], tuning: null, tuned: null, // records of the last tuning; the one under way; {lora, settings, shuffled, ms}
   held: [], position: 1, // {prompt, at: Map from strength to pixels}
@@ -23,7 +24,7 @@ function nextJob() {
   const draw = (values) => state.machine.call("draw", { ...values, lora: state.tuned?.lora });
   if (state.tuning) return runTuning;
   if (state.pool.length < state.drawing) return async () => {
-    const k = state.pool.length, prompt = PROMPTS.train[k % PROMPTS.train.length];
+    const k = state.pool.length, { train } = state.prompts, prompt = train[k % train.length];
     addImage({ prompt, ...(await draw({ prompt, seed: seedOf.pool(k) })) });
   };
   if (!state.tuned) return null;
@@ -36,7 +37,7 @@ function nextJob() {
     });
   };
   const asked = state.answers.length, pair = () => state.pairs.length < Math.min(PAIRS, asked + 2) && (async () => {
-    const k = state.pairs.length, prompt = PROMPTS.held[k % PROMPTS.held.length], seed = seedOf.pair(k);
+    const k = state.pairs.length, prompt = state.prompts.held[k], seed = seedOf.pair(k);
     const base = await draw({ prompt, seed }), other = await draw({ prompt, seed, scale: 1 });
     if (state.tuned !== tuned) return;
     state.pairs.push({ prompt, base: base.pixels, tuned: other.pixels, tunedLeft: (crypto.getRandomValues(new Uint8Array(1))[0] & 1) === 1 });

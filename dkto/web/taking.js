@@ -13,7 +13,11 @@ async function likesZip() {
   }
   return zipOf({ "likes.csv": new TextEncoder().encode(csvOf(rows)), ...files });
 }
-const linkNow = () => location.href.split("#")[0] + fragmentOf({ ...state.settings, card: undefined });
+const linkTo = (settings) => location.href.split("#")[0] + fragmentOf(settings);
+const linkNow = () => {
+  const { group, count, steps, card, ...alone } = state.settings;
+  return linkTo(group ? { group, count, steps } : { ...alone, count, steps }); // a class's link is for everybody
+};
 
 function buildTaking() {
   const likes = button("Likes and images (likes.zip)", async () => saveAs("likes.zip", await likesZip(), "application/zip"), { id: "save-likes" });
@@ -38,7 +42,7 @@ const tasteOfCard = ({ group, card }) => Object.values(TASTES)[random(1000 * gro
 function buildClassroom() {
   const group = element("input", { type: "number", id: identifier(), min: 1, max: 999_999, value: 1 + (crypto.getRandomValues(new Uint32Array(1))[0] % 9999) });
   const link = element("input", { type: "text", class: "link", readonly: true, id: identifier() });
-  const show = () => { link.value = `${location.href.split("#")[0]}#group=${group.value}&count=24&steps=60`; };
+  const show = () => { link.value = linkTo({ group: group.value, count: 24, steps: 60 }); };
   group.addEventListener("input", show);
   show();
   const codes = element("textarea", { id: identifier(), rows: 4, spellcheck: "false" }), table = element("div");

@@ -27,12 +27,20 @@ function blueness(pixels) {
   return blue / count / 255;
 }
 
-// Tastes as rules, for the hurried, for a class's cards and for tests: the larger, the better liked.
+// How far the border's pixels lie from their mean, a root mean square in levels: 0 where the background is flat.
+function cloudiness(pixels) {
+  const mean = border(pixels), squares = border(Array.from(pixels, (value, i) => (value - mean[i % 4]) ** 2));
+  return Math.sqrt(squares.reduce((a, b) => a + b));
+}
+
+// Tastes as rules, for the hurried, for a class's cards and for tests: the larger, the better liked. `settings` teach it.
+const TELLING = { pool: "open", beta: 100, gamma: 0.9, steps: 100, rate: 2e-3 };
 const TASTES = {
-  dark: { title: "dark backgrounds", measure: (pixels) => -level(pixels) },
-  blue: { title: "blue things", measure: blueness },
-  light: { title: "light backgrounds", measure: level },
-  warm: { title: "red and yellow things", measure: (pixels) => -blueness(pixels) },
+  dark: { title: "dark backgrounds", measure: (pixels) => -level(pixels), settings: TELLING },
+  blue: { title: "blue things", measure: blueness, settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
+  clean: { title: "clean backgrounds", measure: (pixels) => -cloudiness(pixels), settings: { pool: "paintings", beta: 20, gamma: 0.8, steps: 60, rate: 1e-3 } },
+  light: { title: "light backgrounds", measure: level, settings: TELLING },
+  warm: { title: "red and yellow things", measure: (pixels) => -blueness(pixels), settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
 };
 
 // Which images a rule likes: the better half.

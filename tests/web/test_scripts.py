@@ -17,7 +17,7 @@ from dkto.objective.formula import compile_expression
 from dkto.objective.utilities import UTILITIES
 from dkto.web.blob import read_layout, weights_of, wire_bytes
 from dkto.web.lora import flat_lora
-from dkto.web.page import about, open_prompts
+from dkto.web.page import about, prompt_pools
 
 pytestmark = pytest.mark.process
 
@@ -33,7 +33,7 @@ def unpacked(text):
 
 
 def test_token_ids_are_those_of_clip(tmp_path):
-    prompts = [*open_prompts()["train"], *open_prompts()["held"], *ODD]
+    prompts = [text for pool in prompt_pools().values() for part in pool.values() for text in part] + ODD
     (tokenizer,) = load_model("small-world").tokenizers()
     wanted = tokenizer(prompts, padding="max_length", max_length=24, truncation=True).input_ids
     found = in_node(
@@ -146,6 +146,22 @@ def test_the_interval_is_wilsons(tmp_path):
     found = in_node("return given.counts.map(([k, n]) => wilson(k, n));", tmp_path, counts=counts)
     for (k, n), ends in zip(counts, found, strict=True):
         assert ends == pytest.approx(wilson_interval(k, n), abs=1e-9)
+
+
+def test_rules_measure_the_border_and_the_thing(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 130, (64, 64, 4)).astype(np.uint8)
+    image[20:40, 20:40] = (20, 30, 220, 255)
+    edge = np.ones((64, 64), bool)
+    edge[4:60, 4:60] = False
+    frame = image[edge][:, :3].astype(float)
+    body = """
+      const pixels = Uint8ClampedArray.from(given.pixels), judged = Object.entries(TASTES).map(([name, { measure }]) => [name, measure(pixels)]);
+      return Object.fromEntries(judged);"""
+    found = in_node(body, tmp_path, pixels=image.ravel().tolist())
+    assert found["light"] == -found["dark"] == pytest.approx(frame.mean())
+    assert found["clean"] == pytest.approx(-np.sqrt(((frame - frame.mean(0)) ** 2).mean(0).sum()))
+    assert found["blue"] == -found["warm"] == pytest.approx(200 / 255, abs=0.01)
 
 
 def test_a_comparison_counts_ties_apart(tmp_path):
