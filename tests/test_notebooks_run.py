@@ -129,7 +129,8 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "61_teach_by_likes": {
         "pictures": 14,
-        "simulated_judge": "likes_red",
+        "simulated_judge": "dark_backgrounds",
+        "least_of_each": 3,
         "press_button": True,
         "max_train_steps": 12,
         "held_out_prompts": 4,

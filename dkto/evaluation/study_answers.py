@@ -56,9 +56,11 @@ class StudyResult:
 
     def __str__(self) -> str:
         agreement = "not defined" if self.alpha is None else f"{self.alpha:.2f}"
+        alone = len(self.judges) == 1
         return (
-            f"{self.methods[0]} is preferred to {self.methods[1]} on {self.by_prompt} by these judges; "
-            f"{self.answered} of {self.asked} answers by {len(self.judges)} judges, Krippendorff's alpha {agreement}"
+            f"{self.methods[0]} is preferred to {self.methods[1]} on {self.by_prompt} by "
+            f"{'this judge' if alone else 'these judges'}; {self.answered} of {self.asked} answers"
+            + ("" if alone else f" by {len(self.judges)} judges, Krippendorff's alpha {agreement}")
         )
 
     def to_metrics(self) -> dict[str, float]:

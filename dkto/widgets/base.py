@@ -7,7 +7,7 @@ import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dkto.common.pixels import to_rgb
 from dkto.plotting import COLOURS
@@ -57,6 +57,15 @@ def png_bytes(image: Image.Image) -> bytes:
     """An image as PNG with nothing in it but pixels: no file name, no generator's note travels with it."""
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(to_rgb(image))).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def small_bytes(image: Image.Image, side: int) -> bytes:
+    """An image as it is sent: as PNG, or where it is larger than `side` pixels a copy of that size as JPEG."""
+    if max(image.size) <= side:
+        return png_bytes(image)
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(ImageOps.contain(to_rgb(image), (side, side)))).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

@@ -223,14 +223,18 @@ function swatch(colour, dash = []) {
   return canvas;
 }
 
-// Bytes of a PNG as the source of an <img>; the last address of each image is given back when it changes.
+const LARGE = 128; // pixels of an image from which it is drawn smoothly
+
+// Bytes of a PNG or JPEG as the source of an <img>; the last address of each image is given back when it changes.
 function showPicture(image, bytes) {
   if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
   if (!bytes || !bytes.byteLength) {
     image.removeAttribute("src");
     return;
   }
-  image.src = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+  image.onload = () => { image.style.imageRendering = image.naturalWidth > LARGE ? "auto" : ""; };
+  const first = bytes instanceof DataView ? bytes.getUint8(0) : new Uint8Array(bytes.buffer ?? bytes)[0];
+  image.src = URL.createObjectURL(new Blob([bytes], { type: first === 0xff ? "image/jpeg" : "image/png" }));
 }
 
 // Keys of a part of the page, by their names: an action is called once a press, those of `repeating` as long as it lasts.

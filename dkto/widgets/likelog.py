@@ -24,6 +24,7 @@ from dkto.data.tables import TABLE_SUFFIXES
 from dkto.evaluation.manifest import image_path, read_manifest
 
 JUDGEMENTS = ("like", "dislike", "skip")
+LEAST = 8  # likes, and dislikes, below which a tuning shows little
 TEXT = (lambda value: isinstance(value, str), "text")
 EVENT: Fields = {
     **dict.fromkeys(("session", "image", "sha256", "prompt"), TEXT),
@@ -70,6 +71,16 @@ def pictures_in(folder: str | Path) -> list[Picture]:
         if picture.image.is_symlink():
             refuse_leaving(picture.image, folder)
     return found
+
+
+def still_missing(likes: int, dislikes: int, least: int = LEAST) -> str:
+    """What is missing until there are `least` likes and as many dislikes; empty where nothing is.
+
+    >>> still_missing(7, 3), still_missing(9, 8)
+    ('1 more like and 5 more dislikes', '')
+    """
+    short = {"like": least - likes, "dislike": least - dislikes}
+    return " and ".join(f"{n} more {name}{'s' * (n > 1)}" for name, n in short.items() if n > 0)
 
 
 def append_event(path: Path, session: str, **event) -> None:

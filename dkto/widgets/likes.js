@@ -20,6 +20,7 @@ function render({ model, el }) {
     button("skip (space)", "Space", say.skip), button("undo (z)", "z", say.undo));
   const view = element("button", { type: "button", on: { click: () => { model.set("view", model.get("view") === "grid" ? "single" : "grid"); model.save_changes(); } } });
   const pager = element("div", { class: "dkto-row" });
+  const strips = element("div", { class: "dkto-strips" }), mirror = element("div", { class: "dkto-mirror", role: "status" });
 
   function judge(judgement) {
     const index = model.get("view") === "grid" ? focused : model.get("current");
@@ -60,6 +61,16 @@ function render({ model, el }) {
     if (hadFocus) tiles.find((tile) => Number(tile.dataset.index) === focused)?.focus();
   }
 
+  // What was liked and disliked last, and what the liked images share.
+  function drawTaste() {
+    const strip = model.get("strip"), shared = model.get("mirror"), missing = model.get("missing");
+    strips.replaceChildren(...Object.entries(strip).filter(([, items]) => items.length).map(([kind, items]) =>
+      element("div", { class: "dkto-strip", "data-judgement": kind }, element("b", { text: WORDS[kind] }), ...items.map(picture))));
+    mirror.replaceChildren(
+      element("p", { text: missing ? `Still asked for: ${missing}.` : shared.length ? "What your likes share:" : "Enough to tune on. Nothing that is counted parts your likes from your dislikes yet." }),
+      element("ul", {}, ...shared.map((text) => element("li", { text }))));
+  }
+
   function draw() {
     waiting = false;
     const counts = model.get("counts"), seen = counts.like + counts.dislike + counts.skip;
@@ -81,12 +92,16 @@ function render({ model, el }) {
 
   node.append(
     element("div", { class: "dkto-row" }, bar, status, view),
-    stage, buttons, pager, alert,
+    stage, buttons, pager, alert, strips, mirror,
     element("p", {}, element("kbd", { text: "→" }), " like, ", element("kbd", { text: "←" }), " dislike, ", element("kbd", { text: "space" }), " skip, ", element("kbd", { text: "z" }), " undo; in the grid ", element("kbd", { text: "↑" }), element("kbd", { text: "↓" }), " choose the picture"),
   );
-  const undo = listen(model, ["shown", "current", "counts", "view", "message", "page"], settled(0, draw));
+  const undo = [
+    listen(model, ["shown", "current", "counts", "view", "message", "page"], settled(0, draw)),
+    listen(model, ["strip", "mirror", "missing"], settled(0, drawTaste)),
+  ];
   draw();
-  return undo;
+  drawTaste();
+  return () => undo.forEach((call) => call());
 }
 
 export default { render };

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
@@ -12,10 +13,13 @@ from dkto.common.names import check_choice, shown
 from dkto.data.feedback import FeedbackTable
 from dkto.data.images import load_image
 from dkto.plotting import image_grid
-from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
-from dkto.widgets.likelog import JUDGEMENTS, LikeLog, Picture
+from dkto.widgets.base import ROLE_COLOURS, Instrument, script, small_bytes, style
+from dkto.widgets.likelog import JUDGEMENTS, LEAST, LikeLog, Picture, still_missing
+from dkto.world.mirror import mirror_sentences, taste_mirror, traits
 
 AHEAD = 6  # pictures that are sent before they are asked for
+SIDES = {"single": 640, "grid": 256, "strip": 96}  # pixels: larger images are sent as copies of that size
+STRIP = 8  # of each kind, the last that were judged
 
 
 class Likes(Instrument):
@@ -30,6 +34,7 @@ class Likes(Instrument):
         session: a name; the same name goes on where it stopped.
         view: "single" or "grid".
         page_size: pictures of one page of the grid.
+        least: likes, and dislikes, that are asked for.
 
     Raises:
         ValueError, FileNotFoundError: as `LikeLog`, or for an unknown view.
@@ -47,6 +52,9 @@ class Likes(Instrument):
     page = traitlets.Int(0).tag(sync=True)
     pages = traitlets.Int(1).tag(sync=True)
     colours = traitlets.Dict(ROLE_COLOURS).tag(sync=True)
+    missing = traitlets.Unicode().tag(sync=True)  # what is asked for and not given yet
+    strip = traitlets.Dict().tag(sync=True)  # by judgement: dicts of index, prompt, image (bytes)
+    mirror = traitlets.List().tag(sync=True)  # sentences: what liked images share
 
     def __init__(
         self,
@@ -56,13 +64,15 @@ class Likes(Instrument):
         session: str = "me",
         view: str = "single",
         page_size: int = 12,
+        least: int = LEAST,
     ) -> None:
         check_choice("view", view, ("single", "grid"))
         if page_size < 1:
             raise ValueError(f"page_size must be 1 or more, got {page_size}")
         self.likes = LikeLog(pictures, path, session)
-        self._page_size = page_size
-        self._bytes: dict[int, bytes] = {}
+        self._page_size, self._least = page_size, least
+        self._bytes: dict[tuple[str, int], bytes] = {}
+        self._found: dict[int, set[str]] = {}
         super().__init__(view=view, total=len(self.likes.pictures), pages=-(-len(self.likes.pictures) // page_size))
         self._show()
         self.observe(lambda _: self._show(), names=["page", "view"])
@@ -83,6 +93,14 @@ class Likes(Instrument):
         """The likes and dislikes so far; raises a ValueError if there is none."""
         return self.likes.feedback()
 
+    def taste_mirror(self) -> pd.DataFrame:
+        """What liked images share against disliked ones, with counts, see `dkto.world.mirror.taste_mirror`."""
+        given = {index: kind == "like" for index, kind in self.likes.judgements.items() if kind != "skip"}
+        for index in given.keys() - self._found.keys():
+            picture = self.likes.pictures[index]
+            self._found[index] = traits(load_image(picture.image), picture.prompt)
+        return taste_mirror([self._found[index] for index in given], list(given.values()))
+
     def figure(self) -> Figure:
         """The first judged pictures, 8 of each kind, as a static figure: liked above, disliked below."""
         given = self.likes.judgements
@@ -101,11 +119,11 @@ class Likes(Instrument):
         plt.close(figure)
         return figure
 
-    def _about(self, index: int) -> dict:
+    def _about(self, index: int, place: str) -> dict:
         picture = self.likes.pictures[index]
-        if index not in self._bytes:
-            self._bytes[index] = png_bytes(load_image(picture.image))
-        about = {"index": index, "prompt": picture.prompt, "image": self._bytes[index]}
+        if (place, index) not in self._bytes:
+            self._bytes[place, index] = small_bytes(load_image(picture.image), SIDES[place])
+        about = {"index": index, "prompt": picture.prompt, "image": self._bytes[place, index]}
         return about | {"judgement": self.likes.judgements.get(index, "")}
 
     def _show(self, at: int | None = None) -> None:
@@ -121,8 +139,13 @@ class Likes(Instrument):
             later = [i for i in range(len(self.likes.pictures)) if i not in self.likes.judgements and i != current]
             wanted = [] if start is None else [current, *later[: AHEAD - 1]]
         counts = self.likes.counts()
+        given = self.likes.judgements
+        last = {kind: [i for i in given if given[i] == kind][-STRIP:] for kind in ("like", "dislike")}
         with self.hold_sync():
-            self.shown = [self._about(i) for i in wanted]
+            self.shown = [self._about(i, self.view) for i in wanted]
+            self.strip = {kind: [self._about(i, "strip") for i in rows] for kind, rows in last.items()}
+            self.missing = still_missing(counts["like"], counts["dislike"], self._least)
+            self.mirror = [] if self.missing else mirror_sentences(self.taste_mirror())
             self.current, self.counts = current, {name: counts[name] for name in JUDGEMENTS}
 
     def _obey(self, message: dict) -> None:

@@ -5,6 +5,8 @@ const STATES = {
   stopped: "stopped at a checkpoint; start goes on from it", finished: "finished", failed: "failed",
 };
 
+const SWAP_MS = 700; // slower than three a second, which can harm
+
 function render({ model, el }) {
   const node = root(el, "training", "Training");
   const colours = model.get("colours");
@@ -15,7 +17,7 @@ function render({ model, el }) {
   const start = element("button", { type: "button", class: "dkto-main", on: { click: () => { start.disabled = true; model.send({ type: "start" }); } } });
   const stop = element("button", { type: "button", text: "Stop at a checkpoint", on: { click: () => model.send({ type: "stop" }) } });
   const panels = { loss: axes("Loss over training steps", 210), rewards: axes("Rewards over training steps", 210) };
-  const table = element("div", { class: "dkto-scroll" });
+  const table = element("div", { class: "dkto-scroll" }), swaps = element("div", { class: "dkto-swaps" });
 
   function span(values) {
     const finite = values.flat().filter(Number.isFinite);
@@ -50,8 +52,34 @@ function render({ model, el }) {
     result.textContent = model.get("result");
   }
 
+  // Large before and after in one place: a tile swaps them while the mouse or the focus is on it.
+  let turning = null;
+  function still() { clearInterval(turning); turning = null; }
+  function swapping(prompt, before, after) {
+    const image = element("img", { alt: "" }), name = element("b");
+    let shown = "after";
+    const show = (which) => {
+      shown = which;
+      showPicture(image, which === "after" ? after : before);
+      image.alt = `${which}: ${prompt}`;
+      name.textContent = `${which} `;
+    };
+    const swap = () => show(shown === "after" ? "before" : "after");
+    const start = () => { if (!turning) { swap(); turning = setInterval(swap, SWAP_MS); } };
+    const stop = () => { still(); show("after"); };
+    show("after");
+    return element("figure", { class: "dkto-swap", tabindex: "0", on: { mouseenter: start, mouseleave: stop, focus: start, blur: stop } },
+      image, element("figcaption", {}, name, element("span", { class: "dkto-prompt", text: prompt })));
+  }
+  function drawSwaps(rows, prompts) {
+    still();
+    const [before, after] = ["before", "after"].map((label) => rows.find((row) => row.label === label));
+    swaps.replaceChildren(...(before && after ? prompts.slice(0, after.images.length).map((prompt, i) => swapping(prompt, before.images[i], after.images[i])) : []));
+  }
+
   function drawSamples() {
     const rows = model.get("samples"), prompts = model.get("prompts");
+    drawSwaps(rows, prompts);
     if (!rows.length) return table.replaceChildren();
     const head = element("tr", {}, element("td"), ...prompts.map((prompt) => element("th", { class: "dkto-prompt", scope: "col", text: prompt })));
     const body = rows.map((row) =>
@@ -64,7 +92,7 @@ function render({ model, el }) {
   }
 
   node.append(element("div", { class: "dkto-row" }, start, stop, bar, status), alert,
-    element("div", { class: "dkto-panels" }, panels.loss.canvas, panels.rewards.canvas), result, table);
+    element("div", { class: "dkto-panels" }, panels.loss.canvas, panels.rewards.canvas), result, swaps, table);
   const undo = [
     listen(model, ["curves", "total"], drawCurves),
     listen(model, ["state", "step", "total", "can_start", "start_label", "message", "result"], drawState),
@@ -75,6 +103,7 @@ function render({ model, el }) {
   drawSamples();
   return () => {
     undo.forEach((call) => call());
+    still();
     Object.values(panels).forEach((panel) => panel.close());
   };
 }

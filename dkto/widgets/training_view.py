@@ -24,11 +24,12 @@ from dkto.plotting import plot_training
 from dkto.training.config import TrainConfig
 from dkto.training.launch import start_training
 from dkto.training.run_folder import RunFolder
-from dkto.widgets.base import ROLE_COLOURS, Instrument, png_bytes, script, style
+from dkto.widgets.base import ROLE_COLOURS, Instrument, script, small_bytes, style
 
 POLL_SECONDS = 0.5
 MOST_POINTS = 600  # points of a curve that are sent to the page
 MOST_SAMPLES = 6  # rows of sample pictures that are kept on the page
+SAMPLE_SIDE = 512  # pixels: larger samples are sent as copies of that size
 SERIES = ("loss", "reward/desirable", "reward/undesirable", "reference_point")  # the page knows the last part
 
 
@@ -194,7 +195,7 @@ class TrainingView(Instrument):
         return draw(system.load(), prompts, noise, system)
 
     def _show(self, label: str, images: Sequence[Image.Image]) -> None:
-        row = {"label": label, "images": [png_bytes(image) for image in images]}
+        row = {"label": label, "images": [small_bytes(image, SAMPLE_SIDE) for image in images]}
         self.samples = [*self.samples, row][-MOST_SAMPLES:]
 
     def _obey(self, message: dict) -> None:

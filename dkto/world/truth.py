@@ -127,24 +127,28 @@ def judge(image: np.ndarray, prompt: str | Scene) -> dict[str, float]:
     pixels = check_image(image).astype(np.float64)
     scene = parse(prompt) if isinstance(prompt, str) else prompt
     border = border_colour(pixels)
-    palette = np.float64(list(BACKGROUNDS.values()))
     patches = [patch_of(pixels, thing, border) for thing in scene.things]
     shapes = [p is not None and recognise_shape(p) == t.shape for p, t in zip(patches, scene.things, strict=True)]
     parts = {
         "colour": float(np.mean([p is not None for p in patches])),
         "shape": float(np.mean(shapes)),
-        "background": float(list(BACKGROUNDS)[_nearest_background(border, palette)] == scene.background),
+        "background": float(nearest_background(border) == scene.background),
     }
     if scene.relation:
         parts["relation"] = float(all(p is not None for p in patches) and _holds(scene.relation, *patches))
     return {**parts, "fidelity": float(np.mean(list(parts.values())))}
 
 
-def _nearest_background(border: np.ndarray, palette: np.ndarray) -> int:
-    """Nearest palette entry; chroma counts double, since exposure and haze shift brightness."""
+def nearest_background(border: np.ndarray) -> str:
+    """The name in `BACKGROUNDS` nearest to a border's RGB; chroma counts double, since exposure and haze shift light.
+
+    >>> nearest_background(np.array([30.0, 40.0, 100.0]))
+    'navy'
+    """
+    palette = np.float64(list(BACKGROUNDS.values()))
     chroma = np.abs(_chroma(palette) - _chroma(border))
     luma = np.abs((palette - border).mean(-1))
-    return int(np.argmin(luma + 2 * chroma))
+    return list(BACKGROUNDS)[int(np.argmin(luma + 2 * chroma))]
 
 
 def aesthetics(image: np.ndarray) -> float:

@@ -39,7 +39,13 @@ def press(page, until, key, expected):
 @pytest.mark.browser
 @pytest.mark.slow
 def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, accessible, tmp_path):
-    settings = {"pictures": 14, "held_out_prompts": 8, "sample_steps": 6, "output_dir": str(tmp_path)}
+    settings = {
+        "pictures": 14,
+        "held_out_prompts": 8,
+        "sample_steps": 6,
+        "least_of_each": 4,
+        "output_dir": str(tmp_path),
+    }
     name = lab.write("61_teach_by_likes", **settings)
     page = lab.open(name)
     lab.run_all(page)
@@ -49,6 +55,7 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, accessible,
     for number in range(1, 11):
         press(page, until, "ArrowRight" if number % 2 else "ArrowLeft", f"seen {number} of 14")
     assert "liked 5, disliked 5" in status(page)
+    assert page.locator(".dkto-likes").first.locator(".dkto-strip img").count() == 10
     press(page, until, "z", "seen 9 of 14, liked 5, disliked 4")
     picture(page.locator(".dkto-likes").first, "likes")
     accessible(page, ".dkto-likes")
@@ -80,11 +87,26 @@ def test_like_by_keyboard_reload_go_on_and_tune(lab, until, picture, accessible,
         page.wait_for_timeout(100)
     assert finished() and len(seen - {"0"}) >= 3, "at least three updates of the plots"
     until(page, AFTER_IS_SHOWN)
-    assert "By the rule of the simulated user likes_red" in training.text_content()
     weights = load_file(tmp_path / "run-01" / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.abs().sum() > 0 for key, value in weights.items() if "lora_B" in key)
     before, after = page.evaluate(ROWS)
     assert before != after and len(before) > 1000
+    tile = page.locator(".dkto-swap").first
+    assert tile.locator("b").text_content() == "after "
+    tile.hover()
+    until(page, "() => document.querySelector('.dkto-swap b').textContent === 'before '")
+    until(page, "() => document.querySelector('.dkto-swap b').textContent === 'after '")
+    page.mouse.move(0, 0)
+    judge = page.locator(".dkto-judge").first
+    judge.scroll_into_view_if_needed()
+    for number in range(1, 11):
+        judge.locator("[role=group]").focus()
+        page.keyboard.press("ArrowLeft")
+        until(
+            page, f"() => document.querySelector('.dkto-judge [role=status]').textContent === '{number} of 10 answered'"
+        )
+    until(page, "() => !!document.querySelector('.dkto-judge .dkto-result table')")
+    assert "after is preferred to before on" in judge.text_content() and "n=10 by this judge" in judge.text_content()
     picture(training, "tuning")
     accessible(page, ".dkto-training")
     assert page.alerts == []

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -308,6 +309,41 @@ def test_the_static_figure_has_liked_above_disliked(pictures, tmp_path):
     assert len(widget.figure().axes) == 1
     widget.judge(1, "dislike")
     assert [ax.get_yticklabels()[0].get_text() for ax in widget.figure().axes] == ["liked", "disliked"]
+
+
+def test_the_strip_the_mirror_and_what_is_missing_follow_the_judgements(tmp_path):
+    """Dark grounds are liked: the mirror says so, from pixels alone, once there are enough of each."""
+    pool = []
+    for number in range(20):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (64, 64), (20, 20, 20) if number % 2 else (240, 240, 240)).save(path)
+        pool.append(Picture(path, f"a toy of a {'star' if number % 3 else 'ring'}"))
+    widget = Likes(pool, tmp_path / "likes.jsonl")
+    assert widget.missing == "8 more likes and 8 more dislikes" and widget.mirror == []
+    for number in range(16):
+        widget.judge(number, "like" if number % 2 else "dislike")
+    assert widget.missing == ""
+    assert [[one["index"] for one in widget.strip[kind]] for kind in ("like", "dislike")] == [
+        list(range(1, 16, 2)),
+        list(range(0, 16, 2)),
+    ]
+    assert widget.mirror == [
+        "background black, seen: 8 of 8 liked, 0 of 8 disliked",
+        "background white, seen: 0 of 8 liked, 8 of 8 disliked",
+    ]
+    widget.undo()
+    assert widget.missing == "1 more like" and len(widget.strip["like"]) == 7
+
+
+def test_large_images_are_sent_as_small_copies(tmp_path):
+    """A key sends six images ahead and a strip: of an image of 1,024 pixels some kilobytes each, and no megabytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    widget = Likes([Picture(tmp_path / "a.png", "a cat")], tmp_path / "likes.jsonl")
+    assert Image.open(BytesIO(widget.shown[0]["image"])).size == (640, 640)
+    widget.judge(0, "like")
+    sent = widget.strip["like"][0]["image"]
+    assert Image.open(BytesIO(sent)).size == (96, 96) and len(sent) < 20_000 < noise.size
 
 
 def test_bytes_of_a_picture_hold_nothing_but_pixels(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from dkto.data.feedback import make_feedback
@@ -73,7 +74,7 @@ def test_a_run_gets_a_number_that_nobody_had(tmp_path):
 def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pipeline, tmp_path):
     folder = likes.images[0].parent
     brightness = SimulatedUser("likes_bright", lambda image, prompt: float(np.mean(image)), 100.0)
-    options = {"model": str(tiny_pipeline), "user": brightness, "sample_steps": 2, "guidance": 1.0, "threads": 1}
+    options = {"model": str(tiny_pipeline), "user": brightness, "sample_steps": 2, "guidance": 1.0, "least": 6}
     tuner = Tuner(lambda: likes, folder, ["a picture 0", "a picture 1"], **options, **SMALL)
     tuner.start()
     assert tuner.wait(300) == "finished", tuner.message
@@ -85,12 +86,26 @@ def test_the_button_tunes_on_the_likes_and_shows_before_and_after(likes, tiny_pi
     assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
     assert tuner.can_start, "more likes make a new run"
     assert len(tuner.figure().axes) == 1 and (folder / "likes-01.csv").is_file()
+    for _ in range(10):
+        tuner.judge.receive({"type": "answer", "number": tuner.judge.number, "side": "left"})
+    found = tuner.judge.study_result()
+    assert (
+        found.methods == ("after", "before")
+        and found.by_prompt.n == 10
+        and tuner.panel.children == (tuner, tuner.judge)
+    )
+    assert "10 of 10 answers" in tuner.judge.result["text"] and "n=10 by this judge" in tuner.judge.result["text"]
+    blind = [np.asarray(Image.open(path)) for path in sorted((folder / "blind" / "before").glob("*.png"))]
+    assert len(blind) == 10 and not any(np.array_equal(np.asarray(tuner.before[0]), image) for image in blind), (
+        "other noise"
+    )
 
 
 def test_the_button_without_likes_says_so(likes, tmp_path):
     only = make_feedback(likes.images[:1], ["a"], [True])
     tuner = Tuner(lambda: only, tmp_path, ["a"])
     tuner.receive({"type": "start"})
-    assert tuner.message == "tuning needs likes and dislikes, got 1 likes and 0 dislikes" and tuner.state == "ready"
+    assert tuner.message == "tuning needs 8 likes and 8 dislikes, got 1 and 0: give 7 more likes and 8 more dislikes"
+    assert tuner.state == "ready" and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least one prompt"):
         Tuner(lambda: only, tmp_path, [])

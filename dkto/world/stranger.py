@@ -1,0 +1,49 @@
+"""A stranger who sees images before and after a tuning and names the taste that was taught, by six measures alone."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from dkto.world.tastes import blueness, darkness
+from dkto.world.truth import border_colour
+
+
+def _cold_ground(image: np.ndarray) -> float:
+    red, _, blue = border_colour(np.asarray(image, dtype=np.float64))
+    return float(blue - red) / 255
+
+
+CARDS: dict[str, Callable[[np.ndarray], float]] = {
+    "dark backgrounds": lambda image: darkness(image, ""),
+    "light backgrounds": lambda image: -darkness(image, ""),
+    "blue things": lambda image: blueness(image, ""),
+    "red, pink or yellow things": lambda image: -blueness(image, ""),
+    "cold backgrounds": _cold_ground,
+    "warm backgrounds": lambda image: -_cold_ground(image),
+}
+"""Tastes by the words of a card, each with its measure: more is better."""
+
+
+def likes_by_card(card: str, images: Sequence[Image.Image]) -> np.ndarray:
+    """(N,) bool: the half of the images that a taste likes best, as somebody does who must like some of them."""
+    values = np.array([CARDS[card](np.asarray(image)) for image in images])
+    return np.argsort(np.argsort(-values, kind="stable"), kind="stable") < len(values) // 2
+
+
+def guess_taste(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> pd.Series:
+    """How much each of the six tastes grew from before to after, the most first: that is the stranger's guess.
+
+    The unit is the spread of the measure between the images before.
+
+    Args:
+        before, after: images of the same prompts and noise, at least two.
+    """
+    if len(before) != len(after) or len(before) < 2:
+        raise ValueError(f"before and after must be as many, at least two, got {len(before)} and {len(after)}")
+    found = {}
+    for card, measure in CARDS.items():
+        old, new = (np.array([measure(np.asarray(image)) for image in images]) for images in (before, after))
+        found[card] = float((new - old).mean() / max(old.std(), 1e-9))
+    return pd.Series(found, name="grew by").sort_values(ascending=False, kind="stable")
