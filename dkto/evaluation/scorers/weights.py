@@ -68,7 +68,8 @@ def check_sha256(path: Path, expected: str) -> None:
             return
     found = file_sha256(path)
     if found != expected:
-        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {printable(expected, SHOWN)}")
+        expected = printable(expected, SHOWN)
+        raise ValueError(f"{path} is damaged or another file: its sha256 is {found}, expected {expected}")
     with suppress(OSError):  # where no stamp can be kept, the next call hashes again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         write_json(stamp, about)
