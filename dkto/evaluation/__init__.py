@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "win_rate",
         ],
         "monitors": ["monitor_table"],
+        "published": ["both_versions"],
         "scorers": ["check_scorers", "register_scorer", "score"],
         "scoring": ["score_all", "score_images"],
         "study": ["StudySession", "make_study"],

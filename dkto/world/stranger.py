@@ -6,22 +6,36 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dkto.world.tastes import blueness, darkness
-from dkto.world.truth import border_colour
+from dkto.world.scenes import COLOURS
+from dkto.world.tastes import darkness
+from dkto.world.truth import MIN_CHROMA, border_colour, hue_of
 
 
-def _cold_ground(image: np.ndarray) -> float:
+def _blue_ground(image: np.ndarray) -> float:
     red, _, blue = border_colour(np.asarray(image, dtype=np.float64))
     return float(blue - red) / 255
+
+
+def _share(*names: str) -> Callable[[np.ndarray], float]:
+    """How much of the coloured part that stands out from the border has one of these hues; a third where none is."""
+    wanted = [list(COLOURS).index(name) for name in names]
+
+    def measure(image: np.ndarray) -> float:
+        pixels = np.asarray(image, dtype=np.float64)
+        hue, chroma = hue_of(pixels)
+        coloured = (np.abs(pixels - border_colour(pixels)).max(-1) > 45) & (chroma > MIN_CHROMA)
+        return float(np.isin(hue[coloured], wanted).mean()) if coloured.sum() > 40 else 1 / 3
+
+    return measure
 
 
 CARDS: dict[str, Callable[[np.ndarray], float]] = {
     "dark backgrounds": lambda image: darkness(image, ""),
     "light backgrounds": lambda image: -darkness(image, ""),
-    "blue things": lambda image: blueness(image, ""),
-    "red, pink or yellow things": lambda image: -blueness(image, ""),
-    "cold backgrounds": _cold_ground,
-    "warm backgrounds": lambda image: -_cold_ground(image),
+    "blue backgrounds": _blue_ground,
+    "blue things": _share("blue", "cyan"),
+    "pink things": _share("pink"),
+    "red or yellow things": _share("red", "yellow"),
 }
 """Tastes by the words of a card, each with its measure: more is better."""
 
