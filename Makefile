@@ -23,7 +23,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all toy paper bench lab lint format site page reference results fuzz clean
+.PHONY: help setup demo check check-class slides test test-all toy paper bench lab lint format site page reference results fuzz clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
@@ -31,6 +31,7 @@ help:
 	@echo "make test      the tests (about 12 minutes on 2 cores, more on old ones)"
 	@echo "make test-all  the tests with the slow and browser ones, and what they cover"
 	@echo "make lab       JupyterLab on this machine only; prints its address with the token"
+	@echo "make check-class  is this machine ready for a class? One line a check, under a minute"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
 	@echo "make bench     the benchmarks"
 	@echo "make fuzz      N=10000 damaged inputs for every reader, and what became of them (SEED=0; about 25 minutes on 2 cores)"
@@ -66,6 +67,9 @@ demo: $(READY)
 
 check: $(READY)
 	$(PYTEST) $(PARALLEL) -m "not process and not slow and not gpu" $(CHECKED) $(LEFT_OUT)
+
+check-class: $(READY)
+	$(BIN)/python -m dkto.workshop.check_class
 
 test: $(READY)
 	$(PYTEST) $(PARALLEL) $(QUICK)
