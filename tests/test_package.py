@@ -20,8 +20,9 @@ ROOMS = (
     ("data",),
     ("evaluation",),
     ("training", "plotting"),
-    ("paper", "widgets", "workshop"),
+    ("paper", "widgets"),
     ("web",),
+    ("workshop",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

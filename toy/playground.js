@@ -15,14 +15,15 @@ function render({ model, el }) {
   const status = element("p", { class: "dkto-status", role: "status", "aria-live": "polite" });
   const alert = element("div", { class: "dkto-alert", role: "alert" });
   const train = element("button", { type: "button", class: "dkto-main", text: "Train it now", on: { click: () => { train.disabled = true; model.send({ type: "train", settings: state, means }); } } });
-  const home = element("button", { type: "button", text: "Put the Gaussians back", on: { click: () => { Object.assign(means, structuredClone(world.start)); draw(); show(); } } });
+  const alone = model.get("alone") ?? ""; // why nothing can be trained; a kernel trains
+  train.disabled = Boolean(alone);
+  const home = element("button", { type: "button", text: "Put the Gaussians back", disabled: Boolean(alone), on: { click: () => { Object.assign(means, structuredClone(world.start)); draw(); show(); } } });
 
-  function choice(name, label, options, toText = String) {
-    const id = identifier();
-    const select = element("select", { id, "data-setting": name }, ...options.map((value) => element("option", { value, text: toText(value) })));
-    select.value = state[name];
-    select.addEventListener("change", () => { state[name] = name === "method" ? select.value : Number(select.value); show(); });
-    return element("div", {}, element("label", { for: id, text: `${label} ` }), select);
+  function setting(name, label, values, toText = String) {
+    const options = Object.fromEntries(values.map((value) => [value, toText(value)]));
+    const made = choice(`${label} `, options, state[name], (value) => { state[name] = name === "method" ? value : Number(value); show(); });
+    made.select.dataset.setting = name;
+    return made.node;
   }
   const clampId = identifier();
   const clamp = element("input", { type: "checkbox", id: clampId, checked: true, "data-setting": "clamp" });
@@ -121,7 +122,7 @@ function render({ model, el }) {
   }
 
   const handles = Object.fromEntries(Object.entries(roles).map(([role, word]) => {
-    const handle = element("button", { type: "button", class: "dkto-handle", "data-role": role, text: word === "liked" ? "+" : "−" });
+    const handle = element("button", { type: "button", class: "dkto-handle", "data-role": role, disabled: Boolean(alone), text: word === "liked" ? "+" : "−" });
     handle.style.color = colours[role];
     const place = (px, py) => {
       means[role] = [px, py].map((value, i) => Math.round(Math.min(high[i], Math.max(low[i], value)) * 100) / 100);
@@ -147,12 +148,12 @@ function render({ model, el }) {
   node.append(
     element("div", { class: "dkto-stage" }, field,
       element("div", { class: "dkto-controls" },
-        choice("method", "method", choices.method, (name) => choices.titles[name]), choice("beta", "beta (per unit of mean squared error)", choices.beta),
-        choice("gamma", "gamma, share of liked samples", choices.gamma),
-        choice("flip", "label noise", choices.flip, (v) => `${100 * v} % wrong`),
+        setting("method", "method", choices.method, (name) => choices.titles[name]), setting("beta", "beta (per unit of mean squared error)", choices.beta),
+        setting("gamma", "gamma, share of liked samples", choices.gamma),
+        setting("flip", "label noise", choices.flip, (v) => `${100 * v} % wrong`),
         element("div", {}, clamp, element("label", { for: clampId, text: " keep the reference point at or above 0" })),
         element("div", { class: "dkto-row" }, train, home), status, alert,
-        element("p", {}, element("b", { text: "+" }), " liked, ", element("b", { text: "−" }), " disliked: drag them, or use the arrow keys; dotted: pretraining; black: the model's samples. Circles are 2σ."))));
+        element("p", {}, element("b", { text: "+" }), " liked, ", element("b", { text: "−" }), ` disliked${alone ? "" : ": drag them, or use the arrow keys"}; dotted: pretraining; black: the model's samples. Circles are 2σ.`), element("p", { class: "dkto-status", text: alone }))));
   const undo = [
     listen(model, ["trained"], showTrained),
     listen(model, ["clouds"], show),

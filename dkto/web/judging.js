@@ -1,6 +1,5 @@
 // Section 2: images as they are drawn, judged by key, click or touch, or by a rule.
 
-const WORDS = { like: "liked", dislike: "disliked", "": "not judged" };
 const answerOf = (image) => (image.liked === undefined ? "" : image.liked ? "like" : "dislike");
 const judged = () => state.pool.filter((image) => image.liked !== undefined);
 let current = -1; // the image that keys judge; -1 while none is left to judge
@@ -85,8 +84,7 @@ function buildJudging() {
   const counted = element("p", { class: "note", role: "status" }), tiles = element("div", { class: "tiles", id: "tiles", role: "group", "aria-label": "all images" });
   const area = element("div", { class: "judging" }, stage, tiles);
   host("likes").append(card, element("div", { class: "dkto-row" }, drawn.node, count.node, who.node, draw), counted, area);
-  const keys = { ArrowRight: () => judgeCurrent(true), l: () => judgeCurrent(true), ArrowLeft: () => judgeCurrent(false), d: () => judgeCurrent(false), z: takeBack };
-  parts.keysOfJudging = shortcuts(area, keys);
+  parts.keysOfJudging = shortcuts(area, judgingKeys(() => judgeCurrent(true), () => judgeCurrent(false), takeBack));
   parts.judging = () => {
     const { settings, pool, drawing } = state, image = pool[current], given = judged(), likes = given.filter((one) => one.liked).length;
     draw.disabled = !state.machine || Boolean(state.tuning) || pool.length < drawing;

@@ -39,6 +39,7 @@ async function fallBack(why) {
 }
 
 function startPage() {
+  if (location.protocol === "file:" && !host("file-wasm")) { location.replace(`../teach_your_taste.html${location.hash}`); return; } // from disk nothing can be fetched
   state.held = freshHeld();
   buildPresets();
   buildFeelings();

@@ -26,11 +26,12 @@ HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "papermill_runs" / "outputs" / "page"
 SINGLE, SERVED = "teach_your_taste.html", "served"
 UTILITIES = SHARED[-1]
-ENGINE = (UTILITIES, *(HERE / f"{name}.js" for name in ("formula", "numbers", "tokenizer", "engine")))
-PARTS = ("formula", "numbers", "verdicts", "zip", "settings", "machine", "state")
+FORMULA = WIDGETS / "formula.js"
+ENGINE = (UTILITIES, FORMULA, *(HERE / f"{name}.js" for name in ("numbers", "tokenizer", "engine")))
+PARTS = ("numbers", "verdicts", "zip", "settings", "machine", "state")
 SECTIONS = ("feelings", "judging", "tuning", "comparing", "taking", "kept", "page")
 KEPT = HERE / "kept_run.json"  # of dkto.web.keep: what is shown where the model cannot run
-PAGE = (*SHARED, *(HERE / f"{name}.js" for name in (*PARTS, *SECTIONS)))
+PAGE = (*SHARED, FORMULA, *(HERE / f"{name}.js" for name in (*PARTS, *SECTIONS)))
 KEPT_FIELDS = ("settings", "prompts", "liked", "log", "positions", "sprite")
 STYLES_OF_PAGE = (WIDGETS / "common.css", HERE / "page.css")
 

@@ -73,14 +73,6 @@ function imageCanvas(label, pixels) {
   return canvas;
 }
 
-// A labelled list of choices {value: text}.
-function choice(label, options, value, onChange) {
-  const id = identifier(), select = element("select", { id }, ...Object.entries(options).map(([key, text]) => element("option", { value: key, text })));
-  select.value = value;
-  select.addEventListener("change", () => onChange(select.value));
-  return { node: element("div", { class: "field" }, element("label", { for: id, text: label }), select), select };
-}
-
 const button = (text, onClick, options = {}) => element("button", { type: "button", text, on: { click: onClick }, ...options });
 function set(values) {
   Object.assign(state.settings, values);

@@ -31,14 +31,11 @@ function rewardsPlot() {
   const plot = axes("Rewards of liked and disliked samples and the reference point", 240);
   function draw() {
     const theme = getComputedStyle(plot.canvas), colour = (name) => theme.getPropertyValue(`--dkto-${name}`).trim();
+    const colours = { desirable: colour("like"), undesirable: colour("dislike"), reference_point: colour("soft") };
     const x = state.log.map((step) => step.step), steps = Math.max(10, (state.tuning ?? state.tuned)?.settings.steps ?? state.settings.steps);
-    const kinds = [["liked", smoothed(state.log, 1), "like", []], ["disliked", smoothed(state.log, -1), "dislike", []], ["reference point", state.log.map((step) => step.point), "soft", [4, 3]]];
-    const all = kinds.flatMap(([, y]) => y.filter(Number.isFinite)), low = Math.min(-0.5, ...all), high = Math.max(0.5, ...all), room = 0.06 * (high - low);
-    plot.draw({
-      x: [0, steps], y: [low - room, high + room], xLabel: "step", yLabel: "implicit reward",
-      lines: kinds.map(([, y, name, dash]) => ({ x, y, colour: colour(name), dash, width: name === "soft" ? 1.2 : 2.5 })),
-      legend: kinds.map(([label, , name, dash]) => ({ label, colour: colour(name), dash })),
-    });
+    const values = [smoothed(state.log, 1), smoothed(state.log, -1), state.log.map((step) => step.point)];
+    const curves = Object.fromEntries(Object.keys(REWARD_ROLES).map((role, i) => [role, [x, values[i]]]));
+    drawRewards(plot, curves, colours, { x: [0, steps], y: span(values, -0.5, 0.5) });
   }
   return { node: plot.canvas, draw };
 }

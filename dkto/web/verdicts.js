@@ -38,7 +38,7 @@ const TELLING = { pool: "open", beta: 100, gamma: 0.9, steps: 100, rate: 2e-3 };
 const TASTES = {
   dark: { title: "dark backgrounds", measure: (pixels) => -level(pixels), settings: TELLING },
   blue: { title: "blue things", measure: blueness, settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
-  clean: { title: "clean backgrounds", measure: (pixels) => -cloudiness(pixels), settings: { pool: "paintings", beta: 20, gamma: 0.8, steps: 60, rate: 1e-3 } },
+  clean: { title: "clean backgrounds", measure: (pixels) => -cloudiness(pixels), settings: { ...TELLING, pool: "paintings", gamma: 0.8, steps: 60 } },
   light: { title: "light backgrounds", measure: level, settings: TELLING },
   warm: { title: "red and yellow things", measure: (pixels) => -blueness(pixels), settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
 };

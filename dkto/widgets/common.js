@@ -43,6 +43,14 @@ function slider({ label, min, max, step, position, toText, onInput }) {
   return { node: element("div", { class: "dkto-slider" }, element("label", { for: id, text: label }), input, output), input, show };
 }
 
+// A labelled list of choices {value: text}.
+function choice(label, options, value, onChange) {
+  const id = identifier(), select = element("select", { id }, ...Object.entries(options).map(([key, text]) => element("option", { value: key, text })));
+  select.value = value;
+  select.addEventListener("change", () => onChange(select.value));
+  return { node: element("div", { class: "field" }, element("label", { for: id, text: label }), select), select };
+}
+
 const short = (value) => {
   if (value === 0) return "0";
   const size = Math.abs(value);
@@ -207,6 +215,27 @@ function axes(label, height = 230) {
   observer.observe(canvas);
   return { canvas, draw, close: () => { observer.disconnect(); dark.removeEventListener("change", again); } };
 }
+
+// The interval of all finite values with some room; at least from `low` to `high`, if given.
+function span(values, low = Infinity, high = -Infinity) {
+  const finite = values.flat().filter(Number.isFinite);
+  [low, high] = [Math.min(low, ...finite), Math.max(high, ...finite)];
+  if (!(low <= high)) return [0, 1];
+  const room = 0.08 * (high - low) || 0.1 * Math.abs(high) || 0.1;
+  return [low - room, high + room];
+}
+
+// Rewards over steps on axes; each of `curves` is [[step, ...], [reward, ...]], by its role.
+const REWARD_ROLES = { desirable: ["liked", []], undesirable: ["disliked", [6, 3]], reference_point: ["reference point", [2, 3]] };
+function drawRewards(plot, curves, colours, spec) {
+  const line = (role) => { const [x, y] = curves[role] ?? [[], []]; return { x, y, colour: colours[role], dash: REWARD_ROLES[role][1], width: 2 }; };
+  const legend = Object.entries(REWARD_ROLES).map(([role, [label, dash]]) => ({ label, colour: colours[role], dash }));
+  plot.draw({ xLabel: "optimiser step", yLabel: "implicit reward", lines: Object.keys(REWARD_ROLES).map(line), legend, ...spec });
+}
+
+// Judgements in words, and the keys that give them, wherever images are liked or disliked.
+const WORDS = { like: "liked", dislike: "disliked", skip: "skipped", "": "not judged" };
+const judgingKeys = (like, dislike, takeBack) => ({ ArrowRight: like, l: like, ArrowLeft: dislike, d: dislike, z: takeBack });
 
 // A short line that shows a curve's colour and dashes, for a legend.
 function swatch(colour, dash = []) {

@@ -90,6 +90,7 @@ function render({ model, el }) {
     if (chosen.size > model.get("largest_upload")) alert.textContent = `${chosen.name} has ${chosen.size} bytes, more than ${model.get("largest_upload")}`;
     else model.send({ type: "rewards", name: chosen.name, text: await chosen.text() });
   });
+  file.disabled = Boolean(model.get("alone")); // no kernel reads it
   const save = element("button", { type: "button", text: "Save curves (CSV)", on: { click: saveCurves } });
 
   function chosen() {
@@ -234,7 +235,7 @@ function render({ model, el }) {
     element("div", { class: "dkto-panels" }, ...Object.values(panels).map((panel) => panel.canvas)),
     readout,
     element("fieldset", {}, element("legend", { text: "Your own utility and rewards" }), own,
-      element("div", { class: "dkto-row" }, element("label", { for: file.id, text: "rewards from a file (CSV: reward, liked; or a run's metrics.jsonl)" }), file), alert),
+      element("div", { class: "dkto-row" }, element("label", { for: file.id, text: "rewards from a file (CSV: reward, liked; or a run's metrics.jsonl)" }), file, element("span", { text: model.get("alone") ?? "" })), alert),
   );
   const undo = [
     listen(model, ["curves"], readCurves),

@@ -1,7 +1,5 @@
 // Like or dislike pictures. Every judgement goes to the kernel, which writes it down and sends the next pictures.
 
-const WORDS = { like: "liked", dislike: "disliked", skip: "skipped", "": "not judged" };
-
 function render({ model, el }) {
   const node = root(el, "likes", "Like or dislike pictures");
   const status = element("p", { class: "dkto-status", role: "status", "aria-live": "polite" });
@@ -33,7 +31,7 @@ function render({ model, el }) {
     const tiles = [...stage.querySelectorAll(".dkto-tile")];
     tiles[Math.max(0, Math.min(tiles.length - 1, tiles.findIndex((t) => Number(t.dataset.index) === focused) + step))]?.focus();
   };
-  const keys = { ArrowRight: say.like, l: say.like, ArrowLeft: say.dislike, d: say.dislike, " ": say.skip, z: say.undo, ArrowDown: () => move(1), ArrowUp: () => move(-1) };
+  const keys = { ...judgingKeys(say.like, say.dislike, say.undo), " ": say.skip, ArrowDown: () => move(1), ArrowUp: () => move(-1) };
   shortcuts(stage, keys, ["ArrowDown", "ArrowUp"]);
 
   function picture(item) {

@@ -19,23 +19,12 @@ function render({ model, el }) {
   const panels = { loss: axes("Loss over training steps", 210), rewards: axes("Rewards over training steps", 210) };
   const table = element("div", { class: "dkto-scroll" }), swaps = element("div", { class: "dkto-swaps" });
 
-  function span(values) {
-    const finite = values.flat().filter(Number.isFinite);
-    if (!finite.length) return [0, 1];
-    const low = Math.min(...finite), high = Math.max(...finite), pad = 0.08 * (high - low) || 0.1 * Math.abs(high) || 0.1;
-    return [low - pad, high + pad];
-  }
-
   function drawCurves() {
     const curves = model.get("curves"), [steps, loss] = curves.loss ?? [[], []];
     const x = [0, Math.max(10, steps.at(-1) ?? 0)];
     panels.loss.draw({ x, y: span([loss]), title: "Loss", xLabel: "optimiser step", yLabel: "loss (no unit)", lines: [{ x: steps, y: loss, colour: colours.model, width: 1.5 }] });
-    const shown = [["desirable", "liked", []], ["undesirable", "disliked", [6, 3]], ["reference_point", "reference point", [2, 3]]];
-    panels.rewards.draw({
-      x, y: span(shown.map(([name]) => curves[name]?.[1] ?? [])), title: "Mean implicit reward", xLabel: "optimiser step", yLabel: "implicit reward",
-      lines: shown.map(([name, , dash]) => ({ x: curves[name]?.[0] ?? [], y: curves[name]?.[1] ?? [], colour: colours[name], dash, width: 2 })),
-      legend: shown.map(([name, label, dash]) => ({ label, colour: colours[name], dash })),
-    });
+    const values = Object.keys(REWARD_ROLES).map((role) => curves[role]?.[1] ?? []);
+    drawRewards(panels.rewards, curves, colours, { x, y: span(values), title: "Mean implicit reward" });
     node.dataset.updates = model.get("updates");
   }
 

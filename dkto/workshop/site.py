@@ -4,6 +4,7 @@ Sphinx renders, nothing is executed, and nothing is fetched when a page is read:
 and a page opens from disk. `python -m dkto.workshop.site` builds `papermill_runs/outputs/site`.
 """
 
+import base64
 import json
 import os
 import re
@@ -15,17 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pandas as pd
 from bs4 import BeautifulSoup
 
 from dkto.common.ends import guarded
+from dkto.web.page import SERVED, SINGLE
+from dkto.widgets.explorer import Explorer
+from dkto.widgets.standalone import standalone_html
 from dkto.workshop.keep_lessons import CARDS
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "papermill_runs" / "outputs" / "site"
-TEACH = Path(
-    "papermill_runs", "outputs", "page", "served"
-)  # of `make page`; without it the site is the same but for it
+PAGE = Path("papermill_runs", "outputs", "page")  # of `make page`; without it the site is the same but for it
+SCREEN = Path("notebooks", "images", "page_desktop.png")
 SETTINGS = ROOT / "papermill_runs" / "site" / "conf.py"
 PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
@@ -34,22 +38,20 @@ GUIDES = (
     *("notebooks/README.md", "notebooks/your_own_likes.md", "papermill_runs/RESULTS.md", "tests/benchmarks/README.md"),
     *("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
 )
-FOLDERS = (
-    *(("guides", "Guides and results"), ("lessons", "Lessons, as they ran")),
-    *(("cards", "Verdict cards"), ("api", "Functions")),
-)
-TEACH_LINK = """```{raw} html
-<p><a href="teach/index.html"><strong>Teach a diffusion model your taste</strong></a>, in this browser, now.</p>
+FOLDERS = ("guides", "lessons", "cards", "api")
+TEACH_LINK = """
+```{raw} html
+<a class="teach" href="teach/index.html"><img src="teach/screen.png" alt="">
+<strong>Teach a diffusion model your taste</strong>
+<span>Draw, like, tune and judge in this browser, now. Nothing to install, nothing leaves the page.</span></a>
 ```
 """
 CONTENTS = """
 ```{{toctree}}
-:hidden:
-:glob:
 :maxdepth: 1
-:caption: {caption}
+{options}
 
-{folder}/*
+{entries}
 ```
 """
 
@@ -75,8 +77,10 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:
         raise RuntimeError(f"Sphinx is not content with {source}:\n{done.stderr.strip()}")
-    if (root / TEACH).is_dir():
-        shutil.copytree(root / TEACH, pages / "teach")
+    if (root / PAGE).is_dir():
+        shutil.copytree(root / PAGE / SERVED, pages / "teach")
+        shutil.copyfile(root / PAGE / SINGLE, pages / SINGLE)  # where a folder is no server
+        shutil.copyfile(root / SCREEN, pages / "teach" / "screen.png")
     wrong = check_pages(pages)
     if wrong:
         raise ValueError(f"{len(wrong)} links of {pages} are wrong: {'; '.join(wrong[:10])}")
@@ -85,7 +89,7 @@ def build_site(output: Path = OUTPUT, reference: Path | None = None, root: Path 
 
 def write_source(source: Path, reference: Path, root: Path) -> None:
     """Lay out what Sphinx reads: the README, guides, a page a lesson, the cards, a page a module."""
-    for folder, _ in FOLDERS:
+    for folder in FOLDERS:
         (source / folder).mkdir(parents=True)
     lessons = sorted(path.parent.name for path in reference.glob("*/notebook.ipynb"))
     origins = {name: next((root / "notebooks").glob(f"**/{name}.ipynb"), root / "notebooks" / name) for name in lessons}
@@ -100,6 +104,8 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = copy.rewrite("".join(cell["source"]), origin.parent, source / "lessons")
+            else:
+                cell["outputs"] = [_touchable(output, root) for output in cell["outputs"]]
         notebook["metadata"].pop("widgets", None)  # a page has no kernel to show them
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
@@ -109,12 +115,83 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
     for path in guides:
         text = copy.rewrite(path.read_text(encoding="utf-8"), path.parent, source / "guides")
         pages[path].write_text(text, encoding="utf-8")
-    filled = [(folder, caption) for folder, caption in FOLDERS if any((source / folder).iterdir())]
-    contents = [CONTENTS.format(caption=caption, folder=folder) for folder, caption in filled]
+    (source / "api.md").write_text(
+        "# Functions\n" + CONTENTS.format(options=":glob:", entries="api/*"), encoding="utf-8"
+    )
+    course = parts_of_the_course((root / "notebooks" / "README.md").read_text(encoding="utf-8"))
+    listed = {name for _, part in course for name, _ in part}
+    course.append(("Other kept runs", [(name, "") for name in lessons if name not in listed]))
+    parts = [(title, [_entry(*one) for one in part if one[0] in lessons]) for title, part in course]
+    guide = [("Guides and results", [f"guides/{name}" for name in guides.values()])]
+    others = [("Verdict cards", sorted(f"cards/{path.name}" for path in (source / "cards").iterdir()))]
+    contents = [
+        CONTENTS.format(options=f":hidden:\n:caption: {title}", entries="\n".join(entries))
+        for title, entries in [*parts, *guide, *others, ("Reference", ["api"])]
+        if entries
+    ]
     text = copy.rewrite((root / "README.md").read_text(encoding="utf-8"), root, source)
-    if (root / TEACH).is_dir():
-        text = text.replace("\n## ", f"\n{TEACH_LINK}\n## ", 1)
+    if (root / PAGE).is_dir():
+        title, _, rest = text.partition("\n")
+        text = f"{title}\n{TEACH_LINK}{rest}"
     (source / "index.md").write_text("\n".join([text, *contents]), encoding="utf-8")
+
+
+def parts_of_the_course(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The course's parts in reading order, each with its lessons and their questions, from notebooks/README.md.
+
+    >>> parts_of_the_course("### Part 1: likes\\n| [10_one](10_one.ipynb) | Why? | 4.2 |")
+    [('Part 1: likes', [('10_one', 'Why?')])]
+    """
+    parts: list[tuple[str, list[tuple[str, str]]]] = []
+    for line in text.splitlines():
+        if line.startswith("| experiment |"):
+            parts.append(("Experiments", []))
+        elif found := re.match(r"### (.+)", line):
+            parts.append((found[1], []))
+        elif found := re.match(r"\| \[(\w+)\]\([^)]*\) \| (.+?) \|", line):
+            parts[-1][1].append((found[1], found[2]))
+    return parts
+
+
+def _entry(lesson: str, question: str) -> str:
+    """A line of the navigation: number and title."""
+    number = re.match(r"\d*", lesson)[0]
+    return f"{number} {question} <lessons/{lesson}>" if question else f"lessons/{lesson}"
+
+
+def live_explorer() -> str:
+    """The explorer with rewards made up as in lesson 60, as HTML."""
+    rng = np.random.default_rng(0)
+    liked = rng.random(400) < 0.5
+    rewards = np.where(liked, 1.0, -1.0) + rng.normal(0, 1.5, 400)
+    explorer = Explorer(rewards, liked, source="rewards made up for this page", reference_point=0.5)
+    return standalone_html(explorer, "Files are read by Python: open lesson 60 on your machine.", explorer.figure())
+
+
+def live_playground(**sizes) -> str:
+    """The playground with the clouds of its grid, as HTML: it trains them now, a minute or less."""
+    from toy.playground import RECIPE, Playground  # the laboratory stands on this package
+
+    playground = Playground(RECIPE.replace(**sizes))
+    reason = "This page shows models that are trained already. To train one now, open lesson 64 on your machine."
+    return standalone_html(playground, reason, playground.figure(["base", "sft flip=0", "dpo beta=10 flip=0"]))
+
+
+INSTRUMENTS = {"Explorer": live_explorer, "Playground": live_playground}
+SCREENSHOTS = {"Likes": "likes", "Tuner": "tuning", "Judge": "judge", "TrainingView": "training_view"}
+_INSTRUMENT = re.compile(rf"<?[\w.]*\b({'|'.join([*INSTRUMENTS, *SCREENSHOTS])})(?: object at |\()")
+
+
+def _touchable(output: dict, root: Path) -> dict:
+    """An output of a lesson; where that is an instrument, one that runs in a page, or an image of it in use."""
+    found = _INSTRUMENT.match("".join(output.get("data", {}).get("text/plain", "")))
+    if not found or "image/png" in output["data"]:
+        return output
+    if found[1] in INSTRUMENTS:
+        return output | {"data": {"text/html": INSTRUMENTS[found[1]]()}}
+    image = root / "notebooks" / "images" / f"{SCREENSHOTS[found[1]]}.png"
+    data = base64.b64encode(image.read_bytes()).decode()
+    return output | {"data": {"image/png": data, "text/plain": f"{found[1]}, which lives in JupyterLab"}}
 
 
 @dataclass(frozen=True)

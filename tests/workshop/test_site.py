@@ -10,7 +10,18 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dkto.workshop.site import TEACH, build_site, check_pages, literal_formulas, mathml, write_source
+from dkto.web.page import SERVED, SINGLE
+from dkto.workshop import site
+from dkto.workshop.site import (
+    PAGE,
+    SCREEN,
+    build_site,
+    check_pages,
+    literal_formulas,
+    live_playground,
+    mathml,
+    write_source,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +34,8 @@ def checkout(tmp_path):
     (root / "toy").mkdir()
     (root / "notebooks").mkdir()
     text = "# Guide\n\n[one](10_first.ipynb) ![it](../picture.png) [home](../README.md)\n"
+    text += "\n## Lessons\n\n### Part 1: likes\n\n"
+    text += "| [10_first](10_first.ipynb) | Why? | 4 |\n| [11_lost](10_first.ipynb) | What? | 4 |\n"
     (root / "notebooks" / "README.md").write_text(text)
     shutil.copyfile(ROOT / "dkto" / "runs" / "yaml12.py", root / "dkto" / "runs" / "yaml12.py")
     (root / "dkto" / "empty.py").write_text("ONE = 1\n")
@@ -46,8 +59,11 @@ def checkout(tmp_path):
         folder.mkdir(parents=True)
         nbformat.write(notebook, folder / "notebook.ipynb")
     (folder / "reproduction_card.csv").write_text("paper,ours\n86.4 %,<b>1</b>\n")
-    (root / TEACH).mkdir(parents=True)
-    (root / TEACH / "index.html").write_text("<!doctype html><title>Teach</title>")
+    (root / PAGE / SERVED).mkdir(parents=True)
+    for name in (f"{SERVED}/index.html", SINGLE):
+        (root / PAGE / name).write_text("<!doctype html><title>Teach</title>")
+    (root / SCREEN).parent.mkdir()
+    shutil.copyfile(root / "picture.png", root / SCREEN)
     return root
 
 
@@ -57,11 +73,14 @@ def test_what_sphinx_reads(checkout, tmp_path):
     assert "[first](lessons/10_first.ipynb), `code`, [paper](https://example.org), [here](#files)" in index
     assert "[0.01](lessons/20_second.ipynb), 62 %\n" in index and "[guide](guides/notebooks-readme.md)" in index
     guide = (tmp_path / "source" / "guides" / "notebooks-readme.md").read_text()
-    assert guide == "# Guide\n\n[one](../lessons/10_first.ipynb) ![it](../picture.png) [home](../index.md)\n"
-    assert index.index("guides/*") < index.index("lessons/*") < index.index("cards/*") < index.index("api/*")
+    assert guide.startswith("# Guide\n\n[one](../lessons/10_first.ipynb) ![it](../picture.png) [home](../index.md)\n")
+    contents = index[index.index("```{toctree}") :]
+    captions = ["Part 1: likes", "Other kept runs", "Guides and results", "Verdict cards", "Reference"]
+    assert re.findall(":caption: (.*)", contents) == captions and "11" not in contents
+    assert "\n10 Why? <lessons/10_first>\n" in contents and "\nlessons/20_second\n" in contents
     assert (tmp_path / "source" / "picture.png").is_file()
     assert [path.stem for path in (tmp_path / "source" / "api").iterdir()] == ["dkto.runs.yaml12"]
-    assert index.index('href="teach/index.html"') < index.index("## Files")
+    assert index.startswith('# small\n\n```{raw} html\n<a class="teach" href="teach/index.html">')
     lesson = json.loads((tmp_path / "source" / "lessons" / "10_first.ipynb").read_text())
     text = "".join(lesson["cells"][0]["source"])
     assert "[the next](20_second.ipynb)" in text and "and `solutions/x.ipynb`." in text
@@ -86,6 +105,61 @@ def test_a_site_is_built_and_checked(checkout, tmp_path):
     (checkout / "README.md").write_text("# small\n\n[broken](#nowhere)\n")
     with pytest.raises(RuntimeError, match="Sphinx is not content"):
         build_site(tmp_path / "site", root=checkout)
+
+
+@pytest.fixture
+def small_playground(monkeypatch):
+    sizes = {"pretrain_steps": 3, "max_train_steps": 2, "num_samples": 40, "num_train_timesteps": 40}
+    monkeypatch.setitem(site.INSTRUMENTS, "Playground", lambda: live_playground(**sizes))
+
+
+def test_an_instrument_becomes_one_without_a_kernel_or_an_image_of_it(checkout):
+    shutil.copyfile(checkout / "picture.png", checkout / "notebooks" / "images" / "likes.png")
+    shown, texts = {}, ("<dkto.widgets.explorer.Explorer object at 0x1>", "Likes(x=1)", "<toy.Other object at 0x1>")
+    for text in texts:
+        output = new_output("display_data", {"text/plain": text})
+        shown[text] = site._touchable(output, checkout)["data"]
+    explorer, likes, other = shown.values()
+    assert "standalone({" in explorer["text/html"]
+    assert base64.b64decode(likes["image/png"]) == (checkout / "picture.png").read_bytes()
+    assert other == {"text/plain": "<toy.Other object at 0x1>"}
+
+
+@pytest.mark.browser
+def test_instruments_of_a_page_from_disk_work_without_a_kernel(checkout, small_playground, tmp_path, browser):
+    path = checkout / "papermill_runs" / "reference" / "10_first" / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for name in ("Explorer", "Playground"):
+        output = new_output("display_data", {"text/plain": f"{name}()"})
+        notebook.cells.append(new_code_cell("display(it)", outputs=[output], execution_count=2))
+    nbformat.write(notebook, path)
+    index = build_site(tmp_path / "site", root=checkout)
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((index.parent / "lessons" / "10_first.html").as_uri())
+    explorer, playground = page.locator(".dkto-explorer"), page.locator(".dkto-playground")
+
+    def drawn():
+        return explorer.locator(".dkto-panels canvas").nth(3).evaluate("canvas => canvas.toDataURL()")
+
+    before = drawn()
+    explorer.locator("[data-setting=beta]").press("ArrowRight")
+    assert drawn() != before
+    explorer.locator(".dkto-formula").fill("tanh(x / 3)")
+    explorer.get_by_role("button", name="Draw", exact=True).click()
+    assert explorer.locator("select").input_value() == "mine"
+    explorer.locator(".dkto-formula").fill("-x")
+    explorer.get_by_role("button", name="Draw", exact=True).click()
+    assert "must be increasing" in explorer.locator("[role=alert]").text_content()
+    assert explorer.locator("input[type=file]").is_disabled()
+    playground.locator("[data-setting=method]").select_option("dpo")
+    assert playground.get_attribute("data-key") == "dpo beta=10 flip=0"
+    assert "% of 40 samples lie nearer" in playground.locator("[role=status]").text_content()
+    assert playground.get_by_role("button", name="Train it now").is_disabled()
+    assert "open lesson 64 on your machine" in playground.inner_text()
+    page.close()
+    assert said == []
 
 
 def test_wrong_links_and_foreign_files_are_found(tmp_path):
