@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "exact": ["dpo_optimum", "exact_denoiser", "output_law", "policy_optimum"],
         "measures": ["NONE", "held_out_rewards", "over_seeds"],
         "network": ["Architecture", "Ensemble", "stream"],
-        "objectives": ["METHODS", "Method", "get_method"],
+        "objectives": ["METHODS", "NEWER", "Method", "get_method"],
         "playground": ["Playground", "RECIPE", "key_of"],
         "plotting": [
             "LIMITS",

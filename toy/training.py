@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dkto.common.names import check_name
 from dkto.common.settings import checked_number
-from dkto.objective.losses import denoising_error, sft_loss
+from dkto.objective.felt import Errors
+from dkto.objective.losses import denoising_error, pair_overlap, sft_loss
 from toy.network import Ensemble, one_thread, stream
 from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods
 from toy.objectives import independent_samples as independent_of
 from toy.schedule import Schedule
-from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
+from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian, preference_reward, to_paper_units
 
 STEPS_AT_ONCE = 25  # how many steps' randomness is drawn in one call; part of what a seed means
 EMA_DECAY = 0.995
@@ -166,22 +167,35 @@ def tune(
     optimizer = torch.optim.Adam([policy.parameters], lr=recipe.learning_rate, fused=True)
     draws = draw_steps(seeds, "tuning", recipe.batch_size, schedule.num_train_timesteps, dtype)
     shape = (len(methods), len(seeds), recipe.batch_size)
+    shifted = any(method.needs_shift for method in methods)
+    kinds, felt = {method.objective for method in methods}, []
     for step in range(recipe.max_train_steps):
         batch = next(draws)
         drawn = [draw_samples(drawing, batch, classes) for drawing in drawings]
         clean, is_desirable, noise, timesteps = (torch.stack(part) for part in zip(*drawn, strict=True))  # (U, S, B)
         read = reference.inputs(schedule.add_noise(clean, noise, timesteps), timesteps)  # (U, S, B, 19)
-        reference_error = _errors(reference, read, noise)[drawing_of_row]
+        expected = _predict(reference, read)
+        reference_error = denoising_error(expected, noise, batch_dims=3)[drawing_of_row]
         read, noise, is_desirable = (part[drawing_of_row] for part in (read, noise, is_desirable))  # (K, S, B)
         if told.any():
             read[..., 2] = told * torch.where(is_desirable, 1, -1)
         noise_pred, trace = policy.forward(read.flatten(0, 1))
         residual = noise_pred.view(*shape, 2) - noise
-        policy_error = denoising_error(residual, torch.zeros_like(residual), batch_dims=3)
+        errors = Errors(denoising_error(residual, torch.zeros_like(residual), batch_dims=3), reference_error)
+        if shifted:
+            step_away = noise_pred.view(*shape, 2) - expected[drawing_of_row]
+            errors = errors._replace(shift=denoising_error(step_away, torch.zeros_like(step_away), batch_dims=3))
+        if "sdpo" in kinds:
+            overlap = pair_overlap(torch.stack(residual.chunk(2, -2), -2).flatten(2, 3), batch_dims=3)
+            errors = errors._replace(overlap=overlap)
+        weight = 1 + preference_reward(to_paper_units(clean)).abs()[drawing_of_row] if "tgo" in kinds else None
         gap = _independent_gap(policy, reference, schedule, batch, independent, shape) if independent else None
-        weights, felt = error_weights(objectives, policy_error, reference_error, is_desirable, gap)
+        pull = error_weights(objectives, errors, is_desirable, gap, felt, weight)
         # the error is a mean over 2 coordinates, so its derivative by the prediction is 2/2 times the residual
-        policy.parameters.grad = policy.backward(trace, (weights[..., None] * residual).flatten(0, 1))
+        by_prediction = pull.on_error[..., None] * residual
+        if pull.on_shift is not None:
+            by_prediction += pull.on_shift[..., None] * step_away
+        policy.parameters.grad, felt = policy.backward(trace, by_prediction.flatten(0, 1)), pull.felt
         optimizer.step()
         if _is_due(step + 1, record_every, recipe.max_train_steps):
             yield _record(step + 1, objectives, felt, is_desirable)
@@ -194,12 +208,11 @@ def run(steps: Iterator[Record]) -> list[Record]:
         return list(steps)
 
 
-def _errors(ensemble: Ensemble, read: Tensor, noise: Tensor) -> Tensor:
-    """Denoising errors (U, S, B) of an ensemble that has one member a seed, on inputs (U, S, B, 19)."""
+def _predict(ensemble: Ensemble, read: Tensor) -> Tensor:
+    """Predictions (U, S, B, 2) of an ensemble that has one member a seed, on inputs (U, S, B, 19)."""
     drawings, _, batch_size, _ = read.shape
     noise_pred, _ = ensemble.forward(read.transpose(0, 1).flatten(1, 2))
-    noise_pred = noise_pred.unflatten(1, (drawings, batch_size)).transpose(0, 1)
-    return denoising_error(noise_pred, noise, batch_dims=3)
+    return noise_pred.unflatten(1, (drawings, batch_size)).transpose(0, 1)
 
 
 def _independent_gap(
@@ -213,7 +226,7 @@ def _independent_gap(
     noise = samples.noise.expand(len(rows), *samples.noise.shape)
     policy_error = denoising_error(asked.view(noise.shape), noise, batch_dims=3)
     gap = torch.zeros(shape, dtype=read.dtype)
-    gap[rows] = _errors(reference, read[None], samples.noise[None]) - policy_error
+    gap[rows] = denoising_error(_predict(reference, read[None]), samples.noise[None], batch_dims=3) - policy_error
     return gap
 
 

@@ -18,7 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "reference_point",
             "sft_loss",
         ],
-        "methods": ["Errors", "Felt", "METHODS", "method_loss"],
+        "felt": ["Errors", "Felt"],
+        "methods": ["METHODS", "method_loss"],
         "utilities": ["UTILITIES", "Utility", "get_utility", "register_utility"],
     },
 )

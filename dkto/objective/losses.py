@@ -16,7 +16,7 @@ from dkto.common.names import check_name
 from dkto.common.settings import checked_number
 from dkto.objective.utilities import Utility, get_utility
 
-ESTIMATORS = ("batch", "unrelated", "independent", "per_class", "zero")
+ESTIMATORS = ("batch", "unrelated", "independent", "per_class", "running", "zero")
 REDUCTIONS = ("mean", "none")
 
 
@@ -49,6 +49,23 @@ def denoising_error(noise_pred: Tensor, target: Tensor, batch_dims: int = 1) -> 
     checked_number("batch_dims", batch_dims, least=1, most=noise_pred.ndim - 1)
     wide = _wide(torch.promote_types(noise_pred.dtype, target.dtype))
     return (noise_pred.to(wide) - target.to(wide)).square().flatten(batch_dims).mean(-1)
+
+
+def pair_overlap(residual: Tensor, batch_dims: int = 1) -> Tensor:
+    """Mean product of the residuals of the two sides of each pair, for `Errors.overlap`.
+
+    Args:
+        residual: (..., B, *sample) prediction less target; chosen and rejected sides in turn.
+        batch_dims: leading dimensions that are kept.
+
+    Returns:
+        (..., B / 2) float32 or wider.
+
+    >>> pair_overlap(torch.tensor([[1.0, 2.0], [3.0, 1.0]]))
+    tensor([2.5000])
+    """
+    sides = residual.to(_wide(residual.dtype)).unflatten(batch_dims - 1, (-1, 2))
+    return sides.prod(batch_dims).flatten(batch_dims).mean(-1)
 
 
 def implicit_reward(policy_error: Tensor, reference_error: Tensor, beta: float | Tensor) -> Tensor:
@@ -86,6 +103,7 @@ def reference_point(
     *,
     is_desirable: Tensor | None = None,
     unrelated_reward: Tensor | None = None,
+    past: Tensor | None = None,
     clamp: bool = True,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -96,6 +114,8 @@ def reference_point(
         independent  mean reward of fresh samples from the pretraining data (no prompts: the 2-D toy)
         per_class    average of the liked samples' mean and the disliked samples' mean; where a class
                      has no sample, the other's mean alone
+        running      mean of all rewards since training began, this batch's too (BCO, arXiv 2404.04656); `past` holds
+                     their sums, which `running_sums` carries from batch to batch
         zero         0
 
     The mean is clamped at 0 from below, since no KL is negative; the result is detached. (Released code:
@@ -112,6 +132,7 @@ def reference_point(
         is_desirable: (..., B) bool; only "per_class" looks at it.
         unrelated_reward: (..., M) rewards of the mismatched or independent samples, any M >= 1; only
             "unrelated" and "independent" look at it, and need it.
+        past: (2, ...) what `running_sums` gives for this batch; only "running" looks at it, and needs it.
         clamp: keep the point at or above 0.
         reduce: sums a tensor elementwise over all processes (a mean over them serves as well: only
             the ratio counts), as `lambda x: accelerator.reduce(x, "sum")`.
@@ -133,6 +154,12 @@ def reference_point(
     check_name("estimator", estimator, ESTIMATORS)
     if estimator == "zero":
         return torch.zeros_like(reward[..., 0], requires_grad=False)
+    if estimator == "running":
+        if past is None or past.shape != (2, *reward.shape[:-1]):
+            came = "none" if past is None else f"shape {_shape(past)}"
+            raise ValueError(f"estimator 'running' needs past of shape {(2, *reward.shape[:-1])}, got {came}")
+        point = past[0] / past[1]
+        return (point.clamp(min=0) if clamp else point).to(reward.dtype)
     mismatched = estimator in ("unrelated", "independent")
     averaged = _unrelated(reward, unrelated_reward, estimator) if mismatched else reward
     averaged = averaged.detach().to(_wide(averaged.dtype))  # a count of 300 is not exact in bfloat16
@@ -154,6 +181,32 @@ def reference_point(
     return (point.clamp(min=0) if clamp else point).to(reward.dtype)
 
 
+def running_sums(
+    reward: Tensor, past: Tensor | None = None, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Sum and count of all rewards so far, from which the estimator "running" takes its mean.
+
+    The state of that estimator, kept by the caller: a training stores it in its checkpoints. With `reduce`, which must
+    sum, every rank holds the sums of all of them.
+
+    Args:
+        reward: (..., B) implicit rewards of this batch.
+        past: (2, ...) what the last batch gave; None before the first.
+        reduce: sums a tensor elementwise over all processes.
+
+    Returns:
+        (2, ...) float64, without gradient.
+
+    >>> first = running_sums(torch.tensor([1.0, 3.0]))
+    >>> running_sums(torch.tensor([8.0, 0.0]), first)
+    tensor([12.,  4.], dtype=torch.float64)
+    """
+    sums = reward.detach().to(torch.float64).sum(-1)
+    now = torch.stack([sums, torch.full_like(sums, reward.shape[-1])])
+    now = now if reduce is None else reduce(now)
+    return now if past is None else past.to(now) + now
+
+
 def kto_loss(
     implicit_reward: Tensor,
     is_desirable: Tensor,
@@ -162,6 +215,7 @@ def kto_loss(
     *,
     desirable_weight: float | Tensor = 1.0,
     undesirable_weight: float | Tensor = 1.0,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Utility shortfall of a batch of liked and disliked samples (paper eq. 14-15).
@@ -179,6 +233,7 @@ def kto_loss(
         utility: name or `Utility`, see `dkto.objective.utilities`.
         desirable_weight, undesirable_weight: > 0, no unit; a tensor (...) gives each ensemble member its
             own. The paper keeps both at 1 and balances by sampling (4.3).
+        sample_weight: (..., B) >= 0, no unit, of each sample beside its class's; 1 if left out.
         reduction: "mean" over the batch, or "none".
 
     Returns:
@@ -196,7 +251,7 @@ def kto_loss(
     utility = get_utility(utility)
     sign, gain = _sign_and_gain(implicit_reward, is_desirable, reference_point)
     felt = utility.value(sign * gain) if utility.sign == "inside" else sign * utility.value(gain)
-    loss = _class_weight(is_desirable, desirable_weight, undesirable_weight, gain) * (1 - felt)
+    loss = _weights(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * (1 - felt)
     return loss.mean(-1) if reduction == "mean" else loss
 
 
@@ -208,6 +263,7 @@ def effective_weight(
     *,
     desirable_weight: float | Tensor = 1.0,
     undesirable_weight: float | Tensor = 1.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """How hard each sample pulls: `kto_loss` is denoising with these weights (paper C.4).
 
@@ -221,7 +277,7 @@ def effective_weight(
 
     Args:
         implicit_reward: (..., B) float; its gradient, if any, is not used.
-        is_desirable, reference_point, utility, desirable_weight, undesirable_weight: as in `kto_loss`.
+        is_desirable, reference_point, utility, desirable_weight, undesirable_weight, sample_weight: as in `kto_loss`.
 
     Returns:
         (..., B) without gradient and without unit: the weight per unit of beta.
@@ -235,7 +291,7 @@ def effective_weight(
     utility = get_utility(utility)
     sign, gain = _sign_and_gain(implicit_reward.detach(), is_desirable, reference_point)
     slope = utility.slope(sign * gain if utility.sign == "inside" else gain)
-    return sign * _class_weight(is_desirable, desirable_weight, undesirable_weight, gain) * slope
+    return sign * _weights(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * slope
 
 
 def dpo_loss(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
@@ -313,12 +369,18 @@ def _unrelated(reward: Tensor, unrelated_reward: Tensor | None, estimator: str) 
     return unrelated_reward
 
 
-def _class_weight(is_desirable: Tensor, desirable: float | Tensor, undesirable: float | Tensor, like: Tensor) -> Tensor:
-    return torch.where(
+def _weights(
+    is_desirable: Tensor, desirable: float | Tensor, undesirable: float | Tensor, sample: Tensor | None, like: Tensor
+) -> Tensor:
+    weights = torch.where(
         is_desirable,
         _per_member("desirable_weight", desirable, like),
         _per_member("undesirable_weight", undesirable, like),
     )
+    if sample is None:
+        return weights
+    _check_same_shape("sample_weight", sample, "implicit_reward", like)
+    return weights * sample.to(like.dtype)
 
 
 def _per_member(name: str, value: float | Tensor, like: Tensor) -> Tensor:

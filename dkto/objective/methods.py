@@ -3,94 +3,32 @@
     METHODS["kto"].draws          "biased": liked samples with probability gamma (paper 4.3)
     method_loss("kto", errors, is_desirable, beta=5000.0)
 
-The trainer and the 2-D laboratory call the same `method_loss`. To add a method, write its function of the errors and
-give it an entry in `METHODS`: trainer, batches, model card and command line read the table.
+The trainer and the 2-D laboratory call the same `method_loss`. To add a method, write its function of the errors (the
+paper's are in `paper_methods`, later ones in `newer_methods`) and give it an entry in `METHODS`: trainer, batches,
+model card and command line read the table.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dkto.common.names import check_name
-from dkto.objective.losses import dpo_loss, effective_weight, implicit_reward, kto_loss, reference_point, sft_loss
-from dkto.objective.utilities import Utility
+from dkto.objective.felt import Errors, Felt
+from dkto.objective.newer_methods import awm, bco, dgpo, dmpo, nft, sdpo, tgo
+from dkto.objective.paper_methods import dpo, kto, sft, sft_all
 
-Draws = Literal["biased", "liked", "all", "pairs", "own"]
+Draws = Literal["biased", "liked", "all", "pairs", "groups", "own"]
 
 # what CSFT writes before the prompt of a liked and of a disliked image: the paper's 5.1.2; HPS v1's released code
 CSFT_PREFIXES = {"prefix": ("good image, ", "bad image, "), "negative": ("", "Weird image. ")}
 
-
-class Errors(NamedTuple):
-    """Denoising errors of one batch on the same noise and timesteps, each (..., B).
-
-    `unrelated` holds those under another sample's prompt, or of independent samples, for the reference points of that
-    name; it carries no gradient.
-    """
-
-    policy: Tensor
-    reference: Tensor
-    unrelated: "Errors | None" = None
-
-
-class Felt(NamedTuple):
-    """A batch as a method feels it.
-
-    `loss` (...); `reward` (..., B), the implicit reward; `point` (...), the reference point; `slope` (..., B), how
-    strongly each sample is felt. None where a method has no such thing. All but the loss are without gradient.
-    """
-
-    loss: Tensor
-    reward: Tensor | None = None
-    point: Tensor | None = None
-    slope: Tensor | None = None
-
-
-def kto(
-    errors: Errors,
-    is_desirable: Tensor,
-    *,
-    beta: float | Tensor,
-    utility: str | Utility = "kahneman_tversky",
-    estimator: str = "batch",
-    clamp: bool = True,
-    desirable_weight: float | Tensor = 1.0,
-    undesirable_weight: float | Tensor = 1.0,
-    reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Felt:
-    """Diffusion-KTO (paper eq. 14-15): rewards, their reference point, and the utility of the gap."""
-    reward = implicit_reward(errors.policy, errors.reference, beta)
-    unrelated = errors.unrelated and implicit_reward(errors.unrelated.policy, errors.unrelated.reference, beta)
-    point = reference_point(
-        reward, estimator, is_desirable=is_desirable, unrelated_reward=unrelated, clamp=clamp, reduce=reduce
-    )
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    loss = kto_loss(reward, is_desirable, point, utility, **weights)
-    slope = effective_weight(reward, is_desirable, point, utility, **weights).abs()
-    return Felt(loss, reward.detach(), point, slope)
-
-
-def dpo(errors: Errors, is_desirable: Tensor, *, beta: float | Tensor) -> Felt:
-    """Diffusion-DPO (paper eq. 8); the batch alternates chosen and rejected sides of pairs, whatever their labels."""
-    reward = implicit_reward(errors.policy, errors.reference, beta)
-    chosen, rejected = reward[..., 0::2], reward[..., 1::2]
-    slope = torch.sigmoid(rejected - chosen).detach().repeat_interleave(2, dim=-1)
-    return Felt(dpo_loss(chosen, rejected), reward.detach(), slope=slope)
-
-
-def sft(errors: Errors, is_desirable: Tensor) -> Felt:
-    """Supervised fine-tuning on the liked samples (paper eq. 3)."""
-    return Felt(sft_loss(errors.policy, is_desirable))
-
-
-def sft_all(errors: Errors, is_desirable: Tensor) -> Felt:
-    """The same on every sample: without the preference, or, for CSFT, with the like in the prompt (paper 5.1.2)."""
-    return Felt(sft_loss(errors.policy))
+GIVEN = ("sample_weight", "past", "reduce")  # what a step gives to a loss that takes it; no settings
+BRAKES = ("anchor", "sft_weight")  # settings of every loss, beside its own
 
 
 @dataclass(frozen=True)
@@ -100,8 +38,9 @@ class Method:
     Attributes:
         title: its name in text and figures.
         trained_on: what it learns from, with its paper; continues "trained ...".
-        draws: rows of a step: "biased" by gamma, "liked" ones, "all" alike, "pairs" (chosen, rejected in turn), or
-            its "own" images, drawn while it trains (`dkto.training.online`).
+        draws: rows of a step: "biased" by gamma, "liked" ones, "all" alike, "pairs" (chosen, rejected in turn),
+            "groups" (of one prompt; liked, disliked in turn), or its "own" images, drawn while it trains
+            (`dkto.training.online`).
         loss: function of `Errors` and likes; its keywords are the settings. None for those that draw their own images.
         more_settings: settings outside the loss.
     """
@@ -122,7 +61,12 @@ class Method:
         return {name: getattr(config, name) for name in self._of_loss()}
 
     def _of_loss(self) -> list[str]:
-        return [name for name in _keywords(self.loss) if name != "reduce"] if self.loss else []
+        return [name for name in _keywords(self.loss) if name not in GIVEN] if self.loss else []
+
+    def rows_at_once(self, config: object) -> int:
+        """How many rows of a batch belong together: two sides of a pair, a group, the noises of one image."""
+        name = {"pairs": "", "groups": "group_size"}.get(self.draws, "noise_draws")
+        return getattr(config, name) if name in self.settings else 2 if self.draws == "pairs" else 1
 
 
 @cache
@@ -161,6 +105,55 @@ METHODS: dict[str, Method] = {
         sft_all,
         ("csft_style",),
     ),
+    "bco": Method(
+        "BCO",
+        "on single likes and dislikes as a classifier of them\n"
+        "(Jung et al., *Binary Classifier Optimization for Large Language Model Alignment*, arXiv 2404.04656)",
+        "biased",
+        bco,
+        ("desirable_fraction",),
+    ),
+    "tgo": Method(
+        "TGO",
+        "on likes weighted by their distance from the threshold\n(threshold-guided optimisation, arXiv 2605.04653)",
+        "biased",
+        tgo,
+        ("desirable_fraction",),
+    ),
+    "nft": Method(
+        "DiffusionNFT, offline",
+        "on single likes and dislikes\n"
+        "(Zheng et al., *DiffusionNFT: Online Diffusion Reinforcement with Forward Process*, arXiv 2509.16117)",
+        "biased",
+        nft,
+        ("desirable_fraction",),
+    ),
+    "awm": Method(
+        "AWM on likes",
+        "on single likes and dislikes as advantages of 1 and -1\n"
+        "(Xue et al., *Advantage Weighted Matching*, arXiv 2509.25050)",
+        "biased",
+        awm,
+        ("desirable_fraction",),
+    ),
+    "dgpo": Method(
+        "DGPO",
+        "on groups of liked and disliked images of one prompt\n(Luo et al., *Direct Group Preference Optimization*)",
+        "groups",
+        dgpo,
+    ),
+    "dmpo": Method(
+        "DMPO",
+        "on pairs by the reverse KL (*Divergence Minimization Preference Optimization*, arXiv 2507.07510)",
+        "pairs",
+        dmpo,
+    ),
+    "sdpo": Method(
+        "Diffusion-SDPO",
+        "on pairs, the rejected side slowed where it would harm the chosen one (arXiv 2511.03317)",
+        "pairs",
+        sdpo,
+    ),
     "alignprop": Method(
         "AlignProp",
         "on the gradient of a scorer's judgement of its own images\n"
@@ -185,15 +178,25 @@ def method_loss(
     errors: Errors,
     is_desirable: Tensor,
     *,
+    anchor: float | Tensor = 0.0,
+    sft_weight: float | Tensor = 0.0,
+    sample_weight: Tensor | None = None,
+    past: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
     **settings: object,
 ) -> Felt:
-    """The loss of a method, and what it felt on the way.
+    """The loss of a method with its brakes, and what it felt on the way.
+
+        loss = method's + anchor * mean(d) + sft_weight * mean(e of the liked samples, else 0)
 
     Args:
         name: one of `OFFLINE`.
         errors: policy's and reference's denoising errors, (..., B).
         is_desirable: (..., B) bool.
+        anchor: >= 0, holds the policy's predictions near the reference's; per unit of mean squared error.
+        sft_weight: >= 0, holds the policy to what was liked (of pairs, to the chosen side); in the same unit.
+        sample_weight: (..., B), see `dkto.objective.losses.kto_loss`; for methods that take it.
+        past: see `dkto.objective.losses.running_sums`; for methods that take it.
         reduce: sums a tensor over all processes, see `dkto.objective.losses.reference_point`.
         settings: the method's own, such as `beta` and `utility`.
 
@@ -206,7 +209,21 @@ def method_loss(
     (tensor([1.0000]), tensor(1.0000))
     """
     check_name("method", name, OFFLINE)
-    loss = METHODS[name].loss
-    if "reduce" in _keywords(loss):
-        settings["reduce"] = reduce
-    return loss(errors, is_desirable, **settings)
+    method, given = METHODS[name], {"sample_weight": sample_weight, "past": past, "reduce": reduce}
+    given = {key: value for key, value in given.items() if key in _keywords(method.loss)}
+    felt = method.loss(errors, is_desirable, **given, **settings)
+    loss = felt.loss
+    if _is_on(anchor):
+        if errors.shift is None:
+            raise ValueError("anchor needs errors.shift, the squared distance between the predictions")
+        loss = loss + anchor * errors.shift.mean(-1)
+    if _is_on(sft_weight):
+        liked = is_desirable
+        if method.draws == "pairs":
+            liked = (torch.arange(is_desirable.shape[-1], device=is_desirable.device) % 2 == 0).expand_as(is_desirable)
+        loss = loss + sft_weight * torch.where(liked, errors.policy, 0).mean(-1)
+    return felt._replace(loss=loss)
+
+
+def _is_on(brake: float | Tensor) -> bool:
+    return isinstance(brake, Tensor) or brake > 0

@@ -54,7 +54,7 @@ class GlobalBatches:
     """Draws any rank's share of any step's global batch.
 
     Rows as the method's entry in `dkto.objective.methods` says: "biased" by gamma (paper 4.3), uniformly among the
-    "liked" or among "all", or as uniform "pairs" (chosen, rejected).
+    "liked" or among "all", as uniform "pairs" (chosen, rejected), or as "groups" of a uniformly drawn prompt.
 
     Args:
         config: seed, batch size, objective, gamma, estimator, prompt dropout.
@@ -62,7 +62,7 @@ class GlobalBatches:
         model: noises latents and says what is to be predicted.
 
     Raises:
-        ValueError: if a class, pairs or mirrored images are needed that the data lack.
+        ValueError: if a class, pairs, groups or mirrored images are needed that the data lack.
     """
 
     def __init__(self, config: TrainConfig, data: "PreparedFeedback", model: "DiffusionModel") -> None:
@@ -78,16 +78,37 @@ class GlobalBatches:
                 )
             self._sampler = None
             return
+        if self._method.draws == "groups":
+            self._sampler, self._groups = None, self._prompts_with_both()
+            return
         gamma = {"biased": config.desirable_fraction, "liked": 1.0}.get(self._method.draws, data.is_desirable.mean())
         self._sampler = BiasedSampler(data.is_desirable, float(gamma), config.seed)
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of one step, (batch_size,) int64."""
-        size = self.config.batch_size
+        size, together = self.config.batch_size, self._method.rows_at_once(self.config)
         if self._sampler is not None:
-            return self._sampler.rows(step, size)
-        chosen = stream(self.config.seed, step, PAIRS).integers(len(self.data.pairs), size=size // 2)
-        return self.data.pairs[chosen].reshape(-1)
+            return self._sampler.rows(step, size // together).repeat(together)
+        chance = stream(self.config.seed, step, PAIRS)
+        if self._method.draws == "groups":
+            chosen = chance.integers(len(self._groups), size=size // together)
+            sides = (chance.choice(side, together // 2) for group in chosen for side in self._groups[group])
+            return np.stack(list(sides)).reshape(-1, 2, together // 2).swapaxes(1, 2).reshape(-1)
+        return self.data.pairs[chance.integers(len(self.data.pairs), size=size // 2)].reshape(-1)
+
+    def _prompts_with_both(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows of the liked and of the disliked images of each prompt that has both."""
+        order = np.argsort(self.data.prompt_ids, kind="stable")
+        cuts = np.flatnonzero(np.diff(self.data.prompt_ids[order])) + 1
+        liked = self.data.is_desirable
+        both = [(rows[liked[rows]], rows[~liked[rows]]) for rows in np.split(order, cuts)]
+        both = [sides for sides in both if all(map(len, sides))]
+        if not both:
+            raise ValueError(
+                f"objective {self.config.objective!r} needs prompts with a liked and a disliked image, but "
+                f"{self.data.folder} has none"
+            )
+        return both
 
     def draw(self, step: int, micro: int = 0, rank: int = 0, ranks: int = 1) -> Batch:
         """One rank's share of one of the `gradient_accumulation` micro-batches of a step, which counts from 0."""
@@ -104,8 +125,10 @@ class GlobalBatches:
     def _draw(self, rows: np.ndarray, step: int, index: np.ndarray, others: np.ndarray) -> Batch:
         """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
         config, model, size = self.config, self.model, len(rows)
-        # the two sides of a pair share timestep, noise, prompt and mirroring (Diffusion-DPO)
-        shared = np.arange(size) // (2 if self._method.draws == "pairs" else 1)
+        # the sides of a pair (Diffusion-DPO) and the images of a group share timestep, noise, prompt and mirroring
+        shared = np.arange(size)
+        if self._method.draws in ("pairs", "groups"):
+            shared //= self._method.rows_at_once(config)
         timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
         timesteps = timesteps[torch.from_numpy(shared[index])]
         dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]

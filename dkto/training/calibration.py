@@ -105,14 +105,14 @@ def slope_at(gaps: np.ndarray, is_desirable: np.ndarray, beta: float, config: Tr
         gaps: (N,) errors of reference minus policy.
         is_desirable: (N,) bool.
         beta: > 0.
-        config: for its utility, estimator, clamp and gamma; "unrelated" is judged by the matched mean.
+        config: for its utility, estimator, clamp and gamma; "unrelated" and "running" are judged by the matched mean.
     """
     utility = get_utility(config.utility)
     share = drawn_shares(is_desirable, config)
     rows = np.flatnonzero(share)  # a class that training never draws is left out
     reward, liked = torch.from_numpy(np.asarray(gaps, np.float64)[rows] * beta), torch.from_numpy(is_desirable[rows])
     weight = torch.from_numpy(share[rows])
-    estimator = "batch" if config.estimator == "unrelated" else config.estimator
+    estimator = "batch" if config.estimator in ("unrelated", "running") else config.estimator
     averaged = reward * weight * len(rows) if estimator == "batch" else reward  # within a class all count alike
     point = reference_point(averaged, estimator, is_desirable=liked, clamp=config.clamp)
     at_zero = effective_weight(torch.zeros_like(reward), liked, torch.zeros_like(point), utility).abs()

@@ -112,7 +112,9 @@ class TrainConfig(RunConfig):
     _: KW_ONLY
     objective: Literal[*OFFLINE] = "kto"
     """kto (paper eq. 14-15); dpo on pairs (eq. 8; beta has no half here, so the published 5000 is 2500); sft on the
-    liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2)."""
+    liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2). Newer
+    ones (dkto.objective.newer_methods): bco, tgo, nft, awm on single likes; dgpo on groups of one prompt; dmpo, sdpo
+    on pairs."""
     csft_style: Literal["prefix", "negative"] = "prefix"
     """For csft: prefix ("good image, " / "bad image, ", the paper) or negative ("Weird image. " on disliked ones)."""
     utility: str = "kahneman_tversky"
@@ -123,8 +125,8 @@ class TrainConfig(RunConfig):
     """gamma, the chance that a drawn sample is a liked one, for kto. Paper 0.8; the released default is 0.5."""
     prompt_dropout: float = setting(0.0, 0, most=1)
     """Chance that a sample's prompt is replaced by the empty one. Paper silent; the released code 0.2."""
-    estimator: Literal["batch", "unrelated", "per_class", "zero"] = "batch"
-    """Reference point: batch (released model), unrelated (paper's text), per_class, zero."""
+    estimator: Literal["batch", "unrelated", "per_class", "running", "zero"] = "batch"
+    """Reference point: batch (released model), unrelated (paper's text), per_class, running (BCO), zero."""
     clamp: bool = True
     """Keep the reference point at or above 0 (paper 4.1)."""
     timestep_sampling: Literal["default", "uniform", "logit_normal"] = "default"
@@ -133,6 +135,22 @@ class TrainConfig(RunConfig):
     """Weight of liked samples, no unit. Paper 1."""
     undesirable_weight: float = setting(1.0, above=0)
     """Weight of disliked samples, no unit. Paper 1."""
+    noise_draws: int = setting(1, above=0)
+    """For kto: noises of each image whose rewards are averaged before the utility; batch_size counts each. Paper 1."""
+    group_size: int = setting(4, above=1)
+    """For dgpo: images of one prompt that are compared at once, half of them liked."""
+    mixing: float = setting(1.0, above=0)
+    """For nft: b, how far from the reference the two implicit policies lie. Its code 1 and 0.1."""
+    clip_range: float = setting(0.2, above=0)
+    """For awm: how far a sample's ratio moves from 1 before it counts no more."""
+    smoothing: float = setting(0.01, above=0, below=0.5)
+    """For dmpo: chance that a pair is the wrong way round."""
+    safeguard: float = setting(0.0, 0, below=1)
+    """For sdpo: share of the chosen side's descent that the rejected side must leave."""
+    anchor: float = setting(0.0, 0)
+    """Brake of every method: times the squared distance of policy's and reference's predictions. Paper: 0, off."""
+    sft_weight: float = setting(0.0, 0)
+    """Brake of every method: times the denoising error of liked samples. Paper: 0, off."""
     random_flip: bool = False
     """Mirror every second image; needs `dkto prepare --flip`. Paper silent; released code: on."""
     gradient_accumulation: int = setting(1, above=0)
@@ -159,12 +177,17 @@ class TrainConfig(RunConfig):
             ValueError: if that is no whole number, cuts a pair in two, or leaves a sample no reference but itself.
         """
         parts = self.gradient_accumulation * ranks
-        unit, what = (2, "2 (dpo's pairs)") if METHODS[self.objective].draws == "pairs" else (1, "")
+        method = METHODS[self.objective]
+        unit = method.rows_at_once(self)
+        kinds = {"pairs": f"{self.objective}'s pairs", "groups": "group_size"}
+        what = f"{unit} ({kinds.get(method.draws, 'noise_draws')})" if unit > 1 else ""
+        if method.draws == "groups" and unit % 2:
+            raise ValueError(f"group_size must be even, half of a group being liked, got {unit}")
         if self.batch_size % (parts * unit):
             needed = " x ".join(filter(None, [f"{self.gradient_accumulation} gradient_accumulation", what]))
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of {ranks} processes x {needed}")
-        felt = "estimator" in METHODS[self.objective].settings
-        if felt and self.estimator != "zero" and self.batch_size == self.gradient_accumulation:
+        felt = "estimator" in method.settings and self.estimator not in ("zero", "running")
+        if felt and self.batch_size == self.gradient_accumulation * unit:
             raise ValueError(
                 f"estimator {self.estimator!r} needs at least 2 samples in a micro-batch (batch_size / "
                 "gradient_accumulation), got 1, whose reference point would be its own reward: raise batch_size, or "

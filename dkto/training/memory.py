@@ -33,7 +33,7 @@ from dkto.models import (
     StableDiffusionXL,
     make_policy,
 )
-from dkto.objective.methods import method_loss
+from dkto.objective.methods import METHODS, method_loss
 from dkto.training.batches import Batch
 from dkto.training.step import denoising_errors
 
@@ -121,7 +121,7 @@ def run_step(
     conditioning = {name: torch.randn(batch, *shape) for name, shape in size.inputs.items()}
     inputs = Batch(latents, latents, torch.full((batch,), 500.0), conditioning, liked)
     model = object.__new__(size.model_class)  # it predicts; what it reads from a folder is not asked for
-    run = SimpleNamespace(model=model, engine=_Passes(pair, dtype))
+    run = SimpleNamespace(model=model, engine=_Passes(pair, dtype), method=METHODS["kto"])
     method_loss("kto", denoising_errors(run, inputs), liked, beta=1.0).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -45,9 +45,15 @@ from dkto.training.config import RunConfig
 if TYPE_CHECKING:
     from dkto.training.step import Progress, Run
 
+
+def _are_sums(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(v) is float and math.isfinite(v) for v in value)
+
+
 _COUNT = (lambda value: type(value) is int and value >= 0, "a whole number")
 STATE: Fields = dict.fromkeys(("global_step", "skipped_steps", "bad_steps"), _COUNT)
 STATE |= {"seconds": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number")}
+STATE |= {"past": (lambda value: value is None or _are_sums(value), "null, or a sum and a count of rewards")}
 STATE |= {"config": (lambda value: isinstance(value, dict), "an object")}
 """What a checkpoint says beside weights: how far the run is, see `dkto.training.step.Progress`, and of what."""
 FORMER_RECORD = "run.json"  # of version 0.1

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dkto.objective.accuracy import measures
-from dkto.objective.losses import denoising_error, implicit_reward
-from dkto.objective.methods import METHODS, Errors, Felt, Method, method_loss
+from dkto.objective.losses import denoising_error, implicit_reward, pair_overlap
+from dkto.objective.methods import BRAKES, METHODS, Errors, Felt, Method, method_loss
 from dkto.objective.utilities import get_utility
 from dkto.training.batches import Batch, GlobalBatches
 from dkto.training.config import RunConfig
@@ -35,6 +35,7 @@ class Progress:
     skipped_steps: int = 0
     bad_steps: int = 0
     seconds: float = 0.0
+    past: list[float] | None = None  # sum and count of rewards, for the "running" reference point
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Run:
     engine: "Engine"
     batches: GlobalBatches
     progress: Progress = field(default_factory=Progress)
+    past: Tensor | None = None  # as `progress.past`, the present step included
 
     @property
     def method(self) -> Method:
@@ -55,7 +57,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, object]:
         """What the method's loss takes of the configuration; a utility is looked up once."""
-        found = self.method.loss_settings(self.config)
+        found = self.method.loss_settings(self.config) | {name: getattr(self.config, name) for name in BRAKES}
         return found | ({"utility": get_utility(found["utility"])} if "utility" in found else {})
 
     def micro_batches(self) -> Iterator[Batch]:
@@ -69,9 +71,12 @@ class Run:
 def train_step(run: Run) -> dict[str, float]:
     """The gradients of one step (paper eq. 14-15 for "kto"); returns the measures of the global batch."""
     config, seen = run.config, []
+    run.past = None if run.progress.past is None else torch.tensor(run.progress.past, dtype=torch.float64)
     for batch in run.micro_batches():
         errors = denoising_errors(run, batch)
-        felt = method_loss(config.objective, errors, batch.is_desirable, reduce=run.engine.sum, **run.settings)
+        given = {"past": run.past, "reduce": run.engine.sum}
+        felt = method_loss(config.objective, errors, batch.is_desirable, **given, **run.settings)
+        run.past = felt.past
         run.engine.backward(felt.loss / config.gradient_accumulation)
         seen.append(columns(felt, errors, batch, config.beta))
     return measures(**run.engine.gather(seen), pairs=run.method.draws == "pairs")
@@ -81,20 +86,27 @@ def denoising_errors(run: Run, batch: Batch) -> Errors:
     """Errors of policy and reference on the same noise and timestep, each (B,); under another sample's prompt too,
     without gradient, if the batch carries one (paper 4.1)."""
 
-    def error(denoiser: torch.nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
+    def predict(denoiser: torch.nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
         with run.engine.autocast():
-            prediction = run.model.predict(denoiser, batch.noisy_latents, batch.timesteps, conditioning)
-        return denoising_error(prediction, batch.target)
+            return run.model.predict(denoiser, batch.noisy_latents, batch.timesteps, conditioning)
 
-    unrelated = None
+    unrelated, target = None, batch.target
     with run.engine.pair.as_reference() as reference:
-        reference_error = error(reference, batch.conditioning)
+        reference_prediction = predict(reference, batch.conditioning)
         if batch.unrelated is not None:
-            unrelated_reference = error(reference, batch.unrelated)
+            unrelated_reference = denoising_error(predict(reference, batch.unrelated), target)
     if batch.unrelated is not None:
         with torch.no_grad():
-            unrelated = Errors(error(run.engine.policy, batch.unrelated), unrelated_reference)
-    return Errors(error(run.engine.policy, batch.conditioning), reference_error, unrelated)
+            policy_error = denoising_error(predict(run.engine.policy, batch.unrelated), target)
+        unrelated = Errors(policy_error, unrelated_reference)
+    prediction = predict(run.engine.policy, batch.conditioning)
+    return Errors(
+        denoising_error(prediction, target),
+        denoising_error(reference_prediction, target),
+        unrelated,
+        shift=denoising_error(prediction, reference_prediction),
+        overlap=pair_overlap(prediction.detach() - target) if run.method.draws == "pairs" else None,
+    )
 
 
 def columns(felt: Felt, errors: Errors, batch: Batch, beta: float) -> dict[str, Tensor]:
@@ -128,6 +140,7 @@ def finish_step(run: Run, measured: dict[str, float], rate: float, began: float)
             )
         return None
     progress.bad_steps = 0
+    progress.past = None if run.past is None else run.past.tolist()  # a step that was left out leaves no trace in it
     speed = {"samples_per_second": config.batch_size / (time.monotonic() - began)}
     speed |= {"peak_memory_mb": round(engine.peak_memory_mb(), 1), "skipped_steps": progress.skipped_steps}
     return {"global_step": progress.global_step, **measured, "grad_norm": grad_norm, "learning_rate": rate, **speed}

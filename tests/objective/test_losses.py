@@ -13,6 +13,7 @@ from dkto.objective.losses import (
     implicit_reward,
     kto_loss,
     reference_point,
+    running_sums,
     sft_loss,
 )
 from dkto.objective.utilities import UTILITIES, Utility
@@ -92,7 +93,7 @@ def test_per_class_weighs_both_classes_alike_and_an_empty_one_not_at_all():
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "zero"])
 def test_the_clamp_comes_after_the_mean(estimator):
     reward, liked = f64(-5, 3), torch.tensor([True, False])
-    tensors = {"is_desirable": liked, "unrelated_reward": reward}
+    tensors = {"is_desirable": liked, "unrelated_reward": reward, "past": running_sums(reward)}
     assert reference_point(reward, estimator, **tensors).item() == 0.0  # a clamp before it would give 1.5
     assert reference_point(reward, estimator, clamp=False, **tensors).item() == -1.0
 
@@ -102,7 +103,8 @@ def test_the_clamp_comes_after_the_mean(estimator):
 def test_reference_point_carries_no_gradient(estimator, clamp):
     policy, reference, liked = a_batch(6)
     reward = implicit_reward(policy, reference, 10.0)
-    point = reference_point(reward, estimator, is_desirable=liked, unrelated_reward=reward, clamp=clamp)
+    tensors = {"is_desirable": liked, "unrelated_reward": reward, "past": running_sums(reward)}
+    point = reference_point(reward, estimator, clamp=clamp, **tensors)
     assert not point.requires_grad
     kto_loss(reward, liked, point).backward()
     alone = policy.grad.clone()
@@ -379,7 +381,8 @@ def test_ensemble_members_equal_a_loop_over_them():
     beta = torch.arange(1, 7, dtype=torch.float64).reshape(2, 3)
     up = 1 / beta
     reward = implicit_reward(policy, reference, beta)
-    points = {name: reference_point(reward, name, is_desirable=liked, unrelated_reward=-reward) for name in ESTIMATORS}
+    tensors = {"is_desirable": liked, "unrelated_reward": -reward, "past": running_sums(reward)}
+    points = {name: reference_point(reward, name, **tensors) for name in ESTIMATORS}
     for i in range(2):
         for j in range(3):
             alone = implicit_reward(policy[i, j], reference[i, j], float(beta[i, j]))
@@ -388,7 +391,8 @@ def test_ensemble_members_equal_a_loop_over_them():
                 denoising_error(noise, 2 * noise, batch_dims=3)[i, j], denoising_error(noise[i, j], 2 * noise[i, j])
             )
             for name, point in points.items():
-                one = reference_point(alone, name, is_desirable=liked[i, j], unrelated_reward=-alone)
+                mine = {"is_desirable": liked[i, j], "unrelated_reward": -alone, "past": running_sums(alone)}
+                one = reference_point(alone, name, **mine)
                 torch.testing.assert_close(point[i, j], one, rtol=1e-14, atol=0)
             for name in NAMES:
                 point = points["batch"]
@@ -431,7 +435,7 @@ R, L, Z = torch.zeros(4), torch.ones(4, dtype=torch.bool), torch.tensor(0.0)
         (lambda: implicit_reward(R, R, torch.ones(4)), "beta must be a number or of shape (), got shape (4,)"),
         (
             lambda: reference_point(R, "median"),
-            "unknown estimator 'median'; known: batch, unrelated, independent, per_class, zero",
+            "unknown estimator 'median'; known: batch, unrelated, independent, per_class, running, zero",
         ),
         (lambda: reference_point(R, "per_class"), "estimator 'per_class' needs is_desirable"),
         (

@@ -73,6 +73,31 @@ def test_who_is_drawn_follows_the_objective(source, config, objective, share):
     assert liked.mean() == pytest.approx(share, abs=0.02)  # 4 standard errors of 10,000 draws
 
 
+def test_a_group_is_liked_and_disliked_images_of_one_prompt_in_turn(source, config):
+    config = replace(config, objective="dgpo", group_size=4, batch_size=8)
+    source = source(config)
+    rows, batch = source.rows(3), source.draw(3)
+    assert (source.data.prompt_ids[rows].reshape(-1, 4) == source.data.prompt_ids[rows[::4]][:, None]).all()
+    assert batch.is_desirable.tolist() == [True, False] * 4
+    assert torch.equal(batch.timesteps.reshape(-1, 4), batch.timesteps[::4, None].expand(2, 4))
+    drawn = np.concatenate([source.rows(step) for step in range(50)])
+    assert set(drawn) == set(range(len(source.data))), "every image of a prompt with both takes part"
+    with pytest.raises(ValueError, match="group_size must be even, half of a group being liked, got 3"):
+        replace(config, group_size=3, batch_size=9)
+    source.data.prompt_ids = np.arange(len(source.data))
+    with pytest.raises(ValueError, match="objective 'dgpo' needs prompts with a liked and a disliked image, but"):
+        GlobalBatches(config, source.data, source.model)
+
+
+def test_an_image_lies_as_often_in_a_row_as_it_has_noises(source, config):
+    config = replace(config, noise_draws=2, batch_size=8)
+    rows, batch = source(config).rows(3), source(config).draw(3)
+    assert (rows[::2] == rows[1::2]).all()
+    assert not torch.equal(batch.target[::2], batch.target[1::2])
+    with pytest.raises(ValueError, match=r"batch_size 8 is not a multiple of 1 processes x .* x 3 \(noise_draws\)"):
+        replace(config, noise_draws=3)
+
+
 def test_prompt_dropout_replaces_that_share_of_prompts(source, config):
     source = source(replace(config, batch_size=1000, prompt_dropout=0.2))
     empty = source.data.conditioning(np.array([0]), np.array([True]))["encoder_hidden_states"]

@@ -25,7 +25,7 @@ from dkto.training.batches import Batch
 from dkto.training.config import TrainConfig
 from dkto.training.step import columns
 from dkto.objective.accuracy import measures
-from dkto.objective.methods import METHODS, Errors, method_loss
+from dkto.objective.methods import METHODS, OFFLINE, Errors, method_loss
 from dkto.objective.utilities import UTILITIES
 
 dist.init_process_group("gloo")
@@ -40,14 +40,15 @@ def share(values, where):
     return values[where].clone()
 
 checked = 0
-cases = [("kto", u, e) for u, e in itertools.product(UTILITIES, ("batch", "unrelated", "per_class", "zero"))]
-for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o in ("dpo", "sft", "csft")]:
+cases = [("kto", u, e) for u, e in itertools.product(UTILITIES, ("batch", "unrelated", "per_class", "running", "zero"))]
+for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o in OFFLINE if o != "kto"]:
     for beta, liked_only_here in ((0.5, False), (20.0, True)):
         config = TrainConfig("p", "o", objective=name, utility=utility, estimator=estimator, beta=beta, batch_size=8)
         generator = torch.Generator().manual_seed(checked)
         policy, reference, other_p, other_r = torch.rand(4, 8, generator=generator, dtype=torch.float64)
         liked = torch.tensor([True] * 4 + [False] * 4 if liked_only_here else [True, False] * 4)
-        if name == "dpo":
+        pairs = METHODS[name].draws in ("pairs", "groups")
+        if pairs:
             liked = torch.tensor([True, False] * 4)
         if name == "sft":  # its sampler draws liked samples only
             liked = torch.ones(8, dtype=torch.bool)
@@ -56,8 +57,9 @@ for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o 
             leaf = share(policy, where).requires_grad_()
             batch = Batch(None, None, None, {}, share(liked, where))
             unrelated = Errors(share(other_p, where), share(other_r, where)) if estimator == "unrelated" else None
-            errors = Errors(leaf, share(reference, where), unrelated)
-            felt = method_loss(name, errors, batch.is_desirable, reduce=total, **METHODS[name].loss_settings(config))
+            errors = Errors(leaf, share(reference, where), unrelated, share(other_p, where), leaf.detach()[::2] / 2)
+            settings = METHODS[name].loss_settings(config) | {"anchor": 0.5, "sft_weight": 0.5}
+            felt = method_loss(name, errors, batch.is_desirable, reduce=total, **settings)
             felt.loss.backward()
             return felt.loss.detach(), leaf.grad, columns(felt, errors, batch, beta)
 
@@ -71,7 +73,7 @@ for name, utility, estimator in cases + [(o, "kahneman_tversky", "batch") for o 
         parts = [torch.empty_like(rows) for _ in range(ranks)]
         dist.all_gather(parts, rows)
         gathered = dict(zip(table, torch.cat(parts).T))
-        one, two = (measures(**found, pairs=name == "dpo") for found in (gathered, whole_table))
+        one, two = (measures(**found, pairs=pairs) for found in (gathered, whole_table))
         assert one.keys() == two.keys()
         assert all(abs(one[k] - two[k]) <= 1e-6 * max(1, abs(two[k])) for k in one), (name, utility, estimator)
         checked += 1

@@ -78,7 +78,7 @@ def test_lora_trains_an_adapter_that_diffusers_loads(config, tiny_pipeline):
     assert any(p.abs().sum() > 0 for n, p in pipeline.unet.named_parameters() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("estimator", ["batch", "unrelated", "per_class", "zero"])
+@pytest.mark.parametrize("estimator", ["batch", "unrelated", "per_class", "running", "zero"])
 def test_every_estimator_runs(config, estimator):
     points = [record["reference_point"] for record in train(replace(config, estimator=estimator, max_train_steps=6))]
     assert points[0] == 0 and min(points) >= 0
@@ -115,6 +115,17 @@ def test_dpo_runs_on_pairs(config, paired):
     assert records[0]["loss"] == pytest.approx(np.log(2)) and records[0]["implicit_accuracy/pair"] == 0.5
     assert records[0]["utility_slope"] == pytest.approx(0.5)
     assert records[1]["reward/margin"] != 0 and "reference_point" not in records[1]
+
+
+@pytest.mark.parametrize("objective", ["bco", "tgo", "nft", "awm", "dgpo", "dmpo", "sdpo"])
+def test_a_newer_method_trains_with_brakes(config, paired, objective):
+    brakes = {"anchor": 0.1, "sft_weight": 0.1}
+    changes = {"beta": 100.0, "group_size": 2, "max_train_steps": 4, "batch_size": 8, **brakes}
+    records = list(train(replace(config, prepared_dir=paired, objective=objective, **changes)))
+    margins = [record["reward/margin"] for record in records if "reward/margin" in record]
+    assert margins[0] == 0 and any(margins[1:]), "it starts at the reference and leaves it"
+    assert all(np.isfinite(record["loss"]) for record in records)
+    assert ("reference_point" in records[0]) == (objective in ("bco", "tgo"))
 
 
 def test_dpo_without_pairs_is_refused(config):
@@ -279,8 +290,11 @@ def test_one_class_and_unknown_utility_and_missing_data(config, likes, tiny_pipe
     [
         ({"beta": 0.0}, "beta must be above 0, got 0.0"),
         ({"desirable_fraction": 1.5}, r"desirable_fraction must be in \[0, 1\], got 1.5"),
-        ({"objective": "ppo"}, "objective must be one of kto, dpo, sft, sft_all, csft, got 'ppo'"),
-        ({"estimator": "mean"}, "estimator must be one of batch, unrelated, per_class, zero, got 'mean'"),
+        (
+            {"objective": "ppo"},
+            "objective must be one of kto, dpo, sft, sft_all, csft, bco, tgo, nft, awm, dgpo, dmpo, sdpo, got 'ppo'",
+        ),
+        ({"estimator": "mean"}, "estimator must be one of batch, unrelated, per_class, running, zero, got 'mean'"),
         ({"prompt_dropout": -0.1}, r"prompt_dropout must be in \[0, 1\], got -0.1"),
         ({"csft_style": "suffix"}, "csft_style must be one of prefix, negative, got 'suffix'"),
         (
@@ -314,7 +328,8 @@ NEW_METHOD = """
 import sys
 import torch
 from dkto.objective import methods
-from dkto.objective.methods import Felt, Method, implicit_reward
+from dkto.objective.methods import Felt, Method
+from dkto.objective import implicit_reward
 
 def squared(errors, is_desirable, *, beta):
     reward = implicit_reward(errors.policy, errors.reference, beta)

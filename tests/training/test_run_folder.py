@@ -66,6 +66,7 @@ def test_the_last_few_are_kept_and_latest_points_at_the_newest(config, tiny_pipe
         {"precision": "bfloat16", "gradient_checkpointing": True},
         {"precision": "float16", "max_train_steps": 12},  # its first steps find the scale of the loss
         {"gradient_accumulation": 2, "estimator": "unrelated", "prompt_dropout": 0.5},
+        {"objective": "bco", "beta": 100.0, "gradient_accumulation": 2},  # its reference point remembers every step
     ],
     ids=str,
 )
