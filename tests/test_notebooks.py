@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from glossary import TERMS, anchor, first_uses
 
 from dkto.runs.notebooks import declared_parameters, parameters_cell
 from dkto.workshop.keep_lessons import is_current
@@ -186,6 +187,19 @@ def test_every_figure_of_a_kept_run_has_an_alternative_text(path):
                     f"cell {cell.id} draws a figure: say in its metadata, alt, what it shows"
                 )
                 assert output.metadata["image/png"]["alt"] == words[cell.id]
+
+
+@every_lesson
+def test_words_of_the_glossary_are_linked_where_a_lesson_first_uses_them(path):
+    uses = {term: first_uses(read(path), term) for term in TERMS}
+    missed = [term for term, use in uses.items() if use and not use[2]]
+    assert not missed, f"link to GLOSSARY.md: {', '.join(missed)}"
+
+
+def test_the_glossary_holds_words_that_lessons_use():
+    used = "\n".join(path.read_text() for path in LESSONS)
+    assert len(TERMS) >= 20 and sorted(TERMS, key=str.lower) == TERMS
+    assert [term for term in TERMS if f"GLOSSARY.md#{anchor(term)})" not in used] == []
 
 
 def test_every_solution_belongs_to_a_lesson():

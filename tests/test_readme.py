@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "papermill_runs" / "reference"
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "papermill_runs/RESULTS.md")]
-PAGES += [ROOT / name for name in ("papermill_runs/README.md", "notebooks/README.md", "notebooks/your_own_likes.md")]
+PAGES += [ROOT / "papermill_runs/README.md", *sorted((ROOT / "notebooks").glob("*.md"))]
 PAGES += [ROOT / "tests" / "benchmarks" / "README.md", ROOT / "SECURITY.md"]
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 # a figure of a kept run: what is shown, the run, the key of its metrics.json as the link's title
@@ -221,7 +221,7 @@ def test_the_seed_made_again_is_as_near_the_former_one_as_the_notes_say():
 
 
 def test_what_a_class_should_see_is_what_the_kept_runs_saw():
-    page = (ROOT / "notebooks" / "README.md").read_text()
+    page = (ROOT / "notebooks" / "TEACHING.md").read_text()
     for lesson, key in (("61_teach_by_likes", "win_rate"), ("62_judge_blind", "study/ours_vs_theirs")):
         metrics = json.loads((ROOT / "papermill_runs" / "reference" / lesson / "metrics.json").read_text())["metrics"]
         rate, low, high = (100 * metrics[f"{key}{end}"] for end in ("", "/low", "/high"))

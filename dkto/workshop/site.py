@@ -35,7 +35,8 @@ PACKAGES = ("dkto", "toy")
 ELSEWHERE = ("http", "https", "mailto")
 NOT_FETCHED = {"index", "search", "next", "prev", "canonical", "author"}  # relations that a browser only notes
 GUIDES = (
-    *("notebooks/README.md", "notebooks/your_own_likes.md", "papermill_runs/RESULTS.md", "tests/benchmarks/README.md"),
+    *(f"notebooks/{name}.md" for name in ("README", "TEACHING", "GLOSSARY", "your_own_likes")),
+    *("papermill_runs/RESULTS.md", "tests/benchmarks/README.md"),
     *("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
 )
 FOLDERS = ("guides", "lessons", "cards", "api")
