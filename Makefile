@@ -42,6 +42,7 @@ help:
 	@echo "make paper     the paper's tables on the small world (about an hour on 2 old cores; PROFILE=quick make paper: 13 minutes)"
 	@echo "make site      README, the lessons as they ran and all functions as web pages that open from disk"
 	@echo "make page      Teach a diffusion model your taste: one HTML file that draws and trains, offline, by a double click"
+	@echo "make slides    question, predictions, figures and findings of each lesson, a screen each"
 	@echo "make reference runs the lessons whose kept run is missing or outdated, and keeps them"
 	@echo "make results   papermill_runs/RESULTS.md from the kept runs"
 
@@ -107,6 +108,9 @@ site: $(READY)
 # onnxruntime for browsers comes from npm once, known by its hash; after that no network is needed
 page: $(READY)
 	$(BIN)/python -m dkto.web.page
+
+slides: $(READY)
+	$(BIN)/python -m dkto.workshop.slides
 
 reference: $(READY)
 	$(BIN)/python -m dkto.workshop.keep_lessons
