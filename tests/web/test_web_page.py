@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import os
 import re
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from dkto.data.feedback import read_feedback
 from dkto.models import System, draw, noise_generator
@@ -76,9 +78,10 @@ def visit(browser, addresses):
 
 
 def shown(page, name):
-    """Keep a screenshot in notebooks/images/ when DKTO_SCREENSHOTS is set."""
+    """Keep a screenshot of 256 colours in notebooks/images/ when DKTO_SCREENSHOTS is set."""
     if os.environ.get("DKTO_SCREENSHOTS"):
-        page.screenshot(path=ROOT / "notebooks" / "images" / f"{name}.png", full_page=True)
+        image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        image.quantize(256).save(ROOT / "notebooks" / "images" / f"{name}.png", optimize=True)
 
 
 def renderers():
