@@ -107,6 +107,9 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
                 cell["source"] = copy.rewrite("".join(cell["source"]), origin.parent, source / "lessons")
             else:
                 cell["outputs"] = [_touchable(output, root) for output in cell["outputs"]]
+                for data in (output.get("data", {}) for output in cell["outputs"]):
+                    if text := data.get("text/markdown"):
+                        data["text/markdown"] = copy.rewrite("".join(text), origin.parent, source / "lessons")
         notebook["metadata"].pop("widgets", None)  # a page has no kernel to show them
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
@@ -185,14 +188,21 @@ _INSTRUMENT = re.compile(rf"<?[\w.]*\b({'|'.join([*INSTRUMENTS, *SCREENSHOTS])})
 
 def _touchable(output: dict, root: Path) -> dict:
     """An output of a lesson; where that is an instrument, one that runs in a page, or an image of it in use."""
-    found = _INSTRUMENT.match("".join(output.get("data", {}).get("text/plain", "")))
-    if not found or "image/png" in output["data"]:
+    data = output.get("data", {})
+    if "font-awesome" in (
+        text := "".join(data.get("text/html", ""))
+    ):  # an animation, whose icons are elsewhere
+        text = re.sub(r'<link rel="stylesheet"\s+href="https:[^"]*font-awesome[^"]*">', "", text)
+        text = re.sub(r'(<button title="([^"]*)"[^>]*>)\s*<i class="fa [^"]*"></i>', r"\1\2", text)
+        return output | {"data": data | {"text/html": text}}
+    found = _INSTRUMENT.match("".join(data.get("text/plain", "")))
+    if not found or "image/png" in data:
         return output
     if found[1] in INSTRUMENTS:
         return output | {"data": {"text/html": INSTRUMENTS[found[1]]()}}
     image = root / "notebooks" / "images" / f"{SCREENSHOTS[found[1]]}.png"
-    data = base64.b64encode(image.read_bytes()).decode()
-    return output | {"data": {"image/png": data, "text/plain": f"{found[1]}, which lives in JupyterLab"}}
+    still = base64.b64encode(image.read_bytes()).decode()
+    return output | {"data": {"image/png": still, "text/plain": f"{found[1]}, which lives in JupyterLab"}}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from docutils import nodes
 
 from dkto import __version__
-from dkto.workshop.site import literal_formulas, mathml
+from dkto.workshop.site import ROOT, literal_formulas, mathml
 
 project = "dkto"
 author = "the dkto authors"
@@ -49,11 +49,17 @@ def setup(app):
     app.add_html_math_renderer("mathml", (show(False), None), (show(True), None))
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", here)
 
 
 def process(app, what, name, thing, options, lines):
     """Prepare a docstring for napoleon and reStructuredText."""
     lines[:] = literal_formulas(lines)
+
+
+def here(app, what, name, thing, options, signature, returns):
+    """A default that is a file of the project is shown without the place of this checkout."""
+    return (signature or "").replace(f"{ROOT}/", "") or None, returns
 
 
 def skip(app, what, name, thing, skipped, options):
