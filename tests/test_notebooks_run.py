@@ -45,6 +45,7 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "25_noisy_labels": {"flip_rates": [0.0, 0.4], "seeds": 2, "processes": 1, **TOY_STEPS},
     "26_watch_it_move": {"frames": 3, "num_samples": 100, **TOY_STEPS},
+    "27_after_kto": {"brakes": [10.0], "draws": [2], "seeds": 2, "processes": 1, "num_samples": 300, **TOY_STEPS},
     "30_train_with_likes": {
         "pool_prompts": 8,
         "provoking_prompts": 4,
@@ -158,6 +159,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/24_ablations": TOY_STEPS | {"max_train_steps": 150},
     "solutions/25_noisy_labels": {},
     "solutions/26_watch_it_move": {},
+    "solutions/27_after_kto": {"seeds": 2, "processes": 1, **TOY_STEPS},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/31_feedback_data": {"sessions": 40},
     "solutions/32_one_training_step": {"batch_size": 8, "trial_steps": 4},

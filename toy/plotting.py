@@ -29,8 +29,11 @@ METHOD_COLOURS = UTILITY_COLOURS | {
     "sft": "#44AA99",
     "csft": "#117733",
     "dpo": "#661100",
+    **{"bco": "#DDCC77", "tgo": "#999933", "nft": "#332288", "awm": "#88CCEE"},
+    **{"dgpo": "#CC6677", "dmpo": "#AA4499", "sdpo": "#882255"},
 }
 METHOD_MARKS = {"base": "s", "sft": "v", "csft": "^", "dpo": "D"}
+METHOD_MARKS |= {"bco": "<", "tgo": ">", "nft": "*", "awm": "h", "dgpo": "d", "dmpo": "p", "sdpo": "8"}
 METHOD_MARKS |= {"loss_averse": "P", "risk_seeking": "X", "kahneman_tversky": "o"}
 NOTE = 9  # points, of a note in a figure
 BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
