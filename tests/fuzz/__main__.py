@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 STUCK = 30.0, 600.0  # seconds of computing, or of waiting, in one case: it hangs where no alarm reaches it
+STARTING = 10  # times as long for the imports before the first case
 MOST_ADDRESS_SPACE = 4 << 30  # bytes above what the libraries take
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +108,7 @@ def supervise(ids: list[str], folder: Path, keep: Path, found: dict) -> None:
             "OMP_NUM_THREADS": "1",
             "MPLBACKEND": "Agg",
             "HOME": str(place),
+            "MPLCONFIGDIR": str(folder),  # fonts are looked up once, not by every process
         }
         command = [sys.executable, "-m", "fuzz", "--work", str(place), "--keep", str(keep)]
         child = subprocess.Popen(
@@ -149,13 +151,14 @@ def _feed(child: subprocess.Popen, ids: list[str]) -> None:
 
 
 def _end_when_stuck(child: subprocess.Popen, last: list[float]) -> None:
-    process, since, busy = psutil.Process(child.pid), None, 0.0
+    process, since, busy, began = psutil.Process(child.pid), None, 0.0, last[0]
     while child.poll() is None:
         time.sleep(1)
         with contextlib.suppress(psutil.Error):
             if since != last[0]:
                 since, busy = last[0], sum(process.cpu_times()[:2])
-            if sum(process.cpu_times()[:2]) - busy > STUCK[0] or time.monotonic() - since > STUCK[1]:
+            computing, waiting = (limit * (STARTING if since == began else 1) for limit in STUCK)
+            if sum(process.cpu_times()[:2]) - busy > computing or time.monotonic() - since > waiting:
                 child.kill()
 
 
