@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import cache
 
 import pandas as pd
 import pytest
@@ -351,17 +352,20 @@ def test_reading_runs_reads_the_example_sweep(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def paper_outputs(tmp_path_factory):
-    """The lessons on the paper's tables with small parameters: what each handed over, and the folder of all."""
+def experiment(tmp_path_factory):
+    """`experiment(name)`: an experiment with small parameters, run once: what it handed over, and its folder."""
     folder = tmp_path_factory.mktemp("paper")
-    found = {name: run_small(name, folder) for name in SMALL if re.match("5[01245]_", name)}
-    lesson_dir = str(folder / "50_win_rate_tables")
-    return found | {"53": run_small("53_qualitative_grid", folder, lesson_dir=lesson_dir)}, folder
+
+    @cache
+    def run(name):
+        inputs = {"lesson_dir": str(run("50_win_rate_tables")[1])} if name == "53_qualitative_grid" else {}
+        return run_small(name, folder, **inputs), folder / name
+
+    return run
 
 
-def test_a_taste_that_needs_dislikes_is_held_against_every_control(paper_outputs):
-    metrics, folder = paper_outputs[0]["55_a_taste_that_needs_dislikes"], paper_outputs[1]
-    lesson = folder / "55_a_taste_that_needs_dislikes"
+def test_a_taste_that_needs_dislikes_is_held_against_every_control(experiment):
+    metrics, lesson = experiment("55_a_taste_that_needs_dislikes")
     for opponent in ("base", "sft", "kto_shuffled_balanced"):
         expected = rate_counted_again(lesson / "images", "kto", opponent, "world_clean")
         check_rate(metrics, f"win_rate/kto_vs_{opponent}/world_clean", expected, 4)
@@ -371,23 +375,24 @@ def test_a_taste_that_needs_dislikes_is_held_against_every_control(paper_outputs
     assert (weights["desirable_weight"], weights["undesirable_weight"]) == pytest.approx((0.5, 2))
 
 
-def test_the_tables_hold_every_comparison_and_control(paper_outputs):
-    metrics = paper_outputs[0]["50_win_rate_tables"]
+def test_the_tables_hold_every_comparison_and_control(experiment):
+    metrics, lesson = experiment("50_win_rate_tables")
     for opponent in ("base", "base_best_guidance", "sft", "kto_shuffled", "alignprop"):
         for scorer in ("world_utility", "world_fidelity", "world_craft"):
             key = f"win_rate/kto_vs_{opponent}/{scorer}"
-            expected = rate_counted_again(paper_outputs[1] / "50_win_rate_tables" / "images", "kto", opponent, scorer)
+            expected = rate_counted_again(lesson / "images", "kto", opponent, scorer)
             check_rate(metrics, key, expected, 8)
             assert metrics[f"style_{key}/toy/n"] == 2
     assert metrics["reward_gain/alignprop/low"] <= metrics["reward_gain/alignprop"]
     assert metrics["drift/base"] == 0 < metrics["drift/kto"] and metrics["best_guidance"] in (1.0, 3.0)
     assert metrics["neutral_drift/base"] == 0 < metrics["neutral_drift/kto"]
-    table = pd.read_csv(paper_outputs[1] / "50_win_rate_tables" / "cards.csv")
+    table = pd.read_csv(lesson / "cards.csv")
     assert set(table["verdict"]) <= {"yes", "no", "open"} and len(table) == 3
 
 
-def test_ablations_share_their_centre(paper_outputs):
-    metrics = paper_outputs[0]["51_ablations"]
+@pytest.mark.slow  # eight trainings; their code is that of the tables
+def test_ablations_share_their_centre(experiment):
+    metrics, _ = experiment("51_ablations")
     same = {metrics[key] for key in ("centre", "utility/kahneman_tversky", "partition/at_least_once")}
     assert len(same) == 1 and metrics["partition/at_least_once/gap"] == 0
     for gamma in (0.5, 0.8):
@@ -395,21 +400,20 @@ def test_ablations_share_their_centre(paper_outputs):
         assert low <= gap <= high
 
 
-def test_a_specific_user_is_learnt_with_and_without_contradiction(paper_outputs):
-    metrics = paper_outputs[0]["52_a_specific_user"]
+@pytest.mark.slow  # seven trainings; their code is that of the tables
+def test_a_specific_user_is_learnt_with_and_without_contradiction(experiment):
+    metrics, _ = experiment("52_a_specific_user")
     assert {"lost/kto/0.3", "lost/sft/0.3", "dose/10", "dose/24"} <= metrics.keys()
     assert metrics["win_rate/kto_flipped_30_vs_base/world_redness/n"] == 4
     assert metrics["neutral_drift/base"] == 0 < metrics["neutral_drift/kto_flipped_30"]
 
 
-def test_the_grid_and_the_published_checkpoints_hand_over(paper_outputs):
-    found = paper_outputs[0]
-    assert found["53"]["prompts"] == 8 and found["53"]["worst"] <= found["53"]["best"]
-    equal = found["54_published_checkpoints"]  # two names for one model: every prompt is a tie
+def test_the_grid_and_the_published_checkpoints_hand_over(experiment):
+    grid, _ = experiment("53_qualitative_grid")
+    assert grid["prompts"] == 8 and grid["worst"] <= grid["best"]
+    equal, lesson = experiment("54_published_checkpoints")  # two names for one model: every prompt is a tie
     assert equal["win_rate/kto_vs_base/world_fidelity"] == 0.5
-    control = rate_counted_again(
-        paper_outputs[1] / "54_published_checkpoints" / "images", "kto", "base_best_guidance", "world_fidelity"
-    )
+    control = rate_counted_again(lesson / "images", "kto", "base_best_guidance", "world_fidelity")
     check_rate(equal, "win_rate/kto_vs_base_best_guidance/world_fidelity", control, 4)  # it needs no training
     assert (
         equal["neutral_drift/kto"] == equal["neutral_drift/base_best_guidance"] == 0
@@ -467,29 +471,35 @@ def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published
 
 @pytest.mark.slow  # a kernel each, twenty seconds and more: their cells are run above in this process
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_lesson_runs_in_a_kernel_of_its_own(path, outputs, paper_outputs, tmp_path):
+def test_every_lesson_runs_in_a_kernel_of_its_own(path, outputs, experiment, tmp_path):
     inputs = {
         "33_train": {"prepared_dir": str(outputs / "train_with_likes" / "prepared")},
         "40_win_rates": {"runs_dir": str(outputs / "train_with_likes")},
-        "53_qualitative_grid": {"lesson_dir": str(paper_outputs[1] / "50_win_rate_tables")},
     }
+    if path.stem == "53_qualitative_grid":
+        inputs[path.stem] = {"lesson_dir": str(experiment("50_win_rate_tables")[1])}
     assert run_small(path.stem, tmp_path, kernel=True, **inputs.get(path.stem, {}))
 
 
 TRAINS = ("30_train_with_likes", "33_train")  # solutions that start four and six trainings, each a process
+READS = ("50_win_rate_tables", "53_qualitative_grid", "55_a_taste_that_needs_dislikes")  # an experiment's folder
+READS_SLOW = ("51_ablations", "52_a_specific_user")  # and of those that train most
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in TRAINS)) for path in SOLUTIONS]
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in (*TRAINS, *READS_SLOW)))
+        for path in SOLUTIONS
+    ],
 )
-def test_solutions_hold(path, outputs, paper_outputs, tmp_path):
+def test_solutions_hold(path, outputs, experiment, tmp_path):
     """Every solution carries its own asserts; one that fails names its cell."""
     prepared = {"prepared_dir": str(outputs / "train_with_likes" / "prepared")}
     inputs = dict.fromkeys((*TRAINS, "32_one_training_step"), prepared)
     inputs |= {"40_win_rates": {"lesson_dir": str(outputs / "win_rates")}}
-    lessons = ("50_win_rate_tables", "51_ablations", "52_a_specific_user", "53_qualitative_grid")
-    lessons += ("55_a_taste_that_needs_dislikes",)
-    inputs |= {name: {"lesson_dir": str(paper_outputs[1] / name)} for name in lessons}
+    if path.stem in (*READS, *READS_SLOW):
+        inputs[path.stem] = {"lesson_dir": str(experiment(path.stem)[1])}
     assert run_small(f"solutions/{path.stem}", tmp_path, **inputs.get(path.stem, {}))
 
 

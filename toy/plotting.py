@@ -31,9 +31,19 @@ METHOD_COLOURS = UTILITY_COLOURS | {
     "dpo": "#661100",
     **{"bco": "#DDCC77", "tgo": "#999933", "nft": "#332288", "awm": "#88CCEE"},
     **{"dgpo": "#CC6677", "dmpo": "#AA4499", "sdpo": "#882255"},
+    **{"anchor": "#332288", "sft_weight": "#44AA99"},
 }
 METHOD_MARKS = {"base": "s", "sft": "v", "csft": "^", "dpo": "D"}
-METHOD_MARKS |= {"bco": "<", "tgo": ">", "nft": "*", "awm": "h", "dgpo": "d", "dmpo": "p", "sdpo": "8"}
+METHOD_MARKS |= {
+    "bco": "<",
+    "tgo": ">",
+    "nft": "*",
+    "awm": "h",
+    "dgpo": "d",
+    "dmpo": "p",
+    "sdpo": "8",
+    "sft_weight": "v",
+}
 METHOD_MARKS |= {"loss_averse": "P", "risk_seeking": "X", "kahneman_tversky": "o"}
 NOTE = 9  # points, of a note in a figure
 BOUNDARY = 0.7  # y below which a point is more likely under the undesirable distribution
