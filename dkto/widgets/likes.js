@@ -65,7 +65,7 @@ function render({ model, el }) {
     strips.replaceChildren(...Object.entries(strip).filter(([, items]) => items.length).map(([kind, items]) =>
       element("div", { class: "dkto-strip", "data-judgement": kind }, element("b", { text: WORDS[kind] }), ...items.map(picture))));
     mirror.replaceChildren(
-      element("p", { text: missing ? `Still asked for: ${missing}.` : shared.length ? "What your likes share:" : "Enough to tune on. Nothing that is counted parts your likes from your dislikes yet." }),
+      element("p", { text: missing ? `Still asked for: ${missing}.` : shared.length ? "What parts your likes from your dislikes:" : "Enough to tune on. Nothing that is counted parts likes from dislikes yet." }),
       element("ul", {}, ...shared.map((text) => element("li", { text }))));
   }
 

@@ -22,12 +22,11 @@ from dkto.training.config import TrainConfig
 from dkto.widgets.judge import Judge
 from dkto.widgets.likelog import LEAST, still_missing
 from dkto.widgets.training_view import TrainingView
+from dkto.world.stranger import SETTINGS
 from dkto.world.users import SimulatedUser
 
 SHOWN = 6  # prompts of the before/after grid
 COMPARED = 10  # pairs of the blind comparison
-QUICK = {"beta": 100.0, "desirable_fraction": 0.9, "learning_rate": 2e-3, "warmup_steps": 5, "max_train_steps": 100}
-QUICK |= {"batch_size": 8, "lora_rank": 8, "checkpoint_every": 50}
 
 
 def next_run(root: Path) -> Path:
@@ -60,7 +59,7 @@ class Tuner(TrainingView):
         user: a simulated user who never saw the training pictures, for a win-rate of after against before.
         least: likes, and dislikes, without which no training starts.
         guidance, sample_steps, seed, threads: as `TrainingView`.
-        settings: fields of `TrainConfig` other than those of `QUICK`.
+        settings: fields of `TrainConfig` other than those of `dkto.world.stranger.SETTINGS`.
     """
 
     _again = True
@@ -88,7 +87,7 @@ class Tuner(TrainingView):
         self.after: list[Image.Image] = []
         self.win_rate: WinRate | None = None
         self.judge: Judge | None = None
-        config = TrainConfig(self._root / "none", self._root / "none", model=model, seed=seed, **(QUICK | settings))
+        config = TrainConfig(self._root / "none", self._root / "none", model=model, seed=seed, **(SETTINGS | settings))
         options = {"guidance": guidance, "sample_steps": sample_steps, "seed": seed, "threads": threads}
         super().__init__(config, self._judged[:SHOWN], **options)
         self._base = System(model=model, guidance=guidance, steps=sample_steps)

@@ -34,7 +34,7 @@ EXAMPLE = "toy_reward"  # the sweep whose records the notebook "reading runs" re
 EXAMPLE_FOLDER = "sweep"
 NOT_RUN_HERE = {"54_published_checkpoints": "needs released weights and a GPU"}  # lessons without a reference run
 HANDS: dict[str, dict[str, object]] = {
-    "61_teach_by_likes": {"simulated_judge": "dark_backgrounds", "press_button": True},
+    "61_teach_by_likes": {"simulated_judge": "blue_things", "press_button": True},
     "62_judge_blind": {"simulated_scorer": "world_aesthetics"},
     "63_watch_training": {"wait": True},
 }

@@ -39,6 +39,10 @@ CARDS: dict[str, Callable[[np.ndarray], float]] = {
 }
 """Tastes by the words of a card, each with its measure: more is better."""
 
+SETTINGS = {"beta": 500.0, "desirable_fraction": 0.85, "learning_rate": 2e-3, "warmup_steps": 5, "max_train_steps": 120}
+SETTINGS |= {"batch_size": 8, "lora_rank": 8, "checkpoint_every": 60}
+"""Of a training on some tens of likes of open prompts, whatever the taste; found by trials on other seeds."""
+
 
 def likes_by_card(card: str, images: Sequence[Image.Image]) -> np.ndarray:
     """(N,) bool: the half of the images that a taste likes best, as somebody does who must like some of them."""
