@@ -109,7 +109,8 @@ def write_source(source: Path, reference: Path, root: Path) -> None:
                 cell["outputs"] = [_touchable(output, root) for output in cell["outputs"]]
                 for data in (output.get("data", {}) for output in cell["outputs"]):
                     if text := data.get("text/markdown"):
-                        data["text/markdown"] = copy.rewrite("".join(text), origin.parent, source / "lessons")
+                        text = copy.rewrite("".join(text), origin.parent, source / "lessons")
+                        data["text/markdown"] = re.sub(r"\.(ipynb|md)\)", ".html)", text)  # Sphinx follows none
         notebook["metadata"].pop("widgets", None)  # a page has no kernel to show them
         (source / "lessons" / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     for path in sorted(path for pattern in CARDS for path in reference.glob(f"*/{pattern}")):
@@ -189,9 +190,7 @@ _INSTRUMENT = re.compile(rf"<?[\w.]*\b({'|'.join([*INSTRUMENTS, *SCREENSHOTS])})
 def _touchable(output: dict, root: Path) -> dict:
     """An output of a lesson; where that is an instrument, one that runs in a page, or an image of it in use."""
     data = output.get("data", {})
-    if "font-awesome" in (
-        text := "".join(data.get("text/html", ""))
-    ):  # an animation, whose icons are elsewhere
+    if "font-awesome" in (text := "".join(data.get("text/html", ""))):  # an animation, whose icons are elsewhere
         text = re.sub(r'<link rel="stylesheet"\s+href="https:[^"]*font-awesome[^"]*">', "", text)
         text = re.sub(r'(<button title="([^"]*)"[^>]*>)\s*<i class="fa [^"]*"></i>', r"\1\2", text)
         return output | {"data": data | {"text/html": text}}
