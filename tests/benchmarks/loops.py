@@ -100,6 +100,7 @@ class Ours:
             lora_rank=options["lora_rank"],
             precision=options["precision"],
             max_train_steps=10**6,
+            **options.get("method", {}),
         )
         self.model = Model(Path(options["folder"]), options["size"])
         data = PreparedFeedback(self.config.prepared_dir, self.model)
@@ -182,21 +183,30 @@ class Published:
         self.optimizer.zero_grad()
 
 
+def in_turn(ours, theirs, rounds, given):
+    """Ratios of the times of two functions that go in turn; the second gets what `given` makes beforehand."""
+    ratios = []
+    for number in range(rounds):
+        batch, seconds = given(), {}
+        for name in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
+            began = time.perf_counter()
+            ours() if name == "ours" else theirs(batch)
+            seconds[name] = time.perf_counter() - began
+        ratios.append(seconds["ours"] / seconds["theirs"])
+    return ratios
+
+
 def main(kind, options):
     torch.set_num_threads(options["threads"])
     loop = Published(options) if kind == "published" else Ours(options)
     for _ in range(options["warmup"]):
         loop.step()
     if kind == "pure":
-        ratios = []
-        for number in range(options["steps"]):
-            batch, seconds = loop.tensors(), {}
-            for name in ("ours", "pure") if number % 2 else ("pure", "ours"):
-                began = time.perf_counter()
-                loop.step() if name == "ours" else loop.pure(batch)
-                seconds[name] = time.perf_counter() - began
-            ratios.append(seconds["ours"] / seconds["pure"])
-        print(json.dumps({"ratios": ratios}))
+        print(json.dumps({"ratios": in_turn(loop.step, loop.pure, options["steps"], loop.tensors)}))
+        return
+    if kind == "kto":
+        other = Ours(options | {"method": {}, "output": f"{options['output']}-kto"})
+        print(json.dumps({"ratios": in_turn(loop.step, lambda _: other.step(), options["steps"], lambda: None)}))
         return
     turns = [{}] * options["steps"]
     if kind == "published":

@@ -105,6 +105,14 @@ def test_a_step_over_its_bare_computation(size, material, record_ratio):
     record_ratio(f"step_over_pure_compute/{size}", **interval(found["ratios"]), **bound(size, at_most=1.05))
 
 
+@pytest.mark.parametrize("name", ["bco", "tgo", "nft", "awm", "dgpo", "kto"])
+def test_a_newer_methods_step_over_ktos(name, material, record_ratio):
+    """One training of each in one process, a step in turn; brakes are on: the shift costs no pass."""
+    method = {"objective": name, "anchor": 0.1, "sft_weight": 0.1}
+    found = run("kto", material("small") | {"steps": PAIRS["small"], "method": method})
+    record_ratio(f"step_over_kto/{name}", **interval(found["ratios"]), at_most=1.03)
+
+
 def speed_over_published(measured, size, rounds, kernel, **ours):
     """Ratios of samples per second, a process of ours each, and the seconds of the last published loop's parts.
 
