@@ -35,24 +35,7 @@ LESSONS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *EXPERIMENTS]
 MEGABYTES = 10
 # Lessons without a kept run or whose code has changed since, and "sweep", the example whose lesson may still change:
 # make reference makes them, and then they leave this list.
-NOT_KEPT: set[str] = {
-    "21_error_as_reward",
-    "22_reference_point",
-    "23_which_objective",
-    "24_ablations",
-    "25_noisy_labels",
-    "26_watch_it_move",
-    "31_feedback_data",
-    "32_one_training_step",
-    "33_train",
-    "41_pitfalls",
-    "42_whose_likes",
-    "61_teach_by_likes",
-    "62_judge_blind",
-    "63_watch_training",
-    "70_reading_runs",
-    "sweep",
-}
+NOT_KEPT: set[str] = set()
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
