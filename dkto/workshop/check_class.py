@@ -1,5 +1,6 @@
 """Is this machine ready for the class? `make check-class` says so, one line a check, in under a minute."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -105,10 +106,10 @@ def _address(server: subprocess.Popen, runtime: Path, log: Path) -> str:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and server.poll() is None:
         for about in runtime.glob("jpserver-*.json"):
-            try:
-                return json.loads(about.read_text(encoding="utf-8"))["url"]
-            except ValueError:  # being written
-                pass
+            with contextlib.suppress(ValueError, OSError):  # the file is being written, or nobody listens yet
+                url = json.loads(about.read_text(encoding="utf-8"))["url"]
+                urllib.request.urlopen(f"{url}api", timeout=PATIENCE).close()
+                return url
         time.sleep(0.2)
     last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
     raise RuntimeError(f"expected JupyterLab to start within {PATIENCE} s, its last line is {shown(last)}: {SETUP}")

@@ -56,13 +56,13 @@ def test_neither_an_error_nor_a_warning_is_glued_to_a_bar_or_shows_code(capsys):
 
 
 SCRIPT = """
-import signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from dkto.common.ends import guarded
 from dkto.common.processes import worker_pool
 
 def nap():
-    print("started", flush=True)  # an interpreter that is interrupted while it starts says so in its own words
+    os.write(1, b"started\\n")  # an interpreter that is interrupted while it starts says so in its own words
     time.sleep(60)
 
 def work():

@@ -13,7 +13,8 @@ def test_every_method_gets_the_same_number_of_tries():
     assert {*GRIDS} == {row.like or name for name, row in COMPARED.items() if row.method}, (
         "each has its own, or another's"
     )
-    assert {row.method for row in COMPARED.values() if row.method} == {*METHODS}
+    newer = {"bco", "tgo", "nft", "awm", "dgpo", "dmpo", "sdpo"}  # the paper's tables do not hold them
+    assert {row.method for row in COMPARED.values() if row.method} == {*METHODS} - newer
     with pytest.raises(ValueError, match="the same number of tries"):
         equal_budgets({"kto": [{}, {}], "sft": [{}]})
 
