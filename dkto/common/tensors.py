@@ -51,16 +51,19 @@ def read_tensors(path: Path, what: str) -> "dict[str, Tensor]":
         raise ValueError(f"{path} holds no {what} that can be read ({text}): remove it, or write it again") from error
 
 
-def check_tensors(path: Path, what: str, shapes: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
+def check_tensors(
+    path: Path, what: str, shapes: Mapping[str, list[int]] | None = None, dtype: str | None = None
+) -> dict[str, list[int]]:
     """The shapes of the tensors in a safetensors file, which is read tensor by tensor.
 
     Args:
         path, what: as in `read_tensors`.
         shapes: what it should hold, if that is known.
+        dtype: the type of each tensor in the format's words, such as "F32", if that is known.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is cut or damaged, holds other tensors, or one that is not finite.
+        ValueError: if it is cut or damaged, holds other tensors, or one that is not finite or of another type.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -69,10 +72,13 @@ def check_tensors(path: Path, what: str, shapes: Mapping[str, list[int]] | None 
         with safe_open(path, framework="pt") as file:
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             bad = [name for name in found if not bool(file.get_tensor(name).isfinite().all())]
+            types = {name: file.get_slice(name).get_dtype() for name in found}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} holds no {what} that can be read ({printable(error, 200)})") from error
     if bad:
         raise ValueError(f"{path} holds no {what}: {shown(bad[0])} is not finite")
+    if other := [name for name in found if dtype not in (None, types[name])]:
+        raise ValueError(f"{path} holds no {what}: {shown(other[0])} should be {dtype}, got {types[other[0]]}")
     if shapes is not None and found != shapes:
         other = next(name for name in sorted(found.keys() | shapes.keys()) if found.get(name) != shapes.get(name))
         raise ValueError(

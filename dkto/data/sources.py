@@ -182,7 +182,8 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
 def read_folder(source: Path, aside: SetAside) -> Columns:
     """The images of `liked/` and `disliked/` with their prompts; see `dkto.data.feedback.read_feedback`."""
     inside = Folder(source)
-    told = _metadata(source, inside, aside)
+    told: dict[Path, str | None] = {}  # the prompts that metadata files name; None where a row is set aside
+    _read_metadata(source, inside, aside, told)
     images, prompts, labels, names = [], [], [], ("liked", "disliked")
     unread = listed_images(source, METADATA_NAMES)
     unread = [path for path in (*unread[0], *unread[1]) if path.name not in names]
@@ -190,7 +191,7 @@ def read_folder(source: Path, aside: SetAside) -> Columns:
         folder = source / name
         if not folder.is_dir():
             raise ValueError(f"{source} must hold the folders liked/ and disliked/; {name}/ is missing")
-        told |= _metadata(folder, inside, aside)
+        _read_metadata(folder, inside, aside, told)
         found, others = listed_images(folder, METADATA_NAMES)
         unread += others
         for file in found:
@@ -308,9 +309,8 @@ def _warn_of_mixed_pairs(pair_ids: np.ndarray, prompts: list[str], where: str) -
         warnings.warn(f"{text}: Diffusion-DPO would compare them", stacklevel=2)
 
 
-def _metadata(folder: Path, inside: Folder, aside: SetAside) -> dict[Path, str | None]:
-    """The prompt of each image that a metadata file of a folder names; None where its row is set aside."""
-    told: dict[Path, str | None] = {}
+def _read_metadata(folder: Path, inside: Folder, aside: SetAside, told: dict[Path, str | None]) -> None:
+    """Note the prompt of each image that a metadata file of a folder names; an image with two of them has none."""
     for path in (folder / name for name in METADATA_NAMES if (folder / name).is_file()):
         path = inside.path(path, "file")
         frame = _known_columns(read_table(path, COLUMNS), path)
@@ -322,8 +322,14 @@ def _metadata(folder: Path, inside: Folder, aside: SetAside) -> dict[Path, str |
         paths = _paths(frame.assign(image=names), inside, below)
         for row, error in below.errors.items():
             aside.add(f"{path.relative_to(inside.root)}, row {row}", below._images[row], error)
-        told |= {image: prompt or None for image, prompt in zip(paths, prompts, strict=True) if image is not None}
-    return told
+        for row, (image, prompt) in enumerate(zip(paths, prompts, strict=True), 1):
+            if image is None or told.setdefault(image, prompt or None) == (prompt or None):
+                continue
+            told[image] = None
+            if prompt:
+                place = f"{path.relative_to(inside.root)}, row {row}"
+                about = f"{shown(image.name)} has another prompt in an earlier row: keep one of them"
+                aside.add(place, image, ValueError(f"{place}: {about}"))
 
 
 def _are_rows(values: object) -> bool:

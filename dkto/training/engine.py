@@ -250,7 +250,8 @@ class Engine:
         if self.deepspeed:
             return
         path = folder / "optimizer.safetensors"
-        for name, shape in check_tensors(path, "optimizer state").items():
+        plain = "F32" if self.config.optimizer == "adamw" else None  # its moments; others are of several types
+        for name, shape in check_tensors(path, "optimizer state", dtype=plain).items():
             parameter, _, key = name.rpartition("/")
             if parameter not in trained or (key.startswith("exp_avg") and shape != trained[parameter]):
                 raise ValueError(f"{path} holds no optimizer state: {shown(name)} of shape {shape} is of other weights")

@@ -143,6 +143,34 @@ def test_folders_with_a_metadata_file(tmp_path, place):
     assert table.prompts == ("a, b", "c") and table.is_desirable.tolist() == [True, False]
 
 
+def test_an_image_with_two_prompts_has_none(tmp_path):
+    """In one file or in two: which one is right, nobody knows. The same prompt twice is no contradiction."""
+    for name in ("liked", "disliked"):
+        (tmp_path / name).mkdir()
+        for image in ("x.png", "y.png"):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / image)
+    rows = [
+        ("liked/x.png", "a"),
+        ("liked/y.png", "b"),
+        ("liked/x.png", "c"),
+        ("liked/y.png", "b"),
+        ("disliked/x.png", "d"),
+    ]
+    lines = (json.dumps({"file_name": name, "text": prompt}) + "\n" for name, prompt in rows)
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    (tmp_path / "disliked" / "metadata.csv").write_text("file_name,caption\nx.png,other\ny.png,e\n")
+    with pytest.warns(
+        UserWarning, match="set aside: 2, kept: 2; .*row 3: 'x.png' has another prompt in an earlier row"
+    ):
+        table = read_feedback(tmp_path)
+    assert [(path.name, prompt) for path, prompt in zip(table.images, table.prompts, strict=True)] == [
+        ("y.png", "b"),
+        ("y.png", "e"),
+    ]
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 3.*another prompt in an earlier row: keep one of them"):
+        read_feedback(tmp_path, strict=True)
+
+
 def test_metadata_without_captions(tmp_path):
     for name in ("liked", "disliked"):
         (tmp_path / name).mkdir()

@@ -266,8 +266,9 @@ def likes_of_folder(folder: Path, found, warned: bool) -> str | None:
                 image = image.resolve() if os.path.isfile(image) else None  # false too for what can be no name
                 prompt = row.get("prompt") if is_prompt(row.get("prompt")) else None
                 left_out += image is None or prompt is None
-                if image and told.setdefault(image, prompt) != prompt:
-                    return f"{image.name} has two prompts"
+                if image and told.setdefault(image, prompt) != prompt:  # which one is right, nobody knows
+                    told[image] = None
+                    left_out += prompt is not None
     wanted = []
     for kind in ("liked", "disliked"):
         for path in sorted((folder / kind).iterdir()):

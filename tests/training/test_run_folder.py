@@ -118,6 +118,17 @@ def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
     assert len(list(train(config))) == 5
 
 
+def test_moments_of_another_type_are_passed_over(config):
+    stop_after(replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6, keep_checkpoints=2), 5)
+    path = config.output_dir / "checkpoint-00000004" / "optimizer.safetensors"
+    moments = load_file(path)
+    name = next(name for name in moments if name.endswith("exp_avg"))
+    save_file(moments | {name: moments[name].half()}, path)
+    sentence = r"checkpoint-00000004 is broken \(.*lora_.* should be F32, got F16\): going on from checkpoint-00000002"
+    with pytest.warns(UserWarning, match=sentence):
+        next(train(replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6)))
+
+
 def test_a_broken_newest_checkpoint_is_passed_over(config):
     """The run goes on from the one before, with a warning, ends the same, and keeps what is whole."""
     config = replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6, keep_checkpoints=1)
