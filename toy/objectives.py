@@ -5,7 +5,7 @@ weights are the derivatives of its loss by the denoising errors: `error_weights`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -19,18 +19,7 @@ from dkto.objective.methods import METHODS as LOSSES
 from dkto.objective.utilities import get_utility
 from toy.world import DESIRABLE, PRETRAINING, UNDESIRABLE, Gaussian
 
-# settings that methods of one call of a loss have in common, and those that each of them has of its own
-SHARED = (
-    "utility",
-    "estimator",
-    "clamp",
-    "noise_draws",
-    "mixing",
-    "clip_range",
-    "group_size",
-    "smoothing",
-    "safeguard",
-)
+# settings of which each method of one call of a loss has its own; the others it shares with them
 NUMBERS = ("beta", "desirable_weight", "undesirable_weight", *BRAKES)
 TOY_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "unrelated")
 
@@ -88,7 +77,7 @@ class Method:
     @property
     def needs_shift(self) -> bool:
         """Whether the loss reads `Errors.shift`."""
-        return self.objective == "nft" or self.anchor > 0
+        return "shift" in LOSSES[self.objective].reads or self.anchor > 0
 
     @property
     def label(self) -> float:
@@ -96,6 +85,8 @@ class Method:
         return 1.0 if self.objective == "csft" else 0.0
 
 
+OF_DRAWING = ("desirable_fraction", "flip_rate")
+SHARED = tuple(f.name for f in fields(Method) if f.name not in ("objective", *OF_DRAWING, *NUMBERS))
 KTO_FAMILY = ("loss_averse", "risk_seeking", "kahneman_tversky")
 
 METHODS: dict[str, Method] = {
@@ -296,17 +287,15 @@ def error_weights(
         leaves += [] if errors.shift is None else [errors.shift.detach().requires_grad_(True)]
         felt = []
         for index, objective in enumerate(objectives):
-            rows = objective.rows
-
-            def of(tensor: Tensor | None, rows: Tensor = rows) -> Tensor | None:
-                return None if tensor is None else tensor[rows]
-
+            rows, reads = objective.rows, LOSSES[objective.method.objective].reads
             # all of the gap on one side: only the difference of these two errors is looked at
             gap = None if independent_gap is None else Errors(torch.zeros_like(leaves[0][rows]), independent_gap[rows])
-            shift = of(leaves[1]) if objective.method.needs_shift else None
-            seen = Errors(of(leaves[0]), of(errors.reference), gap, shift, of(errors.overlap))
+            shift = leaves[1][rows] if objective.method.needs_shift else None
+            overlap = errors.overlap[rows] if "overlap" in reads else None
+            weight = sample_weight[rows] if "sample_weight" in reads and sample_weight is not None else None
             before = past[index].past if past else None
-            felt.append(loss_of(objective, seen, is_desirable[rows], before, of(sample_weight)))
+            seen = Errors(leaves[0][rows], errors.reference[rows], gap, shift, overlap)
+            felt.append(loss_of(objective, seen, is_desirable[rows], before, weight))
         total = torch.stack([part.loss.sum() for part in felt]).sum()
         weights = torch.autograd.grad(total, leaves, allow_unused=True)
     return Pull(weights[0], weights[1] if len(weights) > 1 else None, felt)

@@ -17,6 +17,7 @@ from dkto.common.names import check_name
 from dkto.common.settings import checked_number
 from dkto.objective.felt import Errors
 from dkto.objective.losses import denoising_error, pair_overlap, sft_loss
+from dkto.objective.methods import METHODS as LOSSES
 from toy.network import Ensemble, one_thread, stream
 from toy.objectives import Draws, Felt, Method, draw_samples, drawing_of, error_weights, group_methods
 from toy.objectives import independent_samples as independent_of
@@ -168,7 +169,7 @@ def tune(
     draws = draw_steps(seeds, "tuning", recipe.batch_size, schedule.num_train_timesteps, dtype)
     shape = (len(methods), len(seeds), recipe.batch_size)
     shifted = any(method.needs_shift for method in methods)
-    kinds, felt = {method.objective for method in methods}, []
+    reads, felt = {name for method in methods for name in LOSSES[method.objective].reads}, []
     for step in range(recipe.max_train_steps):
         batch = next(draws)
         drawn = [draw_samples(drawing, batch, classes) for drawing in drawings]
@@ -185,10 +186,12 @@ def tune(
         if shifted:
             step_away = noise_pred.view(*shape, 2) - expected[drawing_of_row]
             errors = errors._replace(shift=denoising_error(step_away, torch.zeros_like(step_away), batch_dims=3))
-        if "sdpo" in kinds:
+        if "overlap" in reads:
             overlap = pair_overlap(torch.stack(residual.chunk(2, -2), -2).flatten(2, 3), batch_dims=3)
             errors = errors._replace(overlap=overlap)
-        weight = 1 + preference_reward(to_paper_units(clean)).abs()[drawing_of_row] if "tgo" in kinds else None
+        weight = None
+        if "sample_weight" in reads:  # TGO's: a score's distance from its threshold
+            weight = 1 + preference_reward(to_paper_units(clean)).abs()[drawing_of_row]
         gap = _independent_gap(policy, reference, schedule, batch, independent, shape) if independent else None
         pull = error_weights(objectives, errors, is_desirable, gap, felt, weight)
         # the error is a mean over 2 coordinates, so its derivative by the prediction is 2/2 times the residual

@@ -251,7 +251,7 @@ def kto_loss(
     utility = get_utility(utility)
     sign, gain = _sign_and_gain(implicit_reward, is_desirable, reference_point)
     felt = utility.value(sign * gain) if utility.sign == "inside" else sign * utility.value(gain)
-    loss = _weights(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * (1 - felt)
+    loss = weights_of(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * (1 - felt)
     return loss.mean(-1) if reduction == "mean" else loss
 
 
@@ -291,7 +291,7 @@ def effective_weight(
     utility = get_utility(utility)
     sign, gain = _sign_and_gain(implicit_reward.detach(), is_desirable, reference_point)
     slope = utility.slope(sign * gain if utility.sign == "inside" else gain)
-    return sign * _weights(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * slope
+    return sign * weights_of(is_desirable, desirable_weight, undesirable_weight, sample_weight, gain) * slope
 
 
 def dpo_loss(chosen_reward: Tensor, rejected_reward: Tensor) -> Tensor:
@@ -369,9 +369,10 @@ def _unrelated(reward: Tensor, unrelated_reward: Tensor | None, estimator: str) 
     return unrelated_reward
 
 
-def _weights(
+def weights_of(
     is_desirable: Tensor, desirable: float | Tensor, undesirable: float | Tensor, sample: Tensor | None, like: Tensor
 ) -> Tensor:
+    """(..., B) the weight of each sample in `like`'s precision: its class's times its own."""
     weights = torch.where(
         is_desirable,
         _per_member("desirable_weight", desirable, like),

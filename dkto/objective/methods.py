@@ -43,6 +43,8 @@ class Method:
             (`dkto.training.online`).
         loss: function of `Errors` and likes; its keywords are the settings. None for those that draw their own images.
         more_settings: settings outside the loss.
+        reads: what the loss needs beside both errors and the likes: "shift", "overlap", "sample_weight". Whoever
+            computes these gives them to no other method.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Method:
     draws: Draws
     loss: Callable[..., Felt] | None = None
     more_settings: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -65,8 +68,10 @@ class Method:
 
     def rows_at_once(self, config: object) -> int:
         """How many rows of a batch belong together: two sides of a pair, a group, the noises of one image."""
-        name = {"pairs": "", "groups": "group_size"}.get(self.draws, "noise_draws")
-        return getattr(config, name) if name in self.settings else 2 if self.draws == "pairs" else 1
+        if self.draws == "pairs":
+            return 2
+        name = "group_size" if self.draws == "groups" else "noise_draws"
+        return getattr(config, name) if name in self.settings else 1
 
 
 @cache
@@ -119,6 +124,7 @@ METHODS: dict[str, Method] = {
         "biased",
         tgo,
         ("desirable_fraction",),
+        reads=("sample_weight",),
     ),
     "nft": Method(
         "DiffusionNFT, offline",
@@ -127,6 +133,7 @@ METHODS: dict[str, Method] = {
         "biased",
         nft,
         ("desirable_fraction",),
+        reads=("shift",),
     ),
     "awm": Method(
         "AWM on likes",
@@ -153,6 +160,7 @@ METHODS: dict[str, Method] = {
         "on pairs, the rejected side slowed where it would harm the chosen one (arXiv 2511.03317)",
         "pairs",
         sdpo,
+        reads=("overlap",),
     ),
     "alignprop": Method(
         "AlignProp",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dkto.objective.felt import Errors, Felt
-from dkto.objective.losses import check_labels, dpo_loss, implicit_reward
+from dkto.objective.losses import check_labels, dpo_loss, implicit_reward, weights_of
 from dkto.objective.paper_methods import kto
 
 
@@ -40,7 +40,8 @@ def bco(
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     settings = {"utility": "loss_averse", "estimator": "running", "clamp": False}
     felt = kto(errors, is_desirable, beta=beta, past=past, reduce=reduce, **settings, **weights)
-    return felt._replace(loss=felt.loss - _mean_weight(is_desirable, **weights))
+    constant = weights_of(is_desirable, desirable_weight, undesirable_weight, None, felt.reward).mean(-1)
+    return felt._replace(loss=felt.loss - constant)
 
 
 def tgo(errors: Errors, is_desirable: Tensor, *, beta: float | Tensor, sample_weight: Tensor | None = None) -> Felt:
@@ -56,7 +57,8 @@ def tgo(errors: Errors, is_desirable: Tensor, *, beta: float | Tensor, sample_we
     tensor(0.3133)
     """
     felt = kto(errors, is_desirable, beta=beta, utility="loss_averse", estimator="zero", sample_weight=sample_weight)
-    return felt._replace(loss=felt.loss - (1.0 if sample_weight is None else sample_weight.to(felt.loss).mean(-1)))
+    constant = weights_of(is_desirable, 1.0, 1.0, sample_weight, felt.reward).mean(-1)
+    return felt._replace(loss=felt.loss - constant)
 
 
 def nft(errors: Errors, is_desirable: Tensor, *, mixing: float = 1.0) -> Felt:
@@ -207,8 +209,3 @@ def _shift(name: str, errors: Errors) -> Tensor:
     if errors.shift is None:
         raise ValueError(f"{name} needs errors.shift, the squared distance between the predictions")
     return errors.shift
-
-
-def _mean_weight(is_desirable: Tensor, desirable_weight: float | Tensor, undesirable_weight: float | Tensor) -> Tensor:
-    share = is_desirable.to(torch.float32).mean(-1)
-    return share * desirable_weight + (1 - share) * undesirable_weight

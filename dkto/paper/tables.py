@@ -47,13 +47,8 @@ def orderings(
         ours, theirs = results[opponent], float(first[opponent])
         again = float(second[opponent])
         side = verdict(ours) if corrected is None or corrected[opponent] < 0.05 else "open"
-        holds = (
-            "open"
-            if side == "open" or (theirs > 50) != (again > 50)
-            else "yes"
-            if (side == "above") == (theirs > 50)
-            else "no"
-        )
+        claimed = "open" if (theirs > 50) != (again > 50) else "above" if theirs > 50 else "below"
+        holds = "open" if "open" in (side, claimed) else "yes" if side == claimed else "no"
         rates = {"ours, %": 100 * ours.rate, "low, %": 100 * ours.low, "high, %": 100 * ours.high}
         rates |= {"n": ours.n} | ({} if corrected is None else {HOLM: corrected[opponent]})
         paper = {"paper, %": theirs, "NeurIPS version, %": again}

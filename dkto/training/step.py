@@ -105,7 +105,7 @@ def denoising_errors(run: Run, batch: Batch) -> Errors:
         denoising_error(reference_prediction, target),
         unrelated,
         shift=denoising_error(prediction, reference_prediction),
-        overlap=pair_overlap(prediction.detach() - target) if run.method.draws == "pairs" else None,
+        overlap=pair_overlap(prediction.detach() - target) if "overlap" in run.method.reads else None,
     )
 
 

@@ -9,7 +9,7 @@ from scipy.stats import fisher_exact
 
 from dkto.common.pixels import to_rgb
 from dkto.world.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES
-from dkto.world.truth import MIN_CHROMA, border_colour, hue_of, nearest_background
+from dkto.world.truth import MIN_CHROMA, border_colour, hue_of, nearest_background, stands_out
 
 WORDS = {"style": STYLES, "colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": BACKGROUNDS}
 SURE = 0.05  # chance that a mirror names a trait although there is no taste
@@ -43,7 +43,7 @@ def _seen(image: Image.Image) -> dict[str, str]:
     pixels = np.asarray(to_rgb(image).resize((_SIDE, _SIDE)), dtype=np.float64)
     border = border_colour(pixels)
     hue, chroma = hue_of(pixels)
-    standing = np.abs(pixels - border).max(-1) > 45
+    standing = stands_out(pixels, border)
     counts = np.bincount(hue[standing & (chroma > MIN_CHROMA)], minlength=len(COLOURS)) / hue.size
     found = {"background": nearest_background(border)}
     if standing.mean() > _LITTLE:

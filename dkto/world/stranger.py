@@ -8,7 +8,7 @@ from PIL import Image
 
 from dkto.world.scenes import COLOURS
 from dkto.world.tastes import darkness
-from dkto.world.truth import MIN_CHROMA, border_colour, hue_of
+from dkto.world.truth import MIN_CHROMA, border_colour, hue_of, stands_out
 
 
 def _blue_ground(image: np.ndarray) -> float:
@@ -23,7 +23,7 @@ def _share(*names: str) -> Callable[[np.ndarray], float]:
     def measure(image: np.ndarray) -> float:
         pixels = np.asarray(image, dtype=np.float64)
         hue, chroma = hue_of(pixels)
-        coloured = (np.abs(pixels - border_colour(pixels)).max(-1) > 45) & (chroma > MIN_CHROMA)
+        coloured = stands_out(pixels, border_colour(pixels)) & (chroma > MIN_CHROMA)
         return float(np.isin(hue[coloured], wanted).mean()) if coloured.sum() > 40 else 1 / 3
 
     return measure

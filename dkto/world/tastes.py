@@ -8,7 +8,7 @@ import numpy as np
 
 from dkto.world.craft import background_spread
 from dkto.world.scenes import BACKGROUNDS, COLOURS, Scene, parse
-from dkto.world.truth import MIN_CHROMA, border_colour, hue_of
+from dkto.world.truth import MIN_CHROMA, border_colour, hue_of, stands_out
 
 NEAR_WHITE = 200.0  # level of R, G and B above which a pixel is white, 0..255
 _WHITE_GROUND = 180.0  # level of an image's border above which no white rim can be told from it
@@ -42,7 +42,7 @@ def darkness(image: np.ndarray, prompt: str | Scene) -> float:
 def blueness(image: np.ndarray, prompt: str | Scene) -> float:
     """Blue minus red, in [-1, 1], of what stands out from the background, its dullest third left out."""
     pixels = np.asarray(image, dtype=np.float64)
-    standing = np.abs(pixels - border_colour(pixels)).max(-1) > 45
+    standing = stands_out(pixels, border_colour(pixels))
     chosen = pixels[standing] if standing.sum() > 20 else pixels.reshape(-1, 3)
     vivid = chosen[np.argsort(np.ptp(chosen, axis=1))[len(chosen) // 3 :]].mean(0)
     return float(vivid[2] - vivid[0]) / 255

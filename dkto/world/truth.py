@@ -19,6 +19,7 @@ from dkto.world.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, parse
 
 RULES_VERSION = 1  # one more whenever a rule gives another number: stored scores are then computed again
 MIN_AREA = 70  # pixels of a patch that counts as a thing
+CLEAR = 45.0  # difference of a channel from the border above which a pixel stands out
 MIN_CHROMA = 26.0  # chroma above which a pixel has a hue, 0..255 scale
 MIN_OVERLAP = 0.6  # intersection over union below which no shape is recognised
 _GRID = 32  # side of the normalised mask that is compared with the templates
@@ -137,6 +138,11 @@ def judge(image: np.ndarray, prompt: str | Scene) -> dict[str, float]:
     if scene.relation:
         parts["relation"] = float(all(p is not None for p in patches) and _holds(scene.relation, *patches))
     return {**parts, "fidelity": float(np.mean(list(parts.values())))}
+
+
+def stands_out(pixels: np.ndarray, border: np.ndarray) -> np.ndarray:
+    """(H, W) bool: where an RGB image differs clearly from its border's colour."""
+    return np.abs(pixels - border).max(-1) > CLEAR
 
 
 def nearest_background(border: np.ndarray) -> str:

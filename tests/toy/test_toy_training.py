@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from toy.network import Architecture, Ensemble
-from toy.objectives import METHODS, Method
+from toy.objectives import METHODS, NEWER, Method
 from toy.sampling import sample_ensemble
 from toy.schedule import linear_schedule
 from toy.training import FULL, SMALL, Recipe, draw_steps, pretrain, run, tune
@@ -30,7 +30,7 @@ def tuned(reference, methods, seeds, recipe):
 
 def test_member_k_is_the_model_trained_alone():
     """All methods x 2 seeds against each method and seed by itself: 100 + 100 steps in float64, equal to 1e-9."""
-    methods, seeds = [*METHODS.values(), Method(estimator="independent", flip_rate=0.1)], [3, 1]
+    methods, seeds = [*METHODS.values(), *NEWER.values(), Method(estimator="independent", flip_rate=0.1)], [3, 1]
     reference = pretrained(seeds, TINY)
     policy, records = tuned(reference, methods, seeds, TINY)
     for column, seed in enumerate(seeds):
