@@ -27,6 +27,7 @@ from dkto.training.config import RunConfig
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel  # it brings the pipelines, which take seconds
 
+TRAINED = "F32"  # the type of what is trained, whatever the precision of the passes
 WHOLE_STATE = "engine"  # what DeepSpeed writes for itself
 
 
@@ -241,16 +242,16 @@ class Engine:
         trained = {name: list(parameter.shape) for name, parameter in self.pair.trainable().items()}
         if self.pair.reference is None:
             weights = {f"{self.pair.part}.{name.replace('.default.', '.')}": shape for name, shape in trained.items()}
-            check_tensors(folder / LORA_FILE, "weights", weights)
+            check_tensors(folder / LORA_FILE, "weights", weights, TRAINED)
         else:
             weights = {name: list(value.shape) for name, value in self.pair.policy.state_dict().items()}
-            check_tensors(folder / self.pair.part / WEIGHTS_FILE, "weights", weights)
+            check_tensors(folder / self.pair.part / WEIGHTS_FILE, "weights", weights, TRAINED)
         if self.config.ema_decay:
-            check_tensors(folder / "ema.safetensors", "average of weights", trained)
+            check_tensors(folder / "ema.safetensors", "average of weights", trained, TRAINED)
         if self.deepspeed:
             return
         path = folder / "optimizer.safetensors"
-        plain = "F32" if self.config.optimizer == "adamw" else None  # its moments; others are of several types
+        plain = TRAINED if self.config.optimizer == "adamw" else None  # its moments; others are of several types
         for name, shape in check_tensors(path, "optimizer state", dtype=plain).items():
             parameter, _, key = name.rpartition("/")
             if parameter not in trained or (key.startswith("exp_avg") and shape != trained[parameter]):

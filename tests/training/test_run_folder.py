@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dkto.common.files import read_records
 from dkto.data.encode import prepare_feedback
+from dkto.models.policy import LORA_FILE
 from dkto.training.engine import Engine
 from dkto.training.launch import config_arguments
 from dkto.training.loop import open_run, run_training, train
@@ -118,15 +119,17 @@ def test_a_full_disk_ends_in_one_sentence_and_costs_no_checkpoint(config):
     assert len(list(train(config))) == 5
 
 
-def test_moments_of_another_type_are_passed_over(config):
-    stop_after(replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6, keep_checkpoints=2), 5)
-    path = config.output_dir / "checkpoint-00000004" / "optimizer.safetensors"
-    moments = load_file(path)
-    name = next(name for name in moments if name.endswith("exp_avg"))
-    save_file(moments | {name: moments[name].half()}, path)
-    sentence = r"checkpoint-00000004 is broken \(.*lora_.* should be F32, got F16\): going on from checkpoint-00000002"
+@pytest.mark.parametrize("file", ["optimizer.safetensors", LORA_FILE, "ema.safetensors"])
+def test_a_checkpoint_of_another_type_is_passed_over(config, file):
+    config = replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6, ema_decay=0.9)
+    stop_after(replace(config, keep_checkpoints=2), 5)
+    path = config.output_dir / "checkpoint-00000004" / file
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].half()}, path)
+    sentence = r"checkpoint-00000004 is broken \(.* should be F32, got F16\): going on from checkpoint-00000002"
     with pytest.warns(UserWarning, match=sentence):
-        next(train(replace(config, lora_rank=2, checkpoint_every=2, max_train_steps=6)))
+        next(train(config))
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(config):
