@@ -17,7 +17,7 @@ from dkto.data.feedback import write_feedback
 
 NAMES = [function.__name__.replace("_", "-") for function in COMMANDS]
 OPTIONS = {
-    "feedback": "SOURCE --image-folder --partition --ties --held-out --gamma",
+    "feedback": "SOURCE --image-folder --partition --ties --score --rule --threshold --weight-scale --held-out --gamma",
     "unpack": "SOURCE --output-dir --partition --ties --files",
     "prepare": "SOURCE --image-folder --partition --ties --output-dir --model --batch-size --flip --held-out --strict "
     "--num-processes --csft",

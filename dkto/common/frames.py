@@ -1,6 +1,6 @@
 """Tables that this program writes and reads again, as .parquet: whole or absent, with a checksum of every page."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -25,17 +25,22 @@ def write_frame(path: Path, frame: "pd.DataFrame | pa.Table", about: Mapping[str
     write_atomically(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
-def read_frame(path: Path, what: str, kinds: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:
+def read_frame(
+    path: Path, what: str, kinds: Mapping[str, str], optional: Collection[str] = ()
+) -> tuple[pd.DataFrame, dict[str, str]]:
     """A table that should hold a `what`, and what was written about it.
 
     Args:
         kinds: its columns with what they hold: "text" (gaps allowed), "integer", "floating" or "boolean".
+        optional: those of them that it may lack.
 
     Raises:
         ValueError: if it is cut or damaged, lacks a column, or a column holds other values; the sentence names it.
     """
     refuse_other_than_file(path, what)
     try:
+        there = pq.read_schema(path).names
+        kinds = {name: kind for name, kind in kinds.items() if name in there or name not in optional}
         table = pq.read_table(path, columns=list(kinds), page_checksum_verification=True).select(list(kinds))
         for name, kind in kinds.items():
             found = table[name]

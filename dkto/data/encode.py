@@ -2,7 +2,7 @@
 
     prepared/
       prepared.json               what it was made from: model, sizes, hash of the feedback
-      feedback.parquet            image, prompt, is_desirable, pair_id, prompt_id of every row
+      feedback.parquet            image, prompt, is_desirable, pair_id, prompt_id, weight of every row
       prompts.parquet             the distinct prompts; row 0 is the empty one
       prompts-00000.safetensors   their conditioning, float16, up to PROMPT_SHARD_ROWS each
       csft-prefix-liked-00000.safetensors  on demand: the same with the like written before the prompt
@@ -172,6 +172,8 @@ def _content(feedback: FeedbackTable) -> dict[str, str]:
     for image, prompt in zip(feedback.images, feedback.prompts, strict=True):
         digest.update(f"{image.name}\0{hashes[image]}\0{prompt}\0".encode())
     digest.update(np.ascontiguousarray(feedback.pairs, np.int64).tobytes())
+    if feedback.weights is not None:
+        digest.update(np.ascontiguousarray(feedback.weights, np.float64).tobytes())
     return {"images": content.hexdigest()[:16], "feedback": digest.hexdigest()[:16]}
 
 
@@ -342,8 +344,8 @@ def _finish(feedback: FeedbackTable, folder: Path, strict: bool) -> None:
     write_records(folder / "truncated.jsonl", [{"set": k, "prompt_id": row, "tokens": text} for k, row, text in cut])
     if reasons and (strict or not len(kept)):
         raise ValueError(f"{len(reasons)} of {len(feedback)} images cannot be used; the first: {lines[0]['reason']}")
-    columns = {"is_desirable": "boolean", "prompt_id": "integer"}
-    frame, _ = read_frame(folder / "feedback.parquet", "plan of what is prepared", columns)
+    columns = {"is_desirable": "boolean", "prompt_id": "integer", "weight": "floating"}
+    frame, _ = read_frame(folder / "feedback.parquet", "plan of what is prepared", columns, ("weight",))
     frame = frame.iloc[kept].assign(row=kept)
     pairs = feedback.subset(kept).pairs if reasons else feedback.pairs
     write_atomically(folder / "pairs.npy", lambda path: _save_array(pairs, path))

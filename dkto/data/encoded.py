@@ -119,6 +119,7 @@ class PreparedFeedback:
     Attributes:
         is_desirable: (N,) bool, True where the image was liked.
         prompt_ids: (N,) int, row of each image's prompt in `prompts.parquet`.
+        weights: (N,) float32, how much each row counts in a method that weighs its samples; None for all alike.
         has_flips: whether the mirrored images were encoded as well.
 
     Raises:
@@ -143,7 +144,8 @@ class PreparedFeedback:
         missing = next((name for name in chain(needed, ("index.parquet", "pairs.npy")) if name not in there), None)
         if missing:
             raise FileNotFoundError(f"{self.folder} is not complete ({missing} is missing): run prepare again")
-        self.is_desirable, self.prompt_ids, self._slots = self._index()  # slots: where each row lies in the shards
+        self.is_desirable, self.prompt_ids, self._slots, *more = self._index()  # slots: where rows lie in the shards
+        self.weights: np.ndarray | None = more[0].astype(np.float32) if more else None
         self.has_flips: bool = self._about["flip"]
         self._open: dict[tuple[str, int], safe_open] = {}
         self._checks: dict[tuple[str, int], dict | None] = {}
@@ -151,11 +153,12 @@ class PreparedFeedback:
     def _index(self) -> list[np.ndarray]:
         path, bounds = self.folder / "index.parquet", {"prompt_id": "prompts", "row": "rows"}
         try:
-            index, self._index_about = read_frame(
-                path, "index", {"is_desirable": "boolean", **dict.fromkeys(bounds, "integer")}
-            )
-            found = [index[name].to_numpy() for name in ("is_desirable", *bounds)]
-            for values, (name, limit) in zip(found[1:], bounds.items(), strict=True):
+            kinds = {"is_desirable": "boolean", **dict.fromkeys(bounds, "integer"), "weight": "floating"}
+            index, self._index_about = read_frame(path, "index", kinds, ("weight",))
+            found = [index[name].to_numpy() for name in index]
+            if "weight" in index and not (np.isfinite(index["weight"]) & (index["weight"] >= 0)).all():
+                raise ValueError(f"{path}: weight must be a finite number from 0 on")
+            for values, (name, limit) in zip(found[1:], bounds.items(), strict=False):
                 if len(values) and not 0 <= values.min() <= values.max() < self._about[limit]:
                     raise ValueError(f"{path}: {name} must be in [0, {self._about[limit]})")
             if (np.diff(found[2]) <= 0).any():

@@ -1,9 +1,10 @@
 """Likes and dislikes as one table: image, prompt, is_desirable, and the comparison they came from where known.
 
 Every source becomes a `FeedbackTable`: a CSV, TSV, JSONL or Parquet file with the columns `image`, `prompt` and
-`liked`; the authors' own table (`file_name`, `caption`, `split`); a folder with `liked/` and `disliked/`; rankings as
-HPDv2's or ImageRewardDB's; or lists made in a notebook. (Pairs that carry their images, as Pick-a-Pic's, are first
-unpacked by `dkto.data.pairs`.) Each image stays in its folder: a file name that points outside is refused.
+`liked`; scores by a stated rule (`dkto.data.scores`); the authors' own table (`file_name`, `caption`, `split`); a
+folder with `liked/` and `disliked/`; rankings as HPDv2's or ImageRewardDB's; or lists made in a notebook. (Pairs that
+carry their images, as Pick-a-Pic's, are first unpacked by `dkto.data.pairs`.) Each image stays in its folder: a file
+name that points outside is refused.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from dkto.common.files import write_atomically
+from dkto.common.names import shown
 from dkto.common.settings import checked_number
 from dkto.data.comparisons import write_comparisons
 from dkto.data.folders import Folder
+from dkto.data.scores import ScoreRule, read_scores
 from dkto.data.sources import SetAside, commonest_reasons, parse_label, read_file, read_folder, refuse_unused
 from dkto.data.tables import whole_numbers
 from dkto.data.texts import check_prompt, same_prompt
@@ -39,6 +42,7 @@ class FeedbackTable:
             several comparisons; None where `pair_ids` tell all there is.
         counts: how the table was made, in words and numbers; empty where it was simply read.
         set_aside: rows of the source that could not be used: source_row, image and reason of each.
+        weights: (N,) float >= 0, how much each row counts in a method that reads it (TGO); None for all alike.
     """
 
     images: tuple[Path, ...]
@@ -48,6 +52,7 @@ class FeedbackTable:
     comparisons: np.ndarray | None = None
     counts: dict = field(default_factory=dict)
     set_aside: tuple[dict, ...] = ()
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.images), len(self.prompts), len(self.is_desirable), len(self.pair_ids)}
@@ -58,6 +63,9 @@ class FeedbackTable:
             )
         if self.is_desirable.dtype != np.bool_:
             raise ValueError(f"is_desirable must be bool, got {self.is_desirable.dtype}")
+        weights = np.ones(len(self)) if self.weights is None else self.weights
+        if weights.shape != (len(self),) or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError(f"weights must be {len(self)} finite numbers from 0 on, got {shown(weights)}")
         if self.comparisons is not None and len(self.comparisons):
             low, high = int(self.comparisons.min()), int(self.comparisons.max())
             if not 0 <= low <= high < len(self):
@@ -109,7 +117,9 @@ class FeedbackTable:
             comparisons = new_row[self.comparisons]
             comparisons = comparisons[(comparisons >= 0).all(1)]
         images, prompts = tuple(self.images[row] for row in rows), tuple(self.prompts[row] for row in rows)
-        return FeedbackTable(images, prompts, self.is_desirable[rows], self.pair_ids[rows], comparisons)
+        weights = None if self.weights is None else self.weights[rows]
+        liked, pair_ids = self.is_desirable[rows], self.pair_ids[rows]
+        return FeedbackTable(images, prompts, liked, pair_ids, comparisons, weights=weights)
 
     def split_by_prompt(self, held_out_fraction: float, seed: int = 0) -> tuple["FeedbackTable", "FeedbackTable"]:
         """Training and held-out rows that share no prompt, by a hash of the prompt.
@@ -166,14 +176,16 @@ class FeedbackTable:
         return replace(self, is_desirable=self.is_desirable ^ turned, comparisons=comparisons)
 
     def shuffled_likes(self, seed: int) -> "FeedbackTable":
-        """The same images with their likes permuted: the control that carries no preference."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        return FeedbackTable(self.images, self.prompts, self.is_desirable[order], np.full(len(self), -1))
+        """The same images with their likes, and with them their weights, permuted: a control without preference."""
+        order, no_ids = np.random.default_rng(seed).permutation(len(self)), np.full(len(self), -1)
+        weights = None if self.weights is None else self.weights[order]
+        return FeedbackTable(self.images, self.prompts, self.is_desirable[order], no_ids, weights=weights)
 
     def to_frame(self) -> pd.DataFrame:
-        """As a data frame with the columns image, prompt, is_desirable, pair_id."""
+        """As a data frame with the columns image, prompt, is_desirable, pair_id and, where known, weight."""
         columns = {"image": [str(path) for path in self.images], "prompt": self.prompts}
-        return pd.DataFrame({**columns, "is_desirable": self.is_desirable, "pair_id": self.pair_ids})
+        columns |= {"is_desirable": self.is_desirable, "pair_id": self.pair_ids}
+        return pd.DataFrame(columns | ({} if self.weights is None else {"weight": self.weights}))
 
 
 def make_feedback(
@@ -202,16 +214,20 @@ def read_feedback(
     partition: str | None = None,
     ties: str | None = None,
     image_folder: str | Path | None = None,
+    score: str | None = None,
+    rule: str | None = None,
+    threshold: float | None = None,
+    weight_scale: float | None = None,
     strict: bool = False,
 ) -> FeedbackTable:
     """Read likes and dislikes from a file or a folder.
 
     A file (.csv, .tsv, .jsonl, .parquet, or .json with a list of rows) needs the columns `image` (path relative to
     `image_folder`), `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
-    `is_desirable` and `label` are taken as their synonyms; `pair_id` is kept where present. Instead of `liked` it may
-    have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's metadata. A
-    .json file may hold rankings as HPDv2's too, see `dkto.data.votes.read_rankings`. What spreadsheets write is taken,
-    see `dkto.data.tables`.
+    `is_desirable` and `label` are taken as their synonyms; `pair_id` and `weight` are kept where present. Instead of
+    `liked` it may have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's
+    metadata, or any column of scores that `score` names. A .json file may hold rankings as HPDv2's too, see
+    `dkto.data.votes.read_rankings`. What spreadsheets write is taken, see `dkto.data.tables`.
 
     A folder needs `liked/` and `disliked/`; the prompt of `x.png` is in `x.txt` beside it, in a
     `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above, or inside the PNG,
@@ -223,9 +239,17 @@ def read_feedback(
     Args:
         source: the file or folder.
         partition: for splits and rankings, which images count as liked: "at_least_once" (the
-            default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`.
-        ties: for rankings, what an equal rank says: "ignore" (the default), "liked" or "disliked" for both images.
+            default, the paper's choice), "always" or, for rankings, "mostly"; see `dkto.data.votes.PARTITIONS`. For
+            scores it makes one row of an image's several judgements.
+        ties: for rankings, what an equal rank says, and for scores, what one on the threshold says: "ignore" (the
+            default), "liked" or "disliked".
         image_folder: where the images of a file lie; the file's own folder if not given.
+        score: name of a column with numbers, higher is better, from which likes are made; a column `user` or `user_id`
+            says who gave each.
+        rule: how a score becomes a like: "median" (the default), "fixed" or "user_z", see `dkto.data.scores`.
+        threshold: the score above which "fixed" likes, or the z-score above which "user_z" does (default 0).
+        weight_scale: keep 1 + weight_scale x distance from the threshold as the weight of each row, which the objective
+            tgo reads; no weights if not given.
         strict: raise at the first row or image that cannot be used.
 
     Raises:
@@ -237,13 +261,19 @@ def read_feedback(
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"feedback source {source} does not exist")
+    if score is None:
+        refuse_unused("no column of scores is named", rule=rule, threshold=threshold, weight_scale=weight_scale)
     aside = SetAside(source.name, strict)
     if source.is_dir():
-        refuse_unused(f"{source} is a folder", partition=partition, ties=ties, image_folder=image_folder)
+        refuse_unused(f"{source} is a folder", partition=partition, ties=ties, image_folder=image_folder, score=score)
         columns = read_folder(source, aside)
     elif source.is_file():
         images = Folder(source.parent if image_folder is None else Path(image_folder))
-        columns = read_file(source, images, partition, ties, aside)
+        if score is None:
+            columns = read_file(source, images, partition, ties, aside)
+        else:
+            how = ScoreRule(score, rule or "median", threshold, weight_scale or 0.0)
+            columns = read_scores(source, images, how, partition, ties, aside)
     else:
         raise ValueError(f"feedback source {source} must be a file or a folder, and is neither")
     set_aside = aside.records()
@@ -257,9 +287,8 @@ def read_feedback(
         warnings.warn(f"{text}; {reasons}", stacklevel=2)
     pair_ids = np.full(len(columns.images), -1) if columns.pair_ids is None else columns.pair_ids
     images, prompts = tuple(columns.images), tuple(columns.prompts)
-    return FeedbackTable(
-        images, prompts, columns.is_desirable, pair_ids, columns.comparisons, columns.counts, set_aside
-    )
+    found = (columns.is_desirable, pair_ids, columns.comparisons, columns.counts, set_aside, columns.weights)
+    return FeedbackTable(images, prompts, *found)
 
 
 def describe_feedback(table: FeedbackTable, held_out_fraction: float, desirable_fraction: float) -> str:
@@ -300,7 +329,7 @@ def write_feedback(table: FeedbackTable, path: str | Path) -> Path:
     frame = table.to_frame()
     frame["image"] = [root.relative(image) for image in table.images]
     frame["liked"] = np.where(frame.pop("is_desirable"), "like", "dislike")
-    frame = frame[["image", "prompt", "liked", "pair_id"]]
+    frame = frame[["image", "prompt", "liked", "pair_id", *(["weight"] if "weight" in frame else [])]]
     write = {".csv": frame.to_csv, ".parquet": frame.to_parquet}.get(path.suffix)
     if write is None:
         raise ValueError(f"feedback is written as .csv or .parquet, got {path.name!r}")

@@ -46,12 +46,13 @@ from dkto.data.votes import (
 
 COLUMN_ALIASES = {"file_name": "image", "image_path": "image", "caption": "prompt", "text": "prompt"}
 COLUMN_ALIASES |= {"is_desirable": "liked", "label": "liked"}
-COLUMNS = frozenset({*COLUMN_ALIASES, *COLUMN_ALIASES.values(), "split", "rank", "prompt_id", "pair_id"})
+COLUMNS = frozenset({*COLUMN_ALIASES, *COLUMN_ALIASES.values(), "split", "rank", "prompt_id", "pair_id", "weight"})
 VERDICTS = ("liked", "split", "rank")
 # the last words of each are what spreadsheets of other languages write
 LIKED = frozenset({"1", "1.0", "true", "like", "liked", "yes", "wahr", "vrai", "vero", "verdadero", "waar"})
 DISLIKED = frozenset({"0", "0.0", "false", "dislike", "disliked", "no", "falsch", "faux", "falso", "onwaar"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+LARGEST_WEIGHT = 1e20  # training takes them as float32
 SAID = 3  # how many reasons a sentence names
 
 
@@ -65,6 +66,7 @@ class Columns:
     pair_ids: np.ndarray | None = None
     comparisons: np.ndarray | None = None
     counts: dict = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
 
 class SetAside:
@@ -149,7 +151,7 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
     frame = _known_columns(frame, source)
     verdict = next((name for name in VERDICTS if name in frame), "liked")
     need_columns(frame.columns, ("image", "prompt", verdict), str(source), named)
-    frame["prompt"] = _checked_prompts(frame, aside)
+    frame["prompt"] = checked_prompts(frame, aside)
     if verdict == "rank":
         return _rankings(_ranked(frame, aside), images, partition, ties, aside)
     refuse_unused(f"{source.name} holds no ranking", ties=ties)
@@ -159,7 +161,8 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
     else:
         refuse_unused(f"{source.name} holds likes already", partition=partition)
         liked = _labels(frame, aside)
-    paths = _paths(frame, images, aside)
+    weights = _weights(frame, aside) if "weight" in frame else None
+    paths = find_images(frame, images, aside)
     pair_ids = None
     if "pair_id" in frame:
         pair_ids = whole_numbers(frame["pair_id"], source.name, "pair_id", least=-1, blank=-1)
@@ -169,6 +172,7 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
         rows = np.flatnonzero(kept)
         paths, liked = [paths[row] for row in rows], liked[rows]
         pair_ids = None if pair_ids is None else pair_ids[rows]
+        weights = None if weights is None else weights[rows]
         if comparisons is not None:
             comparisons = np.where(kept, np.cumsum(kept) - 1, -1)[comparisons]
             comparisons = comparisons[(comparisons >= 0).all(1)]
@@ -176,7 +180,7 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
     prompts = frame["prompt"].tolist()
     if pair_ids is not None:
         _warn_of_mixed_pairs(pair_ids, prompts, source.name)
-    return Columns(paths, prompts, liked, pair_ids, comparisons, counts)
+    return Columns(paths, prompts, liked, pair_ids, comparisons, counts, weights)
 
 
 def read_folder(source: Path, aside: SetAside) -> Columns:
@@ -228,8 +232,11 @@ def _known_columns(frame: pd.DataFrame, source: Path) -> pd.DataFrame:
     return frame.set_axis(list(names), axis=1)
 
 
-def _checked_prompts(frame: pd.DataFrame, aside: SetAside) -> pd.Series:
-    prompts = [clean_prompt(value) for value in frame["prompt"]]
+def checked_prompts(frame: pd.DataFrame, aside: SetAside) -> pd.Series:
+    """The prompt of each row; rows without one are set aside."""
+    texts = {value for value in frame["prompt"] if isinstance(value, str)}  # of a million rows few differ
+    cleaned = {text: clean_prompt(text) for text in texts}
+    prompts = [cleaned[value] if isinstance(value, str) else "" for value in frame["prompt"]]
     aside.check(frame, "prompt", map(bool, prompts), "prompt must be text")
     return pd.Series(prompts, frame.index, dtype=object)
 
@@ -246,6 +253,14 @@ def _labels(frame: pd.DataFrame, aside: SetAside) -> np.ndarray:
         parse_label(frame["liked"].iloc[at], f"{aside.where}, row {frame.index[at] + 1}")
     aside.check(frame, "liked", codes >= 0, _LABEL)
     return codes == 1
+
+
+def _weights(frame: pd.DataFrame, aside: SetAside) -> np.ndarray:
+    """(N,) float; rows without a weight are set aside."""
+    weights = np.fromiter(map(rank_of, frame["weight"]), float, len(frame))
+    good = (weights >= 0) & (weights <= LARGEST_WEIGHT)
+    aside.check(frame, "weight", good, f"weight must be a number from 0 to {LARGEST_WEIGHT:g}")
+    return weights
 
 
 def _is_number(text: str) -> bool:
@@ -266,7 +281,7 @@ def _split_labels(frame: pd.DataFrame, partition: str | None, aside: SetAside) -
     return np.array(liked, dtype=bool), counts
 
 
-def _paths(frame: pd.DataFrame, images: Folder, aside: SetAside) -> list[Path | None]:
+def find_images(frame: pd.DataFrame, images: Folder, aside: SetAside) -> list[Path | None]:
     """The image of each row; None where the row is set aside."""
     found: dict[str, Path | FileNotFoundError] = {}
     paths: list[Path | None] = []
@@ -316,10 +331,10 @@ def _read_metadata(folder: Path, inside: Folder, aside: SetAside, told: dict[Pat
         frame = _known_columns(read_table(path, COLUMNS), path)
         need_columns(frame.columns, ("image", "prompt"), str(path), frame.attrs.get("columns", ()))
         below = SetAside(path.name, aside.strict)
-        prompts = _checked_prompts(frame, below)
+        prompts = checked_prompts(frame, below)
         at = folder.resolve().relative_to(inside.root)
         names = [str(at / name) if isinstance(name, str) and name else name for name in frame["image"]]
-        paths = _paths(frame.assign(image=names), inside, below)
+        paths = find_images(frame.assign(image=names), inside, below)
         for row, error in below.errors.items():
             aside.add(f"{path.relative_to(inside.root)}, row {row}", below._images[row], error)
         for row, (image, prompt) in enumerate(zip(paths, prompts, strict=True), 1):

@@ -54,6 +54,13 @@ def read_table(path: Path, columns: Collection[str] = ()) -> pd.DataFrame:
     raise ValueError(f"{path} must be a {', '.join(TABLE_SUFFIXES)} file, got {path.suffix!r}")
 
 
+def read_objects(path: Path, columns: Collection[str] = ()) -> pd.DataFrame:
+    """`read_table`, which takes a .json file with a list of objects too."""
+    if path.suffix.lower() == ".json":
+        return table_of_objects(read_values(path), str(path), columns)
+    return read_table(path, columns)
+
+
 def read_values(path: Path) -> object:
     """The value that a .json file holds, or the list of those that the lines of a .jsonl file hold."""
     if path.suffix.lower() == ".json":

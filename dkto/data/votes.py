@@ -78,7 +78,7 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     if ties != "ignore":
         won, lost = (won + tied, lost) if ties == "liked" else (won, lost + tied)
     kept = won + lost > 0
-    liked = {"at_least_once": won > 0, "always": (won > 0) & (lost == 0), "mostly": won > lost}
+    liked = verdicts(won, lost)
     row_of = np.cumsum(kept) - 1
     decided = label != 0.5
     pairs = np.where((label == 1)[:, None], np.stack([first, second], 1), np.stack([second, first], 1))[decided]
@@ -99,6 +99,11 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     for name, values in liked.items():
         counts[f"desirable/{name}"] = int(values[kept].sum())
     return Likes(images[kept], prompts[prompt_of[kept]], chosen, row_of[pairs], counts)
+
+
+def verdicts(won: np.ndarray, lost: np.ndarray) -> dict[str, np.ndarray]:
+    """Which images are liked under each rule of `PARTITIONS`, by how often each was and was not."""
+    return {"at_least_once": won > 0, "always": (won > 0) & (lost == 0), "mostly": won > lost}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Batch:
     conditioning: dict[str, Tensor]  # each (B, ...)
     is_desirable: Tensor  # (B,) bool
     unrelated: dict[str, Tensor] | None = None  # the conditioning of another sample, for that estimator
+    sample_weight: Tensor | None = None  # (B,), for a method that reads it, of data that have it
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
@@ -61,6 +62,9 @@ class GlobalBatches:
         data: the prepared feedback.
         model: noises latents and says what is to be predicted.
 
+    Attributes:
+        leaves_weights: whether the data have weights that the method does not read.
+
     Raises:
         ValueError: if a class, pairs, groups or mirrored images are needed that the data lack.
     """
@@ -70,6 +74,8 @@ class GlobalBatches:
         if config.random_flip and not data.has_flips:
             raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")
         self._method = METHODS[config.objective]
+        self._weighs = data.weights is not None and "sample_weight" in self._method.reads
+        self.leaves_weights = data.weights is not None and not self._weighs
         if self._method.draws == "pairs":
             if not len(data.pairs):
                 raise ValueError(
@@ -144,6 +150,7 @@ class GlobalBatches:
             conditioning=self.data.conditioning(rows[index], dropped[index], csft=style),
             is_desirable=torch.from_numpy(self.data.is_desirable[rows[index]]),
             unrelated=self.data.conditioning(rows[others], dropped[others]) if config.borrows_prompts else None,
+            sample_weight=torch.from_numpy(self.data.weights[rows[index]]) if self._weighs else None,
         )
 
     def _noise(self, step: int, which: int, index: np.ndarray, shape: torch.Size) -> Tensor:

@@ -67,7 +67,10 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
         return
     run = open_run(config)
     main = run.engine.accelerator.is_main_process
-    for text in config.doubts() if main else ():
+    doubts = config.doubts()
+    if getattr(run.batches, "leaves_weights", False):
+        doubts.append(f"objective {config.objective} does not read the weights in {config.prepared_dir}; tgo does")
+    for text in doubts if main else ():
         warnings.warn(text, stacklevel=2)
     slopes: deque[float] = deque(maxlen=SLOPE_STEPS)
     with sole_writer(config.output_dir) if main else nullcontext():

@@ -74,7 +74,7 @@ def train_step(run: Run) -> dict[str, float]:
     run.past = None if run.progress.past is None else torch.tensor(run.progress.past, dtype=torch.float64)
     for batch in run.micro_batches():
         errors = denoising_errors(run, batch)
-        given = {"past": run.past, "reduce": run.engine.sum}
+        given = {"past": run.past, "reduce": run.engine.sum, "sample_weight": batch.sample_weight}
         felt = method_loss(config.objective, errors, batch.is_desirable, **given, **run.settings)
         run.past = felt.past
         run.engine.backward(felt.loss / config.gradient_accumulation)

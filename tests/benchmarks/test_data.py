@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from dkto.data.decode import to_pixel_values
 from dkto.data.encode import prepare_feedback
-from dkto.data.feedback import make_feedback
+from dkto.data.feedback import make_feedback, read_feedback
 from dkto.data.images import load_image
 from dkto.models import SMALL_WORLD_FOLDER, load_model
 from dkto.training.config import TrainConfig
@@ -78,6 +79,25 @@ def test_a_step_at_a_million_rows_over_one_at_a_thousand(small_world_data, spars
         if pair >= 3:  # the first steps allocate
             ratios.append(seconds[10**6] / seconds[10**3])
     record_ratio("step_time_1e6_over_1e3_rows", **interval(ratios), at_most=1.05)
+
+
+def test_a_million_scores_to_likes_over_a_million_likes(tmp_path, record_ratio):
+    """One judgement a row, of 2,000 images by 500 users: what the rule costs beside reading."""
+    rng, rows = np.random.default_rng(0), 10**6
+    for i in range(2000):
+        (tmp_path / f"{i}.png").touch()
+    frame = pd.DataFrame({"image": rng.integers(0, 2000, rows), "prompt": rng.integers(0, 10**4, rows)})
+    frame = frame.assign(image=frame["image"].astype(str) + ".png", prompt="prompt " + frame["prompt"].astype(str))
+    frame = frame.assign(liked=rng.integers(0, 2, rows), rating=rng.normal(size=rows), user=rng.integers(0, 500, rows))
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    seconds = {"likes": [], "scores": []}
+    for _ in range(3):
+        for name, options in (("likes", {}), ("scores", {"score": "rating", "rule": "user_z", "weight_scale": 1.0})):
+            began = time.process_time()
+            assert len(read_feedback(tmp_path / "all.csv", **options)) == rows
+            seconds[name].append(time.process_time() - began)
+    ratios, cpu_seconds = np.divide(seconds["scores"], seconds["likes"]), float(np.median(seconds["scores"]))
+    record_ratio("scores_over_likes_1e6_rows", **interval(ratios), at_most=2.0, cpu_seconds=cpu_seconds)
 
 
 def sd15_vae(folder):

@@ -128,6 +128,21 @@ def test_a_newer_method_trains_with_brakes(config, paired, objective):
     assert ("reference_point" in records[0]) == (objective in ("bco", "tgo"))
 
 
+def test_weights_of_one_change_no_bit_and_others_do(config, likes, tiny_pipeline, tmp_path):
+    """The weights of the likes reach TGO; KTO, which does not read them, says so and trains as without."""
+    runs = {}
+    for name, weights in {"none": None, "ones": np.ones(12), "some": np.linspace(1, 3, 12)}.items():
+        folder = prepare_feedback(replace(likes, weights=weights), tmp_path / name, str(tiny_pipeline))
+        more = {"prepared_dir": folder, "max_train_steps": 3, "output_dir": tmp_path / f"run-{name}"}
+        runs[name] = without_time(train(replace(config, objective="tgo", **more)))
+    assert runs["none"] == runs["ones"]
+    assert runs["some"][0]["loss"] > runs["none"][0]["loss"]
+    with pytest.warns(UserWarning, match="objective kto does not read the weights in .*some; tgo does"):
+        kto = without_time(train(replace(config, **(more | {"output_dir": tmp_path / "kto"}))))
+    plain = replace(config, **(more | {"prepared_dir": tmp_path / "none", "output_dir": tmp_path / "plain"}))
+    assert kto == without_time(train(plain))
+
+
 def test_dpo_without_pairs_is_refused(config):
     with pytest.raises(ValueError, match="objective 'dpo' needs pairs, but no liked and disliked image of"):
         next(train(replace(config, objective="dpo")))
