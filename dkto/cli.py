@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,7 @@ def prepare(
     """Encode the images and prompts of a feedback table to disk, once."""
     table = read()
     print(table)
+    encode = _fitting(encode, encode.keywords.get("model", ""), "encoding")
     train, rest = table.split_by_prompt(held_out)
     for part, folder in ((train, output_dir), (rest, output_dir / "held_out")):
         if len(part) or part is train:
@@ -119,8 +121,22 @@ def generate(
 ) -> None:
     """Draw images for a list of prompts with the same starting noise for every method."""
     from dkto.data.prompts import load_prompts
+    from dkto.models import System
+    from dkto.models.base import EXAMPLE, SMALL_WORLD
 
-    print(f"images are in {draw(system(), load_prompts(prompts, count=count).prompts)}")
+    given, texts = system.keywords, load_prompts(prompts, count=count).prompts
+    model = given.get("model") or System.model_trained(given.get("lora") or given.get("unet", ""))
+    if not model:
+        raise ValueError(f"--model must name what draws, as {EXAMPLE} or {SMALL_WORLD!r}, got nothing")
+    system = _fitting(partial(system, model=model), model, "drawing")
+    print(f"images are in {_fitting(draw, model, 'passes')(system(), texts)}")
+
+
+def _fitting(call: partial, model: str, kind: str) -> partial:
+    """A call with what fits the model's family, see `dkto.models.families`, where no option says otherwise."""
+    from dkto.models import family_of, load_model
+
+    return partial(call, **(getattr(family_of(load_model(model)), kind)() | call.keywords)) if model else call
 
 
 def score(

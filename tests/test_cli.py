@@ -14,6 +14,7 @@ from PIL import Image
 from dkto.cli import COMMANDS, main
 from dkto.common.commands import command_line
 from dkto.data.feedback import write_feedback
+from dkto.models import FAMILIES
 
 NAMES = [function.__name__.replace("_", "-") for function in COMMANDS]
 OPTIONS = {
@@ -26,7 +27,7 @@ OPTIONS = {
     "train": "--prepared-dir --output-dir --objective --beta --lora-rank --threads",
     "train-online": "--prompts-file --output-dir --objective --reward --threads",
     "generate": "PROMPTS --output-dir --count --model --unet --lora --guidance --steps --images-per-prompt --seed "
-    "--num-processes",
+    "--num-processes --batch-size --precision --vae-slicing",
     "score": "FOLDER --scorers --num-processes",
     "evaluate": "OURS THEIRS --scorers",
     "run": "NOTEBOOK OUTPUT --parameters --gpus --cards",
@@ -54,6 +55,9 @@ def test_every_command_has_help_on_every_option(name, capsys):
 def test_the_list_of_commands_and_a_slip_of_the_keys(capsys):
     assert main(["--help"]) == main([]) == 0
     assert re.findall(r"^  ([a-z-]+) +[A-Z]", capsys.readouterr().out, re.M) == NAMES * 2 and set(NAMES) == set(OPTIONS)
+    with pytest.raises(SystemExit):  # what counts as given is read from the words: none may be cut short
+        main(["train", "--prepared-dir", "p", "--output-dir", "o", "--lora-ran", "2"])
+    capsys.readouterr()
     assert main(["trian", "--beta", "1"]) == 2
     assert capsys.readouterr().err.startswith(
         "dkto: there is no command 'trian'; did you mean 'train'? known: feedback"
@@ -72,13 +76,15 @@ def test_a_command_imports_what_it_calls_and_no_more():
 def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, capsys):
     csv = write_feedback(likes, likes.images[0].parent / "likes.csv")
     prepared, run, images = (str(tmp_path / name) for name in ("prepared", "run", "images"))
-    model = ["--model", str(tiny_pipeline)]
+    model = ["--model", str(tiny_pipeline)]  # given once: training and drawing find it
     assert main(["prepare", str(csv), "--output-dir", prepared, *model]) == 0
     options = ["--lora-rank", "2", "--max-train-steps", "2", "--batch-size", "4", "--learning-rate", "1e-3"]
-    assert main(["train", "--prepared-dir", prepared, "--output-dir", run, *model, *options]) == 0
+    assert main(["train", "--prepared-dir", prepared, "--output-dir", run, *options]) == 0
+    assert json.loads(Path(run, "training.json").read_text())["config"]["model"] == str(tiny_pipeline)
     (tmp_path / "prompts.txt").write_text("a picture 0\n\na picture 1\n")
     options = ["--lora", f"{run}/lora", "--steps", "2", "--images-per-prompt", "1"]
-    assert main(["generate", str(tmp_path / "prompts.txt"), "--output-dir", images, *model, *options]) == 0
+    assert main(["generate", str(tmp_path / "prompts.txt"), "--output-dir", images, *options]) == 0
+    assert json.loads(Path(images, "manifest.json").read_text())["system"]["model"] == str(tiny_pipeline)
     out = capsys.readouterr().out
     assert "12 images, 6 liked, 6 disliked, 3 prompts" in out and f"images are in {images}" in out
     assert sorted(p.name for p in (tmp_path / "images").glob("*.png")) == ["p00000-s0.png", "p00001-s0.png"]
@@ -91,6 +97,47 @@ def test_from_a_csv_to_tuned_weights_and_images(likes, tiny_pipeline, tmp_path, 
     assert main(["evaluate", images, again, "--scorers", "world_redness"]) == 0
     table = capsys.readouterr().out
     assert images in table and again in table  # folders of one name are told apart
+
+
+def test_large_images_do_not_become_those_of_the_small_world(tmp_path, capsys):
+    table = ["image,prompt,liked"]
+    for number in range(3):
+        Image.new("RGB", (300, 260 + number)).save(tmp_path / f"{number}.png")
+        table.append(f"{number}.png,a star,{number % 2}")
+    (tmp_path / "likes.csv").write_text("\n".join(table))
+    out = str(tmp_path / "out")
+    assert main(["prepare", str(tmp_path / "likes.csv"), "--output-dir", out]) == 2
+    sentence = (
+        "for images of 261 pixels on the shorter side: left out, it is 'small-world', which would shrink them to 64"
+    )
+    assert f"model must be given, as 'stabilityai/stable-diffusion-xl-base-1.0', {sentence}" in capsys.readouterr().err
+    assert not Path(out).exists()
+    assert main(["train", "--prepared-dir", out, "--output-dir", f"{out}/run"]) == 2
+    assert f"{out} holds no prepared feedback (prepared.json is missing): run prepare" in capsys.readouterr().err
+    assert main(["generate", "world_test", "--output-dir", out]) == 2
+    assert "--model must name what draws, as 'stabilityai" in capsys.readouterr().err
+
+
+def test_what_is_not_given_fits_the_models_family(tiny_sdxl, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(pipeline, prompts, generators, system):
+        drawn.append((len(prompts), pipeline.vae.use_slicing, system.guidance, system.precision))
+        return [Image.new("RGB", (16, 16)) for _ in prompts]
+
+    monkeypatch.setattr("dkto.evaluation.generate.draw", draw)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    generate = ["generate", str(tmp_path / "prompts.txt"), "--model", str(tiny_sdxl), "--images-per-prompt", "1"]
+    assert main([*generate, "--output-dir", str(tmp_path / "a")]) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    family = FAMILIES["sdxl"]
+    assert family.drawing() == {"guidance": 5.0, "steps": 30, "precision": "bfloat16"}
+    assert FAMILIES["small-world"].drawing() == {"guidance": 3.0, "steps": 15, "precision": "float32"}
+    monkeypatch.undo()
+    monkeypatch.setattr("dkto.evaluation.generate.draw", draw)
+    given = ["--batch-size=25", "--no-vae-slicing", "--guidance", "3.0", "--steps", "15"]  # as if none were given
+    assert main([*generate, "--output-dir", str(tmp_path / "b"), *given]) == 0
+    assert drawn == [(4, True, 5.0, "float32"), (1, True, 5.0, "float32"), (5, False, 3.0, "float32")]
 
 
 def test_likes_are_described_and_held_out(likes, tiny_pipeline, tmp_path, capsys):

@@ -8,7 +8,7 @@ that is asked for imports what it calls.
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,13 +51,16 @@ def _call(commands: dict[str, Callable[..., None]], arguments: list[str], prog: 
         tyro.extras.subcommand_cli_from_dict({n: command_line(c) for n, c in commands.items()}, args=[name, *rest])
     if name not in commands:
         raise ValueError(not_known(f"there is no command {name!r}", name, commands))
-    tyro.cli(command_line(commands[name]), args=rest, prog=f"{prog} {name}")()
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in rest}
+    given = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    tyro.cli(command_line(commands[name], given), args=rest, prog=f"{prog} {name}")()
 
 
-def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def command_line(command: Callable[..., None], given: Container[str] = ()) -> Callable[..., Callable[[], None]]:
     """A function of all options of a command, for `tyro.cli`; it returns the command with its options filled in.
 
-    A required parameter is positional, unless it is keyword-only, of a class, or an `output_dir`.
+    A required parameter is positional, unless it is keyword-only, of a class, or an `output_dir`. What a command calls
+    is bound to those that are `given` or are not the default: the command may choose the rest itself.
 
     >>> def greet(name: str, times: Annotated[int, "how often"] = 1) -> None:
     ...     "Say hello."
@@ -77,7 +80,11 @@ def command_line(command: Callable[..., None]) -> Callable[..., Callable[[], Non
             options[name] = option
 
     def filled_in(**values: object) -> Callable[[], None]:
-        bound = {n: partial(each, **{key: values[key] for key in names}) for n, (each, names) in called.items()}
+        chosen = {key for key, option in options.items() if key in given or values[key] != option.default}
+        bound = {
+            n: partial(each, **{key: values[key] for key in names if key in chosen})
+            for n, (each, names) in called.items()
+        }
         taken = {key for _, names in called.values() for key in names}  # two functions may share an option
         return partial(command, **{key: value for key, value in values.items() if key not in taken}, **bound)
 

@@ -225,10 +225,11 @@ def refuse_other_than_file(path: Path, what: str) -> None:
         raise ValueError(f"{path} is no {what}: expected a file, got a folder or a pipe: put the file there")
 
 
-def claim(path: Path, about: dict, what: str) -> None:
+def claim(path: Path, about: dict, what: str, notes: dict | None = None) -> None:
     """Mark a folder by a JSON file that says what it holds, or check that it holds just that.
 
-    Of two processes that claim at the same instant one makes the file, and the other checks it.
+    `notes` are written too, and not compared. Of two processes that claim at the same instant one makes the file, and
+    the other checks it.
 
     Raises:
         ValueError: if the folder was claimed for something else, or the file cannot be read.
@@ -237,7 +238,7 @@ def claim(path: Path, about: dict, what: str) -> None:
         clear_parts(path.parent)
         part = part_of(path)
         try:
-            part.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+            part.write_text(json.dumps(about | (notes or {}), indent=2, allow_nan=False) + "\n")
             publish(part, part)
             _link(part, path)
         finally:

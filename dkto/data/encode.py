@@ -26,7 +26,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -59,11 +59,13 @@ from dkto.data.encoded import (
     shard_path,
 )
 from dkto.data.feedback import FeedbackTable
+from dkto.data.images import open_image
 from dkto.data.tables import open_parquet
-from dkto.models import DiffusionModel, load_model
-from dkto.models.base import cut_prompts, cut_sentence
+from dkto.models import SMALL_WORLD, DiffusionModel, load_model
+from dkto.models.base import EXAMPLE, cut_prompts, cut_sentence
 from dkto.objective.methods import CSFT_PREFIXES
 
+LOOKED_AT = 64  # images whose size is looked at where no model is given
 SHARD_ROWS = 512
 PROMPT_SHARD_ROWS = 512
 
@@ -71,7 +73,7 @@ PROMPT_SHARD_ROWS = 512
 def prepare_feedback(
     feedback: FeedbackTable,
     output_dir: str | Path,
-    model: str = "small-world",
+    model: str = "",
     *,
     batch_size: int = 16,
     flip: bool = False,
@@ -86,7 +88,8 @@ def prepare_feedback(
 
     Args:
         output_dir: folder for the encoded data, which is returned; completed shards in it are kept.
-        model: "small-world", a diffusers pipeline folder or a hub id.
+        model: "small-world", a diffusers pipeline folder or a hub id. Left out, it is the small world, whose images
+            have 64 x 64 pixels: much larger ones are refused.
         batch_size: images per pass of the VAE.
         flip: encode each image mirrored as well, for training that flips at random.
         csft: also encode the prompts for the objective "csft", in a style of `CSFT_PREFIXES`; may be asked
@@ -95,8 +98,9 @@ def prepare_feedback(
         num_processes: processes that share the work, over the GPUs if there are any.
 
     Raises:
-        ValueError: if no image can be read or, with `strict`, one of them cannot (the sentence names it), or the folder
-            holds the encoding of other feedback, of images that have changed since, or of another model.
+        ValueError: if `model` is left out and the images are large, no image can be read or, with `strict`, one of
+            them cannot (the sentence names it), or the folder holds the encoding of other feedback, of images that
+            have changed since, or of another model.
         BlockingIOError: if another call writes there.
     """
     if csft is not None:
@@ -105,12 +109,13 @@ def prepare_feedback(
         raise ValueError("feedback must hold at least one image to encode, got none")
     batch_size = checked_number("batch_size", batch_size, least=1)
     num_processes = checked_number("num_processes", num_processes, least=0)
+    model = model or _small_enough(feedback)
     output_dir, launch = Path(output_dir), _Launch()
     if launch.count > 1 and num_processes > 1:
         raise ValueError(f"num_processes must be 1 among {launch.count} launched processes, got {num_processes}")
     with sole_writer(output_dir) if launch.rank == 0 else nullcontext():
         if launch.rank == 0:
-            _write_plan(feedback, output_dir, load_model(model), flip)
+            _write_plan(feedback, output_dir, model, flip)
         launch.wait()
         job = _Job(output_dir, model, batch_size, strict)
         # every count-th task, done or not: the shares stay the same while others work on theirs
@@ -138,8 +143,23 @@ class _Launch:
             self.wait = PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone
 
 
-def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, flip: bool) -> None:
+def _small_enough(feedback: FeedbackTable) -> str:
+    """The small world, if most of the images are not much larger than its own; looks at the size of some of them."""
+    sides, own = [], load_model(SMALL_WORLD).image_size
+    for row in np.unique(np.linspace(0, len(feedback) - 1, LOOKED_AT).astype(int)):
+        with suppress(ValueError, FileNotFoundError), open_image(feedback.images[row], "") as image:
+            sides.append(min(image.size))
+    if (side := int(np.median(sides or [0]))) > 2 * own:
+        raise ValueError(
+            f"model must be given, as {EXAMPLE}, for images of {side} pixels on the shorter side: left out, it is "
+            f"{SMALL_WORLD!r}, which would shrink them to {own}"
+        )
+    return SMALL_WORLD
+
+
+def _write_plan(feedback: FeedbackTable, folder: Path, source: str, flip: bool) -> None:
     """What is to be encoded, as files that any process reads its share of; row groups are shards."""
+    model = load_model(source)
     prompts = list(dict.fromkeys(["", *feedback.prompts]))
     about = {
         "model": model_fingerprint(model),
@@ -151,7 +171,8 @@ def _write_plan(feedback: FeedbackTable, folder: Path, model: DiffusionModel, fl
         "flip": flip,
         **_content(feedback),
     }
-    claim(folder / "prepared.json", about, "encoded feedback")
+    place = str(Path(source).absolute()) if Path(source).is_dir() else source
+    claim(folder / "prepared.json", about, "encoded feedback", {"source": place})
     number = {prompt: index for index, prompt in enumerate(prompts)}
     frame = feedback.to_frame().assign(prompt_id=np.array([number[p] for p in feedback.prompts], np.int32))
     for name, table, rows in (

@@ -53,6 +53,20 @@ def read_about(folder: Path) -> dict:
     return about
 
 
+def preparing_model(folder: Path) -> str:
+    """The model that a folder was prepared with: "small-world", a hub id, or where a pipeline lay.
+
+    Raises:
+        FileNotFoundError: if the folder was never prepared.
+        ValueError: if its record does not say so.
+    """
+    if not (folder / "prepared.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no prepared feedback (prepared.json is missing): run prepare")
+    if not isinstance(source := read_about(folder).get("source"), str) or not source:
+        raise ValueError(f"{folder / 'prepared.json'}: source must name a model, got {shown(source)}: give the model")
+    return source
+
+
 def shard_numbers(about: dict, kind: str) -> range:
     """Numbers of the shards of a set, those of the images being "latents"."""
     rows, per_shard = ("rows", "shard_rows") if kind == "latents" else ("prompts", "prompt_shard_rows")
@@ -134,9 +148,11 @@ class PreparedFeedback:
             raise FileNotFoundError(f"{self.folder} holds no prepared feedback (prepared.json is missing): run prepare")
         self._about = read_about(self.folder)
         if self._about["model"] != (mine := model_fingerprint(model)):
+            source = self._about.get("source")
             raise ValueError(
-                f"{self.folder} was prepared with the VAE and text encoder {shown(self._about['model'])}, "
-                f"but {model.folder} has {mine}: prepare again with this model"
+                f"{self.folder} was prepared with the VAE and text encoder {shown(self._about['model'])}"
+                f"{f' of {shown(source)}' if source else ''}, but {model.folder} has {mine}: leave the model out, or "
+                "prepare again with this one"
             )
         there = set(os.listdir(self.folder))
         kinds = ("latents", "prompts")

@@ -11,9 +11,9 @@ float32, two or three in bfloat16).
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dkto.common.files import claim, write_png, write_records
@@ -24,7 +24,8 @@ from dkto.evaluation.manifest import MANIFEST, MOST, image_path, is_whole_png
 from dkto.models.base import cut_sentence
 from dkto.models.system import System, computes_bfloat16, draw, noise_generator
 
-CHUNK = 50  # images per task handed to a worker, about
+CHUNK = 50  # images per task handed to a worker, about; this process counts every batch
+RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"  # images/s, however few
 TRUNCATED = "truncated.jsonl"
 
 
@@ -37,6 +38,7 @@ def generate_images(
     seed: int = 0,
     batch_size: int = 25,
     num_processes: int = 1,
+    vae_slicing: bool = False,
 ) -> Path:
     """Draw `images_per_prompt` images of every prompt; images that lie whole on disk are kept.
 
@@ -50,6 +52,7 @@ def generate_images(
         seed: of all starting noise; equal seeds compare methods on equal noise.
         batch_size: images per pass.
         num_processes: workers (0: this process), each with its own copy of the pipeline on one thread.
+        vae_slicing: decode image by image: large ones take far less memory.
 
     Raises:
         ValueError: if there is no prompt or a number is too small (nothing is written then), or the folder holds images
@@ -58,7 +61,8 @@ def generate_images(
     """
     output_dir = Path(output_dir)
     options = {"images_per_prompt": images_per_prompt, "seed": seed, "batch_size": batch_size}
-    generate_all({output_dir.name: system}, prompts, output_dir.parent, **options, num_processes=num_processes)
+    options |= {"num_processes": num_processes, "vae_slicing": vae_slicing}
+    generate_all({output_dir.name: system}, prompts, output_dir.parent, **options)
     return output_dir
 
 
@@ -71,6 +75,7 @@ def generate_all(
     seed: int = 0,
     batch_size: int = 25,
     num_processes: int = 1,
+    vae_slicing: bool = False,
 ) -> dict[str, Path]:
     """`generate_images` for several systems with one set of workers; system `name` draws into `output_dir/name`."""
     prompts = list(prompts)
@@ -100,8 +105,10 @@ def generate_all(
             stack.enter_context(_claimed(folder, about))
             if cut[written[name]]:
                 _note_cut(folder, prompts, cut[written[name]], bool(system.negative_prompt))
-            tasks += _tasks(system, prompts, folder, seed, batch_size, images_per_prompt)
-        with progress(total=sum(len(task.missing) for task in tasks), desc="drawing", unit="image") as bar:
+            task = _Task(system, prompts, folder, seed, vae_slicing)
+            tasks += _tasks(task, batch_size, images_per_prompt, 1 if num_processes < 2 else CHUNK // batch_size)
+        total = sum(len(task.missing) for task in tasks)
+        with progress(total=total, desc="drawing", unit="image", bar_format=RATE) as bar:
             for count in _perform(tasks, min(num_processes, len(tasks))):
                 bar.update(count)
     return folders
@@ -127,23 +134,19 @@ def _note_cut(folder: Path, prompts: list[str], cut: list[tuple[int, str]], nega
     warnings.warn(cut_sentence(len(cut), len(prompts) + negative, folder / TRUNCATED), stacklevel=4)
 
 
-def _tasks(
-    system: System, prompts: list[str], folder: Path, seed: int, batch_size: int, images_per_prompt: int
-) -> list["_Task"]:
+def _tasks(task: "_Task", batch_size: int, images_per_prompt: int, few: int) -> list["_Task"]:
     """The batches that lack an image, a few in a task.
 
     A batch is the same in every call: a sum over other neighbours would differ in its last digits, so of one that a
     kill left half done the missing images are drawn again in the company of all.
     """
-    keys = [(p, i) for p in range(len(prompts)) for i in range(images_per_prompt)]
-    missing = {key for key in keys if not is_whole_png(image_path(folder, *key))}
+    keys = [(p, i) for p in range(len(task.prompts)) for i in range(images_per_prompt)]
+    missing = {key for key in keys if not is_whole_png(image_path(task.folder, *key))}
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
-    few = max(1, CHUNK // batch_size)
-    shares = [batches[start : start + few] for start in range(0, len(batches), few)]
+    shares = [batches[start : start + max(1, few)] for start in range(0, len(batches), max(1, few))]
     return [
-        _Task(system, prompts, folder, seed, share, {key for batch in share for key in batch} & missing)
-        for share in shares
+        replace(task, batches=share, missing={key for batch in share for key in batch} & missing) for share in shares
     ]
 
 
@@ -160,8 +163,9 @@ class _Task:
     prompts: list[str]
     folder: Path
     seed: int
-    batches: list[list[tuple[int, int]]]
-    missing: set[tuple[int, int]]
+    vae_slicing: bool
+    batches: Sequence[list[tuple[int, int]]] = ()
+    missing: Set[tuple[int, int]] = frozenset()
 
 
 def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
@@ -181,6 +185,8 @@ def _draw_chunk(task: _Task) -> int:
     if source not in _PIPELINES:
         _PIPELINES.clear()
         _PIPELINES[source] = task.system.load()
+        if task.vae_slicing:
+            _PIPELINES[source].vae.enable_slicing()
     for batch in task.batches:
         generators = [noise_generator(task.seed, p, i) for p, i in batch]
         images = draw(_PIPELINES[source], [task.prompts[p] for p, _ in batch], generators, task.system)

@@ -22,6 +22,7 @@ from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_config, cop
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
+EXAMPLE = "'stabilityai/stable-diffusion-xl-base-1.0'"  # of a model, for sentences
 SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "world" / "weights"
 PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")

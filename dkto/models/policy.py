@@ -79,7 +79,7 @@ def make_policy(
             module.p = 0.0
     if lora_rank == 0:
         reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        _keep_frozen_in(reference, frozen_dtype)
+        keep_in(reference, frozen_dtype)
         # as the policy's weights: torch picks the kernel of a matrix product by it, and kernels round differently.
         # The reference runs under no_grad and is in no optimiser, so nothing can change it.
         reference.requires_grad_(True)
@@ -100,12 +100,12 @@ def make_policy(
         denoiser.add_adapter(
             LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=sorted(present))
         )
-    _keep_frozen_in(denoiser, frozen_dtype)
+    keep_in(denoiser, frozen_dtype)
     return PolicyAndReference(denoiser.train(), None)
 
 
-def _keep_frozen_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Re-type what autocast would re-type anyway: matrices and convolutions, but no norm."""
+def keep_in(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Re-type what autocast would re-type anyway, of what is frozen: matrices and convolutions, but no norm."""
     for module in denoiser.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             for parameter in module.parameters(recurse=False):

@@ -22,6 +22,7 @@ from dkto.models.adapters import merge_adapter
 from dkto.models.base import T5_TOKENS, DiffusionModel, cut_prompts
 from dkto.models.hub import PUBLISHED, load_model, lora_file, unet_folder
 from dkto.models.parts import load_part
+from dkto.models.policy import keep_in
 from dkto.objective.methods import CSFT_PREFIXES
 
 TRAINING_RECORD = "training.json"  # what a training leaves in its folder
@@ -56,7 +57,8 @@ class System:
         negative_prompt: what guidance leads away from (CSFT in its "negative" style: "Weird image. "), or "" for
             nothing; it does nothing at guidance 1.
         precision: "float32", or "bfloat16" for autocast of the networks (noise and sampler stay in float32), half as
-            fast again where the machine computes in it, and many times as slow where it does not.
+            fast again where the machine computes in it, and many times as slow where it does not. The weights of their
+            matrices are kept in it too.
 
     Raises:
         ValueError: if a number is out of its range, or the precision is another.
@@ -109,6 +111,13 @@ class System:
             liked, disliked = CSFT_PREFIXES[config["csft_style"]]
             found |= {"prefix": liked, "negative_prompt": "" if liked else disliked.strip()}
         return cls(**{**found, **settings})
+
+    @staticmethod
+    def model_trained(weights: str) -> str:
+        """The model that a run of this machine tuned to a LoRA or a UNet; "" for other weights."""
+        folder = Path(weights).parent if Path(weights).suffix else Path(weights)
+        records = [place / TRAINING_RECORD for place in (folder.parent, folder.parent.parent)] if weights else []
+        return next((read_training(path, CONFIG)["config"]["model"] for path in records if path.is_file()), "")
 
     def fingerprint(self) -> str:
         """Hash over the weights that it draws with: a folder that was trained again is another model."""
@@ -166,6 +175,11 @@ class System:
             networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
             networks.pop("vae")
             merge_adapter(networks, model.denoiser_part, lora_file(self.lora))
+        if self.precision == "bfloat16":
+            for part in (each for each in pipeline.components.values() if isinstance(each, nn.Module)):
+                keep_in(
+                    part.requires_grad_(False), torch.bfloat16
+                )  # autocast would cast them in every pass, from twice the memory
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -110,6 +110,8 @@ class TrainConfig(RunConfig):
     output_dir: Path
     """Folder for metrics.jsonl, training.json, checkpoints and the tuned weights."""
     _: KW_ONLY
+    model: str = ""
+    """"small-world", a diffusers pipeline folder, or a hub id; left out, the one that prepared the data."""
     objective: Literal[*OFFLINE] = "kto"
     """kto (paper eq. 14-15); dpo on pairs (eq. 8; beta has no half here, so the published 5000 is 2500); sft on the
     liked images (eq. 3), sft_all on every image; csft: sft_all with the like written into the prompt (5.1.2). Newer
@@ -212,9 +214,13 @@ class TrainConfig(RunConfig):
         return self.estimator == "unrelated" and "estimator" in METHODS[self.objective].settings
 
     def resolved(self) -> "TrainConfig":
-        """The same, with the text of a utility that was defined as one, by which any process knows it."""
-        definition = get_utility(self.utility).definition
-        return replace(self, utility=definition) if definition else self
+        """The same with its model, and the text of a utility that was defined as one, by which any process knows it."""
+        found = {"utility": get_utility(self.utility).definition}
+        if not self.model and (self.prepared_dir / "prepared.json").is_file():
+            from dkto.data.encoded import preparing_model  # torch, which a configuration does without
+
+            found["model"] = preparing_model(self.prepared_dir)
+        return replace(self, **{name: value for name, value in found.items() if value})
 
 
 @dataclass(frozen=True)

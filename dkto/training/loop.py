@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dkto.common.processes import sole_writer
 from dkto.common.progress import progress
-from dkto.data.encoded import PreparedFeedback
+from dkto.data.encoded import PreparedFeedback, preparing_model
 from dkto.models import load_model, read_weights
 from dkto.objective.methods import ONLINE
 from dkto.training.batches import GlobalBatches
@@ -65,6 +65,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     if folder.is_finished():
         folder.clear()
         return
+    config = folder.config
     run = open_run(config)
     main = run.engine.accelerator.is_main_process
     doubts = config.doubts()
@@ -116,7 +117,7 @@ def open_run(config: RunConfig) -> Run:
         from dkto.training.online import open_online  # it needs the scorers
 
         return open_online(config)
-    model = load_model(config.model)
+    model = load_model(config.model or preparing_model(config.prepared_dir))
     batches = GlobalBatches(config, PreparedFeedback(config.prepared_dir, model), model)
     return Run(config, model, Engine(config, model), batches)
 

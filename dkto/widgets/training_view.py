@@ -173,7 +173,7 @@ class TrainingView(Instrument):
     def _sample(self, checkpoint: Path) -> None:
         """Pictures of a checkpoint, unless the training removed it meanwhile."""
         lora, unet = checkpoint / "pytorch_lora_weights.safetensors", checkpoint / "unet"
-        settings = {"model": self.config.model, "guidance": self._guidance, "steps": self._sample_steps}
+        settings = {"model": self.config.resolved().model, "guidance": self._guidance, "steps": self._sample_steps}
         try:
             system = System(**settings, **({"lora": str(lora)} if lora.exists() else {"unet": str(unet)}))
             self._show_samples(f"step {int(checkpoint.name.split('-')[1])}", system)
