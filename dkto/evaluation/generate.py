@@ -181,15 +181,16 @@ _PIPELINES: dict[tuple[str | None, ...], object] = {}  # the last one, by what i
 
 
 def _draw_chunk(task: _Task) -> int:
-    source = task.system.model, task.system.unet, task.system.lora  # the sampler's settings are read at each batch
+    system = task.system  # the sampler's settings are read at each batch
+    source = system.model, system.unet, system.lora, system.precision
     if source not in _PIPELINES:
         _PIPELINES.clear()
-        _PIPELINES[source] = task.system.load()
+        _PIPELINES[source] = system.load()
         if task.vae_slicing:
             _PIPELINES[source].vae.enable_slicing()
     for batch in task.batches:
         generators = [noise_generator(task.seed, p, i) for p, i in batch]
-        images = draw(_PIPELINES[source], [task.prompts[p] for p, _ in batch], generators, task.system)
+        images = draw(_PIPELINES[source], [task.prompts[p] for p, _ in batch], generators, system)
         for key, image in zip(batch, images, strict=True):
             if key in task.missing:
                 write_png(image_path(task.folder, *key), image)

@@ -21,6 +21,7 @@ from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.models.adapters import merge_adapter
 from dkto.models.base import T5_TOKENS, DiffusionModel, cut_prompts
 from dkto.models.hub import PUBLISHED, load_model, lora_file, unet_folder
+from dkto.models.onnx_unet import OnnxUNet, has_graph
 from dkto.models.parts import load_part
 from dkto.models.policy import keep_in
 from dkto.objective.methods import CSFT_PREFIXES
@@ -160,8 +161,12 @@ class System:
         texts = [self.prefix + prompt for prompt in prompts] + [self.negative_prompt] * bool(self.negative_prompt)
         return list(cut_prompts(load_model(self.model).tokenizers(), texts))
 
-    def load(self) -> "diffusers.DiffusionPipeline":
+    def load(self, compiled: bool = True) -> "diffusers.DiffusionPipeline":
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar.
+
+        Without a GPU the UNet of the small world, and of what was tuned from it, is one that only draws
+        (`dkto.models.onnx_unet`): equal to torch's to rounding, so images differ by one grey level of 255 at most, and
+        faster. Not so in bfloat16, or if it is not to be `compiled`.
 
         No system has a safety checker, whatever its model ships: it returns black pictures for those it objects to, and
         would do so for a base but not for what was tuned from it, whose pipeline is written without one.
@@ -181,7 +186,10 @@ class System:
                     part.requires_grad_(False), torch.bfloat16
                 )  # autocast would cast them in every pass, from twice the memory
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        if compiled and self.precision == "float32" and model.denoiser_part == "unet" and has_graph(pipeline.unet):
+            pipeline.unet = OnnxUNet(pipeline.unet)
+        return pipeline
 
 
 def computes_bfloat16() -> bool:

@@ -89,15 +89,36 @@ def _graphs(parts: Parts):
 
 
 def _onnx(model, arguments: tuple, inputs: list[str], outputs: list[str], free: tuple | None):
+    return exported(model, arguments, inputs, outputs, free and {"tensors": free})
+
+
+def exported(model, arguments: tuple, inputs: list[str], outputs: list[str], free, optimize: bool = True):
+    """A module, or an exported program, as an ONNX model with its weights.
+
+    Args:
+        model: what computes.
+        arguments: tensors of the right shapes; of an exported program none.
+        inputs, outputs: names in the graph.
+        free: dynamic shapes of the arguments.
+        optimize: whether constants are folded; else every weight keeps its form and its name.
+    """
     import onnx
 
-    names = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": free and {"tensors": free}}
+    names = {"input_names": inputs, "output_names": outputs, "dynamic_shapes": free}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter speaks of its own future
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         file = str(Path(folder) / "graph.onnx")
         torch.onnx.export(
-            model, arguments, file, dynamo=True, opset_version=OPSET, external_data=False, verbose=False, **names
+            model,
+            arguments,
+            file,
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+            optimize=optimize,
+            **names,
         )
         return onnx.load(file)
 
@@ -118,6 +139,11 @@ def _without_weights(model, layout: _Placed) -> bytes:
         del tensor.external_data[:]
         for key, value in (("location", BLOB), ("offset", at * 4), ("length", array.size * 4)):
             tensor.external_data.add(key=key, value=str(value))
+    return without_notes(model)
+
+
+def without_notes(model) -> bytes:
+    """A serialised model without the notes of the exporter, which hold paths."""
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of the exporter
         node.ClearField("doc_string")
