@@ -28,9 +28,11 @@ def feedback(
 
 
 def unpack(convert: Calls("dkto.data.pairs:convert_pairs")) -> None:
-    """Unpack pairs that carry their images (Pick-a-Pic v2's parquet shards) to image files and a table of likes."""
+    """Unpack tables that carry their images (Pick-a-Pic's shards and others) to image files and a table of likes."""
     path = convert()
-    print(f"{path.with_suffix('.json').read_text().strip()}\nlikes are in {path}")
+    print(path.with_suffix(".json").read_text().strip())
+    rule = "; `dkto feedback` makes likes of them: --score COLUMN" if path.stem == "scores" else ""
+    print(f"{path.stem.partition('_')[0]} are in {path}{rule}")
 
 
 def prepare(

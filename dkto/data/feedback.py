@@ -226,8 +226,9 @@ def read_feedback(
     `image_folder`), `prompt` and `liked` (0/1, true/false, like/dislike); `file_name`, `image_path`, `caption`, `text`,
     `is_desirable` and `label` are taken as their synonyms; `pair_id` and `weight` are kept where present. Instead of
     `liked` it may have `split`, as the authors' `train_processed_v3.csv`, or `rank` (1 is the best), as ImageRewardDB's
-    metadata, or any column of scores that `score` names. A .json file may hold rankings as HPDv2's too, see
-    `dkto.data.votes.read_rankings`. What spreadsheets write is taken, see `dkto.data.tables`.
+    metadata, or any column of scores that `score` names. A .json file may hold rankings as HPDv2's or HPDv3's too, see
+    `dkto.data.votes.read_rankings`. What spreadsheets write is taken, see `dkto.data.tables`. The ratings of Simulacra
+    Aesthetic Captions (.sqlite) and the results of open-image-preferences are read too, see `dkto.data.published`.
 
     A folder needs `liked/` and `disliked/`; the prompt of `x.png` is in `x.txt` beside it, in a
     `metadata.csv`, `.jsonl` or `.parquet` (`file_name`, `caption`) in that folder or the one above, or inside the PNG,

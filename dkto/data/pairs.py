@@ -1,4 +1,4 @@
-"""Pairs that carry their images, as Pick-a-Pic v2's parquet shards, to image files and a table of single likes.
+"""Tables that carry their images, as Pick-a-Pic's parquet shards, to image files and a table of likes or of scores.
 
     likes/
       pairs.json                    what it is made from
@@ -7,6 +7,7 @@
                                     written when its images are, with a hash of the shard
       likes_RULE.parquet            the table, for `dkto.data.feedback.read_feedback`; RULE is the partition
       likes_RULE.json               the rules and the counts
+      scores.parquet, scores.json   instead of both, where a row is one image with scores: `read_feedback(..., score=)`
       skipped.jsonl                 all rows that could not be used, with their reason
       .lock                         held by the call that writes here: a second one is refused
 
@@ -18,6 +19,8 @@ With another rule it only counts the votes again.
 import glob
 import hashlib
 import io
+import json
+import math
 import re
 import shutil
 import warnings
@@ -41,17 +44,16 @@ from dkto.common.progress import progress
 from dkto.data.feedback import FeedbackTable, write_feedback
 from dkto.data.folders import Folder, OutsideError
 from dkto.data.images import load_image, open_image
+from dkto.data.schemas import NO_LABEL, SCHEMAS, Schema, UnusableError, judged, schema_of, tar_rows
 from dkto.data.tables import need_columns, open_parquet
 from dkto.data.texts import clean_prompt
 from dkto.data.votes import PAPER_COUNTS, PARTITIONS, TIE_RULES, likes_from_votes
 
-COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid")
 VOTES = dict.fromkeys(("image_0", "image_1", "prompt"), "text") | {"label_0": "floating", "row": "integer"}
-VOTES |= {"reason": "text"}
-"""Columns of the votes and what they hold; a row with a reason is no vote."""
+VOTES |= {"reason": "text", "scores": "text"}
+"""Columns of the votes and what they hold; a row with a reason is no vote, one with scores (JSON) has one image."""
 STAMP = "shard"
-NO_LABEL = "no label"
-LABEL_FLAG = "has_label"  # false where nobody judged the pair; may be absent
+SUFFIXES = (".parquet", ".tar")
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # MPO: a JPEG with more behind it
 STAMPED_BLOCKS, STAMPED_BYTES = 256, 4096  # of a shard, spread evenly, by which it is known again
@@ -68,20 +70,25 @@ def convert_pairs(
     files: str = "*.parquet",
     strict: bool = False,
 ) -> Path:
-    """Unpack pairs in the Pick-a-Pic v2 schema and write the table of single likes (paper 5.1.1).
+    """Unpack judgements with their images, as Pick-a-Pic's pairs, and write the table of single likes (paper 5.1.1).
+
+    The columns say which form it is, see `dkto.data.schemas.SCHEMAS`: comparisons (Pick-a-Pic, Rapidata's votes,
+    open-image-preferences) become likes; images with scores (Rapidata Rich Human Feedback, ImageRewardDB,
+    VisionRewardDB, EvalMuse, Civitai's reactions in .tar files) become a table of scores for `read_feedback`.
 
     Args:
         source: a parquet file, a folder of them, a pattern such as "data/train-*.parquet", or the hub id of a
             data set, whose shards are then fetched one at a time and removed after use.
         output_dir: folder for images, votes and table; what is in it already is kept.
-        partition: which images count as liked: "at_least_once" (the paper's choice), "always" or "mostly", see
-            `dkto.data.votes.PARTITIONS`.
+        partition: of comparisons, which images count as liked: "at_least_once" (the paper's choice), "always" or
+            "mostly", see `dkto.data.votes.PARTITIONS`.
         ties: what a tie makes of its two images: "ignore", "liked" or "disliked"; the paper does not state its own.
-        files: for a folder or a hub id, the pattern that the shards' names match, for instance "data/train-*".
+        files: for a folder or a hub id, the pattern that the shards' names match, for instance "data/train-*" or
+            "*.tar".
         strict: raise at the first row that cannot be used, instead of setting it aside in `skipped.jsonl`.
 
     Returns:
-        Path of the table, `likes_RULE.parquet` in `output_dir`; its counts lie beside it as .json.
+        Path of the table, `likes_RULE.parquet` or `scores.parquet` in `output_dir`; its counts lie beside it as .json.
 
     Raises:
         FileNotFoundError: if the source is nowhere to be found or holds no shard.
@@ -130,7 +137,8 @@ def _stamp(path: Path) -> str:
 def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
     """The shards behind a path, a pattern or a hub id, sorted by name."""
     if Path(source).is_dir():
-        found = sorted(p for p in Path(source).rglob("*.parquet") if fnmatch(p.name, files) and p.name[0] != ".")
+        there = (p for p in Path(source).rglob("*") if p.suffix in SUFFIXES)
+        found = sorted(p for p in there if fnmatch(p.name, files) and p.name[0] != ".")
         inside = Folder(Path(source))
         try:
             paths = [path for path in found if not path.is_file() or inside.path(path, "shard")]
@@ -145,7 +153,7 @@ def list_shards(source: str, files: str, fetched: Path) -> list[Shard]:
             raise ValueError(f"{path} must be a parquet file, but it is none: a folder, a pipe or a link to nothing")
     if paths:
         return [Shard(_shard_name(str(path)), path.name, partial(nullcontext, path), _stamp(path)) for path in paths]
-    if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(".parquet"):
+    if Path(source).is_dir() or source.count("/") != 1 or glob.has_magic(source) or source.endswith(SUFFIXES):
         raise FileNotFoundError(f"{where} holds no parquet file that matches {files!r}")
     found = _hub_files(source, files)
     return [
@@ -171,7 +179,7 @@ def _hub_files(source: str, files: str) -> dict[str, str]:
             f"pairs {source!r} are neither a parquet file, a folder, a pattern that matches something, nor a hub id "
             f"that can be reached ({type(error).__name__})"
         ) from error
-    found = [n for n in names if n.endswith(".parquet") and (fnmatch(n, files) or fnmatch(Path(n).name, files))]
+    found = [n for n in names if n.endswith(SUFFIXES) and (fnmatch(n, files) or fnmatch(Path(n).name, files))]
     if not found:
         raise FileNotFoundError(f"hub data set {source} holds no parquet file that matches {files!r}")
     return {name: names[name] for name in found}
@@ -192,14 +200,14 @@ def _votes_of(shard: Shard, output_dir: Path, strict: bool) -> pd.DataFrame:
     path, stamp = output_dir / "votes" / f"{shard.name}.parquet", None
     if path.exists():
         try:
-            votes, about = read_frame(path, "votes", VOTES)
+            votes, about = read_frame(path, "votes", VOTES, ("scores",))
             stamp = about.get(STAMP)
         except ValueError:
             stamp = None
     if stamp is None:
         with shard.local() as source:
             write_frame(path, _unpack(source, output_dir, strict), {STAMP: shard.stamp})
-        votes, _ = read_frame(path, "votes", VOTES)
+        votes, _ = read_frame(path, "votes", VOTES, ("scores",))
     elif stamp != shard.stamp:
         sentence = f"{shard.name} was unpacked into {output_dir} before it changed"
         raise ValueError(f"{sentence}: choose another output_dir")
@@ -211,20 +219,20 @@ def _votes_of(shard: Shard, output_dir: Path, strict: bool) -> pd.DataFrame:
 def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
     """Write the images of one shard, on disk when this returns; returns its votes."""
     rows = []
-    pairs = (pair for batch in _read_rows(path) for pair in batch.to_pylist())
-    for row, pair in enumerate(pairs, 1):
+    for row, (schema, given) in enumerate(_read_rows(path), 1):
         try:
-            if not pair.get(LABEL_FLAG, True):
-                raise _Unusable(NO_LABEL)
-            label, prompt = _label(pair), _text(pair["caption"], "caption")
-            if not (prompt := clean_prompt(prompt)):
-                raise _Unusable(f"caption must be text, got {shown(pair['caption'])}")
-            names = [_write_image(pair[f"image_{i}_uid"], pair[f"jpg_{i}"], output_dir) for i in (0, 1)]
-            rows.append((*names, prompt, label, row, None))
-        except _Unusable as problem:
+            found = judged(schema, given)
+            what = "caption" if "caption" in given else "prompt"
+            if not (prompt := clean_prompt(_text(found.prompt, what))):
+                raise UnusableError(f"{what} must be text, got {shown(found.prompt)}")
+            names = [_write_image(uid, data, output_dir) for uid, data in found.images]
+            label, scores = -1.0 if found.label is None else found.label, found.scores
+            scores = None if scores is None else json.dumps({k: v for k, v in scores.items() if math.isfinite(v)})
+            rows.append((names[0], names[-1], prompt, label, row, None, scores))
+        except UnusableError as problem:
             if strict and str(problem) != NO_LABEL:
                 raise ValueError(f"{path.name}, row {row}: {problem}") from problem
-            rows.append((None, None, None, -1.0, row, str(problem)))
+            rows.append((None, None, None, -1.0, row, str(problem), None))
     force_all({output_dir / name for names in rows for name in names[:2] if name})  # also those of a call that died
     kinds = {"text": pa.string(), "floating": pa.float64(), "integer": pa.int64()}
     columns = zip(*rows, strict=True) if rows else [()] * len(VOTES)
@@ -232,27 +240,25 @@ def _unpack(path: Path, output_dir: Path, strict: bool) -> pa.Table:
     return pa.table(arrays, names=list(VOTES))
 
 
-def _read_rows(path: Path) -> Iterator[pa.RecordBatch]:
+def _read_rows(path: Path) -> Iterator[tuple[Schema, dict]]:
+    """The rows of a shard, each with the form that it has."""
+    if path.suffix == ".tar":
+        yield from ((SCHEMAS["civitai"], row) for row in tar_rows(path))
+        return
     # buffered: else every column of a row group, often a gigabyte of images, is read ahead
     with open_parquet(path, str(path), buffer_size=1 << 20, pre_buffer=False) as file:
         found = file.schema_arrow.names
-        columns = [*COLUMNS, *([LABEL_FLAG] if LABEL_FLAG in found else [])]
+        schema = schema_of(found, str(path))
+        columns = [*schema.needs, *(name for name in schema.also if name in found)]
         need_columns(found, columns, str(path))
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
                 texts = [i for i, kind in enumerate(batch.schema.types) if pa.types.is_string(kind)]
                 for i in texts:  # as bytes: whether they are text is asked row by row
                     batch = batch.set_column(i, batch.schema.names[i], batch.column(i).cast(pa.binary()))
-                yield batch
-        except (pa.ArrowException, OSError) as error:
+                yield from ((schema, row) for row in batch.to_pylist())
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
-
-
-def _label(pair: dict) -> float:
-    label = (pair["label_0"], pair["label_1"])
-    if label not in ((1, 0), (0, 1), (0.5, 0.5)):
-        raise _Unusable(f"label_0 and label_1 must be 1 and 0, 0 and 1, or 0.5 and 0.5, got {shown(label)}")
-    return float(label[0])
 
 
 def _text(value: object, what: str) -> str:
@@ -261,30 +267,31 @@ def _text(value: object, what: str) -> str:
     except UnicodeDecodeError:
         text = None
     if not isinstance(text, str) or not text.strip():
-        raise _Unusable(f"{what} must be text, got {shown(value)}")
+        raise UnusableError(f"{what} must be text, got {shown(value)}")
     return text
 
 
-class _Unusable(Exception):
-    """Why a row is set aside."""
-
-
 def _write_image(uid: object, data: object, output_dir: Path) -> str:
-    """Write an image once; returns its path within `output_dir`. Only its header is looked at here."""
-    uid = _text(uid, "image uid")
+    """Write an image once; returns its path within `output_dir`. Only its header is looked at here.
+
+    Without a uid it is named by its content.
+    """
     data = data.get("bytes") if isinstance(data, dict) else data  # {bytes, path}, as `datasets` writes images
+    if uid is None:
+        uid = f"sha256-{hashlib.sha256(data).hexdigest()[:40]}" if isinstance(data, bytes) else "of the row"
+    uid = _text(uid, "image uid")
     if not isinstance(data, bytes):
-        raise _Unusable(f"image {shown(uid)} must be bytes, got {type(data).__name__}")
+        raise UnusableError(f"image {shown(uid)} must be bytes, got {type(data).__name__}")
     try:
         with open_image(io.BytesIO(data), shown(uid), FORMATS) as image:
             ending = IMAGE_ENDINGS[image.format]
     except ValueError as error:
-        raise _Unusable(str(error)) from error
+        raise UnusableError(str(error)) from error
     stem = uid if PLAIN_NAME.fullmatch(uid) else "uid-" + hashlib.sha256(uid.encode()).hexdigest()[:40]
     path = output_dir / "images" / stem[:2].lower() / f"{stem}{ending}"
     if (there := path.read_bytes() if path.exists() else None) != data:
         if there and _is_image(path):
-            raise _Unusable(f"image {shown(uid)} is another one than that of the same uid before")
+            raise UnusableError(f"image {shown(uid)} is another one than that of the same uid before")
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda part: part.write_bytes(data), forced=False)
     return str(path.relative_to(output_dir))
@@ -311,6 +318,10 @@ def _write_likes(output_dir: Path, parts: list[pd.DataFrame], partition: str, ti
     skipped = rows.loc[aside, ["shard", "row", "reason"]]
     write_records(output_dir / "skipped.jsonl", skipped.to_dict("records"))
     unlabelled = int((skipped["reason"] == NO_LABEL).sum())
+    why = f", most of them as: {_commonest(skipped['reason'].tolist())}" if len(skipped) else ""
+    scored = rows["scores"].notna() if "scores" in rows else pd.Series(False, rows.index)
+    if scored.any():
+        return _write_scores(output_dir, rows[~aside], scored[~aside], f"{len(skipped)} of {len(rows)}{why}")
     likes = likes_from_votes(rows[~aside], partition, ties)
     counts = {
         "shards": len(parts),
@@ -319,7 +330,6 @@ def _write_likes(output_dir: Path, parts: list[pd.DataFrame], partition: str, ti
         **likes.counts,
         "the paper's counts for all of Pick-a-Pic v2": PAPER_COUNTS,
     }
-    why = f", most of them as: {_commonest(skipped['reason'].tolist())}" if len(skipped) else ""
     if not len(likes.images):
         raise ValueError(
             f"{output_dir}: no image got a like or a dislike; {len(skipped)} of {len(rows)} rows were set aside{why}"
@@ -333,4 +343,20 @@ def _write_likes(output_dir: Path, parts: list[pd.DataFrame], partition: str, ti
     table = FeedbackTable(images, tuple(likes.prompts), likes.is_desirable, no_ids, likes.pairs)
     path = write_feedback(table, output_dir / f"likes_{partition}.parquet")
     write_json(path.with_suffix(".json"), counts)
+    return path
+
+
+def _write_scores(output_dir: Path, rows: pd.DataFrame, scored: pd.Series, aside: str) -> Path:
+    """The table of images with scores, one row each; `aside` says how many rows were set aside, and why."""
+    if not scored.all():
+        raise ValueError(f"{output_dir}: shards with scores and shards with comparisons need a folder each")
+    scores = pd.DataFrame([json.loads(text) for text in rows["scores"]], index=rows.index)
+    scores = scores.rename(columns=lambda name: f"{name}_score" if name in ("image", "prompt") else name)
+    frame = pd.concat([rows["image_0"].rename("image"), rows["prompt"], scores], axis=1)
+    if not aside.startswith("0 "):
+        warnings.warn(f"rows set aside: {aside}; see {output_dir / 'skipped.jsonl'}", stacklevel=4)
+    path = output_dir / "scores.parquet"
+    write_frame(path, frame)
+    counts = {"rows": len(frame), "images": frame["image"].nunique(), "rows set aside": aside}
+    write_json(path.with_suffix(".json"), counts | {f"scores/{name}": int(scores[name].count()) for name in scores})
     return path

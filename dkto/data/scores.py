@@ -18,6 +18,7 @@ import pandas as pd
 from dkto.common.names import check_choice
 from dkto.common.settings import checked_number
 from dkto.data.folders import Folder
+from dkto.data.published import SQLITE_SUFFIXES, simulacra_ratings
 from dkto.data.sources import COLUMN_ALIASES, Columns, SetAside, checked_prompts, find_images, refuse_unused
 from dkto.data.tables import columns_by_meaning, is_blank, need_columns, plain_name, read_objects, said
 from dkto.data.votes import PARTITIONS, TIE_RULES, rank_of, verdicts
@@ -94,7 +95,10 @@ def read_scores(
     column = plain_name(rule.column)
     synonyms = {name: meaning for name, meaning in COLUMN_ALIASES.items() if meaning in ("image", "prompt")}
     synonyms = {**synonyms, "user_id": "user", column: column}
-    frame = read_objects(source, {*synonyms, *synonyms.values()})
+    if source.suffix.lower() in SQLITE_SUFFIXES:
+        frame = simulacra_ratings(source)
+    else:
+        frame = read_objects(source, {*synonyms, *synonyms.values()})
     named = frame.attrs.get("columns", ())
     frame = frame.set_axis(list(columns_by_meaning(frame.columns, synonyms, str(source))), axis=1)
     by_user = ["user"] if rule.rule == "user_z" else []

@@ -20,6 +20,7 @@ from dkto.common.names import check_choice, shown
 from dkto.data.comparisons import read_comparisons
 from dkto.data.folders import Folder, OutsideError, listed_images, prompt_beside, warn_unread
 from dkto.data.images import IMAGE_SUFFIXES
+from dkto.data.published import SQLITE_SUFFIXES, holds_preferences, preference_votes
 from dkto.data.tables import (
     TABLE_SUFFIXES,
     UNPACK,
@@ -45,7 +46,7 @@ from dkto.data.votes import (
 )
 
 COLUMN_ALIASES = {"file_name": "image", "image_path": "image", "caption": "prompt", "text": "prompt"}
-COLUMN_ALIASES |= {"is_desirable": "liked", "label": "liked"}
+COLUMN_ALIASES |= {"img_path": "image", "is_desirable": "liked", "label": "liked"}
 COLUMNS = frozenset({*COLUMN_ALIASES, *COLUMN_ALIASES.values(), "split", "rank", "prompt_id", "pair_id", "weight"})
 VERDICTS = ("liked", "split", "rank")
 # the last words of each are what spreadsheets of other languages write
@@ -137,6 +138,8 @@ _LABEL = "liked must be 0/1, true/false or like/dislike"
 def read_file(source: Path, images: Folder, partition: str | None, ties: str | None, aside: SetAside) -> Columns:
     """Likes, splits or ranks from a file; see `dkto.data.feedback.read_feedback`."""
     suffix = source.suffix.lower()
+    if suffix in SQLITE_SUFFIXES:
+        raise ValueError(f"{source} holds ratings, not likes: name them by score='rating', and a rule")
     if suffix not in (*TABLE_SUFFIXES, ".json"):
         known = ", ".join(TABLE_SUFFIXES)
         raise ValueError(f"{source} must be a {known} or .json file, or a folder, got {source.suffix!r}")
@@ -145,6 +148,8 @@ def read_file(source: Path, images: Folder, partition: str | None, ties: str | N
         if not _are_rows(values):
             return _rankings(_entries(values, source, aside), images, partition, ties, aside)
         frame = table_of_objects(values, str(source), COLUMNS)
+    elif suffix == ".parquet" and holds_preferences(source):
+        return _preferences(source, images, partition, ties, aside)
     else:
         frame = read_table(source, COLUMNS)
     named = frame.attrs.get("columns", ())
@@ -380,25 +385,54 @@ def _ranked(frame: pd.DataFrame, aside: SetAside) -> list[Ranking]:
 def _rankings(
     rankings: list[Ranking], images: Folder, partition: str | None, ties: str | None, aside: SetAside
 ) -> Columns:
-    found: dict[str, Path | None] = {}
+    places: dict[str, str] = {}
     for number, ranking in enumerate(rankings, 1):
         for image in ranking.images:
-            if image not in found:
-                where = f"{aside.where}, ranking {number}"
-                try:
-                    found[image] = images.path(image)
-                except FileNotFoundError as error:
-                    aside.add(f"ranking {number}, {image}", image, FileNotFoundError(f"{where}: {error}"))
-                    found[image] = None
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-    votes = votes_from_rankings(rankings)
+            places.setdefault(image, f"ranking {number}")
+    counts = {"rankings": len(rankings)}
+    return _voted(votes_from_rankings(rankings), places, images, partition, ties, aside, counts)
+
+
+def _preferences(source: Path, images: Folder, partition: str | None, ties: str | None, aside: SetAside) -> Columns:
+    votes, places = [], {}
+    for row, found in preference_votes(source):
+        if isinstance(found, str):
+            aside.add(row, "", _sentence(aside.where, row, found))
+            continue
+        votes += found
+        for image_0, image_1, *_ in found[:1]:
+            places.setdefault(image_0, f"row {row}")
+            places.setdefault(image_1, f"row {row}")
+    frame = pd.DataFrame(votes, columns=["image_0", "image_1", "prompt", "label_0", "label_1"])
+    return _voted(frame, places, images, partition, ties, aside, {})
+
+
+def _voted(
+    votes: pd.DataFrame,
+    places: dict[str, str],
+    images: Folder,
+    partition: str | None,
+    ties: str | None,
+    aside: SetAside,
+    counts: dict,
+) -> Columns:
+    """Likes of votes on images, each of which has its place in the source."""
+    found: dict[str, Path | None] = {}
+    for image, place in places.items():
+        where = f"{aside.where}, {place}"
+        try:
+            found[image] = images.path(image)
+        except FileNotFoundError as error:
+            aside.add(f"{place}, {image}", image, FileNotFoundError(f"{where}: {error}"))
+            found[image] = None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     there = votes["image_0"].map(found).notna() & votes["image_1"].map(found).notna()
     absent = [image for image, path in found.items() if path is None]
     likes = likes_from_votes(votes[there], partition or "at_least_once", ties or "ignore")
-    counts = {"rankings": len(rankings), "images_not_there": len(absent), **likes.counts}
     if absent and not len(likes.images):
         text = f"{aside.where}: none of its images exists in {images.root}, for instance {shown(absent[0])}"
         raise FileNotFoundError(text)
+    counts = {**counts, "images_not_there": len(absent), **likes.counts}
     paths = [found[image] for image in likes.images]
     return Columns(paths, list(likes.prompts), likes.is_desirable, comparisons=likes.pairs, counts=counts)

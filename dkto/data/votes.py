@@ -49,7 +49,8 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     """Turn comparisons into likes of single images, each image once (paper 5.1.1).
 
     Args:
-        votes: columns image_0, image_1, prompt (str) and label_0 (1, 0, or 0.5 for a tie).
+        votes: columns image_0, image_1, prompt (str) and label_0 (1, 0, or 0.5 for a tie). With a column label_1 both
+            may be 1, or both 0, where both images were judged good, or bad.
         partition: a rule of `PARTITIONS`; the paper's choice is "at_least_once".
         ties: a rule of `TIE_RULES`.
 
@@ -64,12 +65,14 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     check_choice("partition", partition, PARTITIONS)
     check_choice("ties", ties, TIE_RULES)
     label = votes["label_0"].to_numpy(float)
+    both = "label_1" in votes
+    other = votes["label_1"].to_numpy(float) if both else 1 - label
     sides = np.stack([votes["image_0"].to_numpy(object), votes["image_1"].to_numpy(object)], 1)  # (V, 2)
     codes, images = pd.factorize(sides.reshape(-1))
     first, second = codes.reshape(-1, 2).T
     won, lost, tied = (
-        np.bincount(first, at, len(images)) + np.bincount(second, opposite, len(images))
-        for at, opposite in ((label == 1, label == 0), (label == 0, label == 1), (label == 0.5, label == 0.5))
+        np.bincount(first, label == at, len(images)) + np.bincount(second, other == at, len(images))
+        for at in (1, 0, 0.5)
     )
     prompt_codes, prompts = pd.factorize(votes["prompt"].to_numpy(object))
     prompt_of = np.empty(len(images), np.int64)
@@ -80,12 +83,13 @@ def likes_from_votes(votes: pd.DataFrame, partition: str = "at_least_once", ties
     kept = won + lost > 0
     liked = verdicts(won, lost)
     row_of = np.cumsum(kept) - 1
-    decided = label != 0.5
+    decided = label != other
     pairs = np.where((label == 1)[:, None], np.stack([first, second], 1), np.stack([second, first], 1))[decided]
     chosen = liked[partition][kept]
     counts = {
         "comparisons": len(votes),
-        "ties": int((~decided).sum()),
+        "ties": int((label == 0.5).sum()),
+        **({"both_good": int((label + other == 2).sum()), "both_bad": int((label + other == 0).sum())} if both else {}),
         "ties_rule": TIE_RULES[ties],
         "images": len(images),
         "duplicates_by_name": len(codes) - len(images),
@@ -132,15 +136,17 @@ def votes_from_rankings(rankings: Iterable[Ranking]) -> pd.DataFrame:
 MOST_RANKED = 1000  # images of one ranking: half a million comparisons
 LARGEST = sys.float_info.max  # a larger whole number could not be compared with a float
 IMAGE_KEYS = ("images", "image_path", "file_path")
+PREFERRED_KEYS = ("path1", "path2")  # HPDv3: the first is the preferred one
 GOODNESS_KEYS = {"scores": 1, "human_preference": 1, "rank": -1, "ranks": -1}
 """Name of the list in an entry, and its sign: a rank of 1 is the best, a higher score is better."""
 
 
 def read_rankings(path: Path) -> Iterator[Ranking]:
-    """Rankings from a .json list as HPDv2's, one entry per prompt, or from the rows of a data frame file.
+    """Rankings from a .json list as HPDv2's, one entry per prompt, or as HPDv3's, one per comparison.
 
     An entry holds `prompt`, the image files (`images`, `image_path` or `file_path`) and what was found good: `rank` or
-    `ranks` (1 is the best), `human_preference` (1 for the preferred one), or `scores` (higher is better).
+    `ranks` (1 is the best), `human_preference` (1 for the preferred one), or `scores` (higher is better). Or it holds
+    `prompt`, `path1` and `path2`, of which the first was preferred; how sure the annotators were is not looked at.
 
     Raises:
         ValueError: if an entry lacks one of them, or has lists of unequal length; the sentence names the entry.
@@ -155,11 +161,15 @@ def read_rankings(path: Path) -> Iterator[Ranking]:
 def ranking_of(entry: object, where: str) -> Ranking:
     """The ranking of one entry; see `read_rankings`."""
     entry = entry if isinstance(entry, dict) else {}
+    if "prompt" in entry and all(key in entry for key in PREFERRED_KEYS):
+        pair = [entry[key] for key in PREFERRED_KEYS]
+        return _checked(check_prompt(entry["prompt"], where), pair, (1, 0), where)
     images = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key in GOODNESS_KEYS if key in entry), None)
     if "prompt" not in entry or not isinstance(images, list) or key is None:
         raise ValueError(
-            f"{where} needs prompt, one of {', '.join(IMAGE_KEYS)} and one of {', '.join(GOODNESS_KEYS)}; "
+            f"{where} needs prompt, one of {', '.join(IMAGE_KEYS)} and one of {', '.join(GOODNESS_KEYS)}, or path1 "
+            "and path2; "
             f"found: {shown(', '.join(entry)) if entry else 'nothing'}"
         )
     values = entry[key]

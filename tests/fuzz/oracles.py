@@ -138,6 +138,29 @@ def likes_of_table(path: Path, found, warned: bool) -> str | None:
     return f"{left_out} of {len(rows)} rows left out, {said} said" if left_out != said else None
 
 
+def likes_of_scores(path: Path, found, warned: bool, threshold: float) -> str | None:
+    """Every row of a FeedbackTable has a score in the file, on the right side of the threshold."""
+    rows, at = table(path), 0
+    for image, prompt, like in zip(found.images, found.prompts, found.is_desirable, strict=True):
+        while at < len(rows) and not _same_score(rows[at], image, prompt, bool(like), threshold):
+            at += 1
+        if at == len(rows):
+            return f"{image.name}, {prompt!r:.40}, {like} is not in the file"
+        at += 1
+    return None if warned or len(found) == len(rows) else f"{len(rows) - len(found)} rows left out without a word"
+
+
+def _same_score(row: dict, image: Path, prompt: str, like: bool, threshold: float) -> bool:
+    given = row.get("prompt")
+    if not same_name(image, row.get("image")) or not isinstance(given, str) or words(given) != words(prompt):
+        return False
+    try:
+        score = float(row.get("rating"))
+    except (TypeError, ValueError):
+        return False
+    return math.isfinite(score) and score != threshold and like == (score > threshold)
+
+
 def _same_like(row: dict, image: Path, prompt: str, like: bool, pair_id: int) -> bool:
     given = row.get("prompt")
     if not same_name(image, row.get("image")) or not isinstance(given, str) or words(given) != words(prompt):

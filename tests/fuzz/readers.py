@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -184,6 +186,44 @@ class FeedbackJSONL(_Feedback):
 
 class FeedbackParquet(_Feedback):
     name, damaged = "feedback.parquet", ("likes.parquet",)
+
+
+class FeedbackScores(Reader):
+    name, damaged, how = "feedback.scores", ("ratings.csv",), {"rule": "fixed", "threshold": 4.5}
+
+    def make(self, folder):
+        images = [path.name for path in _images(folder, 6)]
+        rows = {"image": images, "prompt": [PROMPTS[i % 3] for i in range(6)], "rating": [1, 9, 4.5, 3, 7, 8]}
+        _write(pd.DataFrame(rows | {"user": ["ann", "bob"] * 3}), folder / "ratings.csv")
+
+    def read(self, folder, value):
+        return read_feedback(folder / self.damaged[0], score="rating", **self.how)
+
+    def check(self, folder, value, found, warned):
+        return oracles.likes_of_scores(folder / "ratings.csv", found, warned, 4.5)
+
+
+class FeedbackDatabase(FeedbackScores):
+    name, damaged = "feedback.sqlite", ("ratings.sqlite",)
+
+    def make(self, folder):
+        paths = _images(folder, 6)
+        with closing(sqlite3.connect(folder / "ratings.sqlite")) as database:
+            database.executescript(
+                "CREATE TABLE generations (id, prompt); CREATE TABLE images (id, gid);"
+                "CREATE TABLE paths (iid, path); CREATE TABLE ratings (sid, iid, rating)"
+            )
+            database.executemany("INSERT INTO generations VALUES (?, ?)", enumerate(PROMPTS))
+            for i, path in enumerate(paths):
+                database.execute("INSERT INTO images VALUES (?, ?)", (i, i % 3))
+                database.execute("INSERT INTO paths VALUES (?, ?)", (i, path.name))
+                database.execute("INSERT INTO ratings VALUES (?, ?, ?)", (i % 2, i, i + 1))
+            database.commit()
+
+    def check(self, folder, value, found, warned):
+        if found.is_desirable.dtype != bool or not set(found.images) <= set(map(Path.resolve, folder.iterdir())):
+            return f"images {found.images!r:.80}"
+        return None if all(map(str.strip, found.prompts)) else "an empty prompt"
 
 
 class Pairs(Reader):

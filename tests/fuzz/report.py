@@ -5,9 +5,8 @@ from collections import Counter
 from fuzz.outcome import FATAL, KINDS, REFUSED
 
 CLEAR_SHARE = 0.99  # of the refusals
-_OFTEN = (
-    "feedback.csv feedback.jsonl feedback.parquet pairs.parquet rankings.json rankings.csv folder.txt folder.metadata"
-)
+_OFTEN = "feedback.csv feedback.scores feedback.sqlite feedback.jsonl feedback.parquet pairs.parquet rankings.json"
+_OFTEN += " rankings.csv folder.txt folder.metadata"
 _OFTEN += " prompts image likelog expression config settings yaml notebook sweep run.json metrics.json metrics.jsonl"
 _OFTEN += " prepared.json prepared.shard"
 _LESS = "unpack study.questions study.answers manifest training.json explorer weights adapter"
