@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadfile
-QUICK := -m "not slow and not gpu and not browser"
+QUICK := -m "not slow and not gpu and not browser and not slurm"
 # what a change of a utility, a loss or a table can break; what imports diffusers or trains for long is left to make test
 CHECKED := dkto/objective toy tests/objective tests/data tests/toy tests/test_notebooks.py tests/test_package.py
 LEFT_OUT := --ignore=tests/data/test_encode.py --ignore=tests/toy/test_toy_notebooks.py \
@@ -23,7 +23,7 @@ COVERAGE := --cov=dkto --cov=toy --cov-report=term
 NOTEBOOKS = find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check check-class slides test test-all toy paper bench lab lint format site page reference results fuzz clean
+.PHONY: help setup demo check check-class slides test test-all toy paper bench gpu lab lint format site page reference results fuzz clean
 
 help:
 	@echo "make demo      likes of generated pictures -> tuned model -> win-rates (about 5 minutes on 2 cores)"
@@ -34,6 +34,7 @@ help:
 	@echo "make check-class  is this machine ready for a class? One line a check, under a minute"
 	@echo "make lint      ruff and nbstripout checks;  make format  applies them"
 	@echo "make bench     the benchmarks"
+	@echo "make gpu       what only a graphics card shows, in 8 minutes on one (DRY=1 make gpu tries the script without one)"
 	@echo "make fuzz      N=10000 damaged inputs for every reader, and what became of them (SEED=0; about 25 minutes on 2 cores)"
 	@echo "               CRASH=1 make fuzz: also a kill before every file operation of every command, and 200 at random"
 	@echo "make setup     only the environment (.venv); every target above does it first"
@@ -93,6 +94,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTEST) tests/benchmarks
+
+gpu: $(READY)
+	cd tests && HF_HUB_OFFLINE=1 PYTHONPATH=.. ../$(BIN)/python -m gpu $(if $(DRY),--dry)
 
 fuzz: $(READY)
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(N) --seed $(SEED)

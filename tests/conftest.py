@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
     }
     for item in items:
         for name, reason in lacks.items():
-            if reason and name in item.keywords:
+            if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

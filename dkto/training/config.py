@@ -164,7 +164,7 @@ class TrainConfig(RunConfig):
     ema_decay: float = setting(0.0, 0, below=1)
     """Decay of an average of the trained weights that is written in their place, 0 for none. Paper: none."""
     compile: bool = False
-    """torch.compile the policy on a GPU: slow first steps, faster ones after. Refused on a CPU; untried on a GPU."""
+    """Compile the repeated blocks of policy and reference: slow first steps. Refused on a CPU; untried on a GPU."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Send the records to tensorboard, wandb or trackio as well; metrics.jsonl is written always."""
 

@@ -95,7 +95,12 @@ class Engine:
 
             self.ema = EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)  # begins at these weights
         if self.config.compile:
-            self.policy = torch.compile(self.policy)
+            self.compile_blocks()
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the repeated blocks of policy and reference: other kernels round otherwise, so both need the same."""
+        for network in filter(None, (self.pair.policy, self.pair.reference)):
+            network.compile_repeated_blocks(backend=backend)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

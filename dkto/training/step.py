@@ -8,6 +8,7 @@ the number of processes changes neither.
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -48,6 +49,12 @@ class Run:
     batches: GlobalBatches
     progress: Progress = field(default_factory=Progress)
     past: Tensor | None = None  # as `progress.past`, the present step included
+    ahead: ThreadPoolExecutor | None = None  # where the next micro-batch is drawn while the device works on this one
+    _next: dict[tuple[int, int], Future[Batch]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.engine.device.type != "cpu":  # which has no hand free
+            self.ahead = ThreadPoolExecutor(1)
 
     @property
     def method(self) -> Method:
@@ -65,7 +72,16 @@ class Run:
         parts = self.config.gradient_accumulation
         for micro in range(parts):
             with self.engine.no_sync(last=micro + 1 == parts):
-                yield self.batches.draw(self.progress.global_step, micro, *self.engine.rank).to(self.engine.device)
+                yield self._drawn(self.progress.global_step, micro).to(self.engine.device)
+
+    def _drawn(self, step: int, micro: int) -> Batch:
+        """A micro-batch, and the one after it on its way: draws have an address, so that no order changes them."""
+        waiting = self._next.pop((step, micro), None)
+        batch = waiting.result() if waiting else self.batches.draw(step, micro, *self.engine.rank)
+        after = (step, micro + 1) if micro + 1 < self.config.gradient_accumulation else (step + 1, 0)
+        if self.ahead is not None and after[0] < self.config.max_train_steps:
+            self._next = {after: self.ahead.submit(self.batches.draw, *after, *self.engine.rank)}
+        return batch
 
 
 def train_step(run: Run) -> dict[str, float]:

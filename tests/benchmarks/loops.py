@@ -18,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dkto.common.machine import peak_memory_mb
 from dkto.data.decode import to_pixel_values
+from dkto.data.encode import prepare_feedback
 from dkto.data.encoded import PreparedFeedback
+from dkto.data.feedback import make_feedback
 from dkto.data.images import load_image
-from dkto.models import SMALL_WORLD_FOLDER, StableDiffusion
+from dkto.models import SMALL_WORLD_FOLDER, load_model
 from dkto.objective.losses import denoising_error, implicit_reward, kto_loss, reference_point
 from dkto.training.batches import GlobalBatches
 from dkto.training.config import TrainConfig
@@ -38,6 +41,11 @@ REDUCED = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBl
 REDUCED |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 768, "sample_size": 64}
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENCODERS = {"text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}}
+ENCODERS |= {"text_encoder_2": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20}}
+
+
 def denoiser_of(size):
     """Random weights, the same ones in every process."""
     from diffusers import UNet2DConditionModel
@@ -45,44 +53,72 @@ def denoiser_of(size):
     torch.manual_seed(0)
     if size == "reduced":
         return UNet2DConditionModel(**REDUCED)
-    return build_denoiser("small-world" if size == "small" else size, "cpu")
+    return build_denoiser("small-world" if size == "small" else size, DEVICE)
 
 
 def make_pipeline(folder, size):
-    """VAE, text encoder and scheduler on disk; the UNet's configuration only, its weights are made on the spot."""
+    """VAE, text encoders and scheduler on disk; the UNet's configuration only, its weights are made on the spot."""
     if size == "small":
         return SMALL_WORLD_FOLDER
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    AutoencoderKL(
-        **blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512
-    ).save_pretrained(folder / "vae")
-    tokenizer = CLIPTokenizer.from_pretrained(SMALL_WORLD_FOLDER, subfolder="tokenizer", model_max_length=77)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    CLIPTextModel(CLIPTextConfig(vocab_size=49_408, **sizes, **ids)).save_pretrained(folder / "text_encoder")
     config = REDUCED if size == "reduced" else SIZES[size].config
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (128, 256, 512, 512), "sample_size": 8 * config["sample_size"]}
+    with torch.device(DEVICE):
+        AutoencoderKL(**blocks, **sizes, layers_per_block=2).save_pretrained(folder / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(SMALL_WORLD_FOLDER, subfolder="tokenizer", model_max_length=77)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kind, index = "StableDiffusionPipeline", {"vae": ["diffusers", "AutoencoderKL"]}
+    for name, sizes in ENCODERS.items():
+        if name == "text_encoder_2" and size != "sdxl":
+            continue
+        cls, width = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection, sizes["hidden_size"]
+        options = sizes | ids | {"vocab_size": 49_408, "intermediate_size": 4 * width, "projection_dim": width}
+        with torch.device(DEVICE):
+            cls(CLIPTextConfig(**options)).save_pretrained(folder / name)
+        where = name.replace("text_encoder", "tokenizer")
+        tokenizer.save_pretrained(folder / where)
+        index |= {name: ["transformers", cls.__name__], where: ["transformers", "CLIPTokenizer"]}
+    if size == "sdxl":
+        kind = "StableDiffusionXLPipeline"
     with torch.device("meta"):
         UNet2DConditionModel(**config).save_config(folder / "unet")
     shutil.copytree(SMALL_WORLD_FOLDER / "scheduler", folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind} | index))
     return folder
 
 
-class Model(StableDiffusion):
-    """The face of a folder from `make_pipeline`."""
+def make_material(folder, pipeline, count, side):
+    """Likes of `count` images, and what was prepared of them, as options of a loop."""
+    rng, paths = np.random.default_rng(0), [folder / f"{i:03d}.jpg" for i in range(count)]
+    for path in paths:
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=92)
+    likes = make_feedback(paths, ["a red circle"] * count, [i % 2 for i in range(count)])
+    lines = [{"image": str(p), "prompt": "a red circle", "liked": i % 2} for i, p in enumerate(paths)]
+    (folder / "likes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prepared = prepare_feedback(likes, folder / "prepared", str(pipeline), batch_size=1)
+    found = {"folder": pipeline, "prepared": prepared, "table": folder / "likes.jsonl", "output": folder / "run"}
+    return {name: str(path) for name, path in found.items()}
 
-    def __init__(self, folder, size):
-        super().__init__(folder)
-        self.size = size
 
-    def load_denoiser(self):
-        return denoiser_of(self.size)
+def open_model(folder, size):
+    """The face of a folder from `make_pipeline`; of a whole pipeline, where `size` is "as it lies"."""
+    model = load_model(folder)
+    if size != "as it lies":
+        model.load_denoiser = lambda: denoiser_of(size)
+    return model
+
+
+def finish():
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 class Ours:
@@ -99,10 +135,11 @@ class Ours:
             warmup_steps=1,
             lora_rank=options["lora_rank"],
             precision=options["precision"],
+            gradient_checkpointing=options.get("gradient_checkpointing", False),
             max_train_steps=10**6,
             **options.get("method", {}),
         )
-        self.model = Model(Path(options["folder"]), options["size"])
+        self.model = open_model(options["folder"], options["size"])
         data = PreparedFeedback(self.config.prepared_dir, self.model)
         self.batches = GlobalBatches(self.config, data, self.model)
         self.engine, self.folder = Engine(self.config, self.model), RunFolder(self.config)
@@ -133,10 +170,11 @@ class Published:
 
     def __init__(self, options):
         self.options, self.seconds = options, {}
-        self.model = Model(Path(options["folder"]), options["size"])
-        self.vae = self.model.load_vae()
+        self.model = open_model(options["folder"], options["size"])
+        self.vae = self.model.load_vae().to(DEVICE)
         self.text = self.model.load_text()
-        self.unet = denoiser_of(options["size"]).train()
+        self.text[1].to(DEVICE)
+        self.unet = self.model.load_denoiser().to(DEVICE).train()
         self.unet.enable_gradient_checkpointing()
         self.reference = {name: value.clone() for name, value in self.unet.state_dict().items()}
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6, weight_decay=0.01)
@@ -146,11 +184,15 @@ class Published:
     def timed(self, name, function):
         began = time.perf_counter()
         result = function()
+        finish()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         return result
 
+    def mixed(self):
+        return torch.autocast(DEVICE, self.dtype, enabled=self.dtype != torch.float32)
+
     def predict(self, *inputs):
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        with self.mixed():
             return self.model.predict(self.unet, *inputs)
 
     @torch.no_grad()
@@ -165,17 +207,19 @@ class Published:
         rows = [self.rows[i] for i in self.rng.integers(len(self.rows), size=self.options["batch"])]
         size = self.model.image_size
         pixels = self.timed("read images", lambda: [to_pixel_values(load_image(Path(r["image"])), size) for r in rows])
-        pixels = torch.stack(pixels)
-        mean, std = self.timed("encode images", lambda: self.model.encode_images(self.vae, pixels))
+        pixels = torch.stack(pixels).to(DEVICE)
         prompts = [row["prompt"] for row in rows]
-        conditioning = self.timed("encode prompts", lambda: self.model.encode_prompts(*self.text, prompts))
+        with self.mixed():  # the scripts give both encoders the precision of the passes
+            mean, std = self.timed("encode images", lambda: self.model.encode_images(self.vae, pixels))
+            conditioning = self.timed("encode prompts", lambda: self.model.encode_prompts(*self.text, prompts))
         latents = mean + std * torch.randn_like(mean)
-        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(rows),))
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(rows),), device=DEVICE)
         inputs = (self.model.add_noise(latents, noise, timesteps), timesteps, conditioning)
         reference_error = denoising_error(self.reference_pass(inputs), noise)
         prediction = self.timed("policy forward", lambda: self.predict(*inputs))
         reward = implicit_reward(denoising_error(prediction, noise), reference_error, 100.0)
-        loss = kto_loss(reward, torch.tensor([bool(row["liked"]) for row in rows]), reference_point(reward))
+        liked = torch.tensor([bool(row["liked"]) for row in rows], device=DEVICE)
+        loss = kto_loss(reward, liked, reference_point(reward))
         self.timed("policy backward", loss.backward)
         self.timed("clip", lambda: torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0))
         self.optimizer.param_groups[0]["fused"] = fused
@@ -191,6 +235,7 @@ def in_turn(ours, theirs, rounds, given):
         for name in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
             began = time.perf_counter()
             ours() if name == "ours" else theirs(batch)
+            finish()
             seconds[name] = time.perf_counter() - began
         ratios.append(seconds["ours"] / seconds["theirs"])
     return ratios

@@ -12,15 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
-from dkto.data.encode import prepare_feedback
-from dkto.data.feedback import make_feedback, write_feedback
-
-from .loops import make_pipeline
+from .loops import make_material, make_pipeline
 from .measures import interval
 
 LOOPS = Path(__file__).parent / "loops.py"
@@ -44,23 +39,9 @@ def material(tmp_path_factory):
         if psutil.virtual_memory().available < NEEDED_GB[size] * 2**30:
             pytest.skip(f"{size} needs {NEEDED_GB[size]} GB of free memory; DKTO_BENCH_SIZE=reduced tries the scripts")
         folder = tmp_path_factory.mktemp(size)
-        pipeline, rng = make_pipeline(folder / "pipeline", size), np.random.default_rng(0)
         count, side = (64, 64) if size == "small" else (4, 512)
-        paths = [folder / f"{i:03d}.jpg" for i in range(count)]
-        for path in paths:
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            coarse.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=92)
-        likes = make_feedback(paths, ["a red circle"] * count, [i % 2 for i in range(count)])
-        write_feedback(likes, folder / "likes.csv")
-        lines = [{"image": str(p), "prompt": "a red circle", "liked": i % 2} for i, p in enumerate(paths)]
-        (folder / "likes.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        prepared = prepare_feedback(likes, folder / "prepared", str(pipeline), batch_size=1)
-        made[size] = {
+        made[size] = make_material(folder, make_pipeline(folder / "pipeline", size), count, side) | {
             "size": size,
-            "folder": str(pipeline),
-            "prepared": str(prepared),
-            "table": str(folder / "likes.jsonl"),
-            "output": str(folder / "run"),
             "batch": BATCH[size],
             "threads": THREADS,
             "lora_rank": 0,

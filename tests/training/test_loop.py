@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from dkto.common.files import read_records
 from dkto.data.encode import prepare_feedback
+from dkto.training import loop
 from dkto.training.launch import config_arguments, run_trainings, start_training
 from dkto.training.loop import learning_rate_at, run_training, train
 from dkto.training.run_folder import RunFolder
@@ -374,3 +377,28 @@ def test_a_new_method_is_one_function_and_one_entry(config, tmp_path):
     assert done.stdout.splitlines()[-1] == "toy [[1.0, 1.0]]"
     records = read_records(tmp_path / "new" / "metrics.jsonl")
     assert records[0]["loss"] == pytest.approx(1.0)
+
+
+def test_batches_that_are_drawn_ahead_are_the_same(config, monkeypatch):
+    """As on a GPU: another thread draws the next micro-batch; a run that stops and goes on sees the same ones too."""
+    config = replace(config, gradient_accumulation=2, estimator="zero", max_train_steps=6)
+    plain = [record["loss"] for record in train(config)]
+    drawn, draw = [], loop.GlobalBatches.draw
+
+    def noted(self, step, micro=0, *rest):
+        drawn.append((step, micro, threading.current_thread() is threading.main_thread()))
+        return draw(self, step, micro, *rest)
+
+    def opened(config, open_run=loop.open_run):
+        run = open_run(config)
+        run.ahead = ThreadPoolExecutor(1)
+        return run
+
+    monkeypatch.setattr(loop.GlobalBatches, "draw", noted)
+    monkeypatch.setattr(loop, "open_run", opened)
+    config = replace(config, output_dir=config.output_dir.with_name("ahead"))
+    run = train(config)
+    assert [next(run)["loss"] for _ in range(4)] == plain[:4]
+    run.close()
+    assert [record["loss"] for record in train(config)] == plain[3:], "from the checkpoint of step 3"
+    assert [where for *where, main in drawn if main] == [[0, 0], [3, 0]], "all others were on their way"
