@@ -39,7 +39,7 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     """Train and yield one record per optimiser step.
 
     A run whose output folder holds checkpoints of the same configuration goes on from the last one that is whole;
-    one that is finished yields nothing. More steps may be asked of a run that is not finished.
+    one that is finished yields nothing. More steps may be asked of a run that is not finished, or trained adapters.
     A step whose loss or gradient is not finite changes nothing,
     leaves no record and is counted in `skipped_steps`.
     At the end the folder holds `metrics.jsonl`, `training.json` and the weights for plain diffusers:

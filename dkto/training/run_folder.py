@@ -8,6 +8,7 @@ The folder of a run:
     checkpoint-*/state.json, engine.json, optimizer.safetensors, ...  to go on from
     latest -> checkpoint-00000500                 at the end -> model or lora; a text file where there are no links
     model/ or lora/                               at the end: for plain diffusers, with a card
+                                                  beside lora/ the last checkpoint stays: small, and it goes on longer
 """
 
 import json
@@ -72,10 +73,10 @@ class RunFolder:
         return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir() and not p.name.endswith(PART))
 
     def is_finished(self) -> bool:
-        """Whether this very configuration was trained to its end here.
+        """Whether this very configuration was trained to its end here; not if more steps are asked and can be done.
 
         Raises:
-            ValueError: for another configuration or length, or other feedback.
+            ValueError: for another configuration, a length that cannot be reached from there, or other feedback.
         """
         path = self.path / TRAINING_RECORD
         if not path.exists():
@@ -89,11 +90,12 @@ class RunFolder:
         about = read_training(path, {})
         self._check_same(self.path, about)
         steps = about["config"].get("max_train_steps")
-        if about.get("finished") and steps != self.config.max_train_steps:
+        if about.get("finished") and steps != (asked := self.config.max_train_steps):
+            if self.checkpoints() and asked > steps:
+                return False
+            why = "and cannot be made shorter" if asked < steps else "of all weights, and keeps no checkpoint of them"
             raise ValueError(
-                f"{self.path} was trained to its end of {steps} steps and keeps no checkpoint: train "
-                f"{self.config.max_train_steps} steps in another output_dir (only a run that has not ended can be made "
-                "longer)"
+                f"{self.path} was trained to its end of {steps} steps {why}: train {asked} steps in another output_dir"
             )
         return bool(about.get("finished"))
 
@@ -208,12 +210,16 @@ class RunFolder:
         return None
 
     def finish(self, run: "Run") -> None:
-        """Write the tuned weights for plain diffusers with their card and remove the checkpoints; every rank calls.
+        """Write the tuned weights for plain diffusers with their card and `clear` the checkpoints; every rank calls.
+
+        No step depends on how many follow it: a run that is made longer ends with the weights of one long run.
 
         Raises:
             RuntimeError: if they cannot be written, for instance on a full disk.
         """
         engine = run.engine
+        if self.config.lora_rank:
+            self.save(run)
         target = self.path / ("lora" if self.config.lora_rank else "model")
         with engine.averaged():
             weights = engine.full_weights()
@@ -232,9 +238,11 @@ class RunFolder:
         self.clear()
 
     def clear(self) -> None:
-        """Remove the checkpoints of a finished run, and the half of one that a kill left."""
+        """Remove the checkpoints of a finished run, of adapters all but the last, and the half that a kill left."""
+        kept = self.checkpoints()[-1:] if self.config.lora_rank else []
         for old in self.path.glob("checkpoint-*"):
-            remove(old)
+            if old not in kept:
+                remove(old)
 
     def _describe(self, num_processes: int, **more: object) -> None:
         about = {"git_commit": git_commit(), "versions": versions(), "hardware": hardware()}

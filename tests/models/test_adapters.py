@@ -8,8 +8,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dkto.models import load_model
+from dkto.common.files import write_json
+from dkto.models import load_model, make_policy, write_weights
 from dkto.models.adapters import merge_adapter
+from dkto.models.export import export_lora
+from dkto.models.hub import lora_file
 from dkto.models.system import System
 
 RANK = 2
@@ -213,3 +216,49 @@ def test_damaged_and_missing_files_are_said(tiny_pipeline, halves, tmp_path):
 def load_file_of(content, folder):
     (folder / "whole.safetensors").write_bytes(content)
     return load_file(folder / "whole.safetensors")
+
+
+@pytest.mark.parametrize("source", ["tiny_pipeline", "tiny_sdxl"])
+def test_an_exported_adapter_comes_back_bit_by_bit(source, request, tmp_path):
+    """By our own reader and by diffusers', under kohya's names, and the original ones of XL."""
+    folder = request.getfixturevalue(source)
+    run = left_run(tmp_path, folder)
+    wanted, plain = merged(folder, lora_file(run / "lora")), networks_of(folder)["unet"].state_dict()
+    changed = {
+        name for name in wanted if not torch.equal(wanted[name], plain.get(name.removeprefix("unet."), wanted[name]))
+    }
+    assert len(changed) > 8
+    for kind in ("kohya", "diffusers"):
+        path = export_lora(run, tmp_path / f"{kind}.safetensors", format=kind)
+        ours, theirs = merged(folder, path), by_diffusers(folder, path)
+        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+        assert all(torch.equal(theirs[name], wanted[name]) for name in theirs)
+    names = set(load_file(tmp_path / "kohya.safetensors"))
+    assert all(name.startswith("lora_unet_") for name in names)
+    assert {name.rpartition(".")[0] for name in names if name.endswith("down.weight")} == {
+        f"{name.removesuffix('.alpha')}.lora_down" for name in names if name.endswith("alpha")
+    }
+    original = any("input_blocks" in name or "output_blocks" in name for name in names)
+    assert original == (source == "tiny_sdxl") and original != any("down_blocks" in name for name in names)
+
+
+def test_what_has_no_such_export_is_said(tiny_sd3, tiny_pipeline, tmp_path):
+    run = left_run(tmp_path, tiny_sd3)
+    with pytest.raises(ValueError, match="format must be diffusers for StableDiffusion3Pipeline"):
+        export_lora(run, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"output must be a \.safetensors file, got 'x\.bin'"):
+        export_lora(run, tmp_path / "x.bin")
+    (run / "lora").rename(run / "model")
+    with pytest.raises(FileNotFoundError, match="holds no lora/: all weights were trained"):
+        export_lora(run, tmp_path / "x.safetensors")
+
+
+def left_run(folder, model):
+    """What a finished training leaves, with an adapter of random halves."""
+    pair = make_policy(load_model(model).load_denoiser(), RANK, seed=1)
+    for name, parameter in pair.trainable().items():
+        torch.nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(len(name)))
+    write_weights(pair, folder / "run" / "lora")
+    config = {"model": str(model), "objective": "kto"}
+    write_json(folder / "run" / "training.json", {"fingerprint": "ab", "config": config})
+    return folder / "run"

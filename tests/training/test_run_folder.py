@@ -29,7 +29,8 @@ TIMED = {"samples_per_second", "peak_memory_mb"}
 
 
 def weights(folder):
-    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    adapter = folder / "lora" / LORA_FILE
+    return load_file(adapter if adapter.exists() else folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def assert_same_run(one, two):
@@ -239,8 +240,23 @@ def test_a_run_that_has_not_ended_can_be_made_longer(config):
         next(train(replace(config, max_train_steps=5)))
     run_training(replace(config, max_train_steps=9))
     assert_same_run(config.output_dir, whole.output_dir)
-    with pytest.raises(ValueError, match=r"trained to its end of 9 steps and keeps no checkpoint: train 12 steps in"):
+    with pytest.raises(ValueError, match=r"9 steps of all weights, and keeps no checkpoint of them: train 12 steps in"):
         next(train(replace(config, max_train_steps=12)))
+
+
+def test_finished_adapters_go_on_when_only_their_length_grows(config):
+    """Also in another place, and with an average of the weights: each ends as one long run."""
+    config = replace(config, lora_rank=2, max_train_steps=4, ema_decay=0.9)
+    longer = replace(config, output_dir=config.output_dir.with_name("moved"), max_train_steps=7)
+    whole = replace(longer, output_dir=config.output_dir.with_name("whole"))
+    run_training(config)
+    assert [path.name for path in config.output_dir.glob("checkpoint-*")] == ["checkpoint-00000004"]
+    config.output_dir.rename(longer.output_dir)
+    assert [record["global_step"] for record in train(longer)] == [5, 6, 7]
+    run_training(whole)
+    assert_same_run(longer.output_dir, whole.output_dir)
+    with pytest.raises(ValueError, match=r"7 steps and cannot be made shorter: train 4 steps in another output_dir"):
+        next(train(replace(longer, max_train_steps=4)))
 
 
 def test_modes_of_a_training_follow_the_umask(config):
