@@ -4,7 +4,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dkto.common.commands import Calls, run_commands
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 READ_FEEDBACK = "dkto.data.feedback:read_feedback"
 Threads = Annotated[int, "CPU threads, 0 leaves torch's default"]
+Recipe = Annotated[
+    Literal["paper", "lora"], "settings that are not given: paper, or lora for what fits the model's family"
+]
 Scorers = Annotated[tuple[str, ...], "names of scorers"]
 
 
@@ -52,9 +55,23 @@ def prepare(
             print(f"encoded in {folder}: {(folder / 'summary.json').read_text()}".strip())
 
 
-def train(config: Calls("dkto.training.config:TrainConfig"), threads: Threads = 0) -> None:
+def shuffle(shuffled: Calls("dkto.data.encode:shuffle_prepared")) -> None:
+    """Copy prepared feedback with its likes shuffled, to train the control that carries no preference."""
+    print(f"the same images with shuffled likes are in {shuffled()}")
+
+
+def train(config: Calls("dkto.training.config:TrainConfig"), recipe: Recipe = "paper", threads: Threads = 0) -> None:
     """Tune a model on prepared likes and dislikes; called again, it goes on where it stopped."""
-    _tune(config(), threads)
+    _tune(_by_recipe(config, recipe), threads)
+
+
+def _by_recipe(config: partial, recipe: str) -> "RunConfig":
+    from dkto.data.encoded import preparing_model
+
+    if recipe == "paper":
+        return config()
+    model = config.keywords.get("model") or preparing_model(Path(config.keywords["prepared_dir"]))
+    return _fitting(config, model, "training")()
 
 
 def train_online(config: Calls("dkto.training.config:OnlineConfig"), threads: Threads = 0) -> None:
@@ -83,13 +100,14 @@ def _use_threads(count: int) -> None:
 def calibrate(
     measure: Calls("dkto.training.calibration:calibrate", without="config draws"),
     config: Calls("dkto.training.config:TrainConfig"),
+    recipe: Recipe = "paper",
     threads: Threads = 0,
 ) -> None:
     """Measure the gap of errors that a short trial training makes, and propose beta for it."""
     from dkto.training.calibration import CONVENTIONS, convert_beta
 
     _use_threads(threads)
-    found = measure(config())
+    found = measure(_by_recipe(config, recipe))
     print(f"{found}\nthe same in the words of other codes:")
     for name, (_, reduction, about) in CONVENTIONS.items():
         if reduction == "mean" and name != "dkto":
@@ -167,6 +185,18 @@ def evaluate(
     print(win_rate_table(scores, [(names[0], other) for other in names[1:]]).to_string(index=False))
 
 
+def export(write: Calls("dkto.models.export:export_lora")) -> None:
+    """Write a run's LoRA as one file for ComfyUI and AUTOMATIC1111, or for diffusers."""
+    print(f"the LoRA is in {write()}")
+
+
+def check(measure: Calls("dkto.paper.check:check_run")) -> None:
+    """Say whether a finished training worked: held-out likes, health, images on equal noise, scores and controls."""
+    found = measure()
+    folder = measure.keywords.get("output_dir") or Path(measure.keywords["run"], "check")
+    print("\n".join([f"verdict: {found['verdict']}", *found["sentences"], f"figures are in {folder}/index.html"]))
+
+
 def run(
     notebook: Annotated[Path, "the notebook"],
     output: Annotated[Path, "where the executed copy goes"],
@@ -238,8 +268,8 @@ def paper_search(
 
 
 COMMANDS = (
-    *(feedback, unpack, prepare, calibrate, memory, train, train_online, generate, score, evaluate),
-    *(run, sweep, demo, paper, paper_search),
+    *(feedback, unpack, prepare, shuffle, calibrate, memory, train, train_online, generate, score, evaluate),
+    *(check, export, run, sweep, demo, paper, paper_search),
 )
 
 

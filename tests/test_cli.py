@@ -22,9 +22,13 @@ OPTIONS = {
     "unpack": "SOURCE --output-dir --partition --ties --files",
     "prepare": "SOURCE --image-folder --partition --ties --output-dir --model --batch-size --flip --held-out --strict "
     "--num-processes --csft",
-    "calibrate": "--prepared-dir --steps --samples --wanted-slope --threads",
+    "shuffle": "FOLDER --output-dir --seed",
+    "check": "--output-dir --held-out --prompts --count --images-per-prompt --scorers --shuffled --guidance "
+    "--guidance-scales --samples --draws --seed --num-processes",
+    "export": "OUTPUT --format --model",
+    "calibrate": "--prepared-dir --steps --samples --wanted-slope --threads --recipe",
     "memory": "--models --lora-ranks --cards --overhead-gb --precision --gradient-checkpointing --measure",
-    "train": "--prepared-dir --output-dir --objective --beta --lora-rank --threads",
+    "train": "--prepared-dir --output-dir --objective --beta --lora-rank --threads --recipe",
     "train-online": "--prompts-file --output-dir --objective --reward --threads",
     "generate": "PROMPTS --output-dir --count --model --unet --lora --guidance --steps --images-per-prompt --seed "
     "--num-processes --batch-size --precision --vae-slicing",

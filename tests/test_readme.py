@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dkto.cli import main
 from dkto.evaluation import tango_interval
+from dkto.models import FAMILIES
 from dkto.objective import methods, newer_methods
 from dkto.paper.seeds import pool_metrics
 from dkto.workshop.results import PAGE, TABLES, figure, results_page
@@ -53,34 +55,85 @@ def test_the_ten_lines_turn_likes_into_a_redder_image(tmp_path, monkeypatch):
     assert red[1] > red[0] + 5  # of 255
 
 
-def test_three_commands_go_from_twenty_likes_to_images(tmp_path, monkeypatch):
+def test_four_commands_go_from_twenty_likes_to_images(tmp_path, monkeypatch):
     """As they stand, but with fewer steps and images: what is appended comes last and counts."""
     (block,) = re.findall(r"```bash\n(.*?)```", section("Your own likes"), flags=re.S)
-    commands = [shlex.split(line.removeprefix(".venv/bin/dkto ")) for line in block.strip().splitlines()]
-    assert [command[0] for command in commands] == ["prepare", "train", "generate"]
+    commands = [shlex.split(line.removeprefix(".venv/bin/dkto "), comments=True) for line in block.strip().splitlines()]
+    assert [command[0] for command in commands] == ["prepare", "train", "check", "generate"]
     lines = (ROOT / "notebooks" / "likes" / "likes.csv").read_text().splitlines(keepends=True)
     shutil.copytree(ROOT / "notebooks" / "likes", tmp_path / "likes")
     monkeypatch.chdir(tmp_path / "likes")
     Path("likes.csv").write_text("".join(lines[:21]))
     Path("prompts.txt").write_text("a toy of a large yellow star on a grey background\n")
     fewer = {"train": ["--max-train-steps", "2", "--batch-size", "4"], "generate": ["--images-per-prompt", "1"]}
+    fewer["check"] = ["--count", "1", "--samples", "4"]
     for command in commands:
         assert main([*command, *fewer.get(command[0], [])]) == 0
     assert Path("out/run/lora/pytorch_lora_weights.safetensors").is_file()
     assert len(list(Path("out/images").glob("*.png"))) == 1
 
 
-def test_the_page_on_your_own_likes_names_options_that_exist(capsys):
-    page = (ROOT / "notebooks" / "your_own_likes.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
-    commands = [shlex.split(line)[1:] for block in blocks for line in block.strip().splitlines()]
-    assert {command[0] for command in commands} >= {"feedback", "prepare", "calibrate", "train", "generate", "score"}
-    for name in {command[0] for command in commands}:
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        known = capsys.readouterr().out
-        used = {word for command in commands if command[0] == name for word in command if word.startswith("--")}
-        assert {option for option in used if option not in known} == set(), name
+GUIDE = (ROOT / "notebooks" / "your_own_likes.md").read_text()
+SHORT = {  # what comes last counts: a few steps and images of tiny pipelines, whose layers are narrow
+    "calibrate": "--steps 2 --samples 4 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
+    "train": "--max-train-steps 2 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
+    "check": "--count 2",
+    "generate": "--steps 2 --images-per-prompt 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "family"),
+    [
+        ("tiny_sdxl", "sdxl"),
+        pytest.param("tiny_pipeline", "sd15", marks=pytest.mark.slow),
+        pytest.param("tiny_sd3", "sd3", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this processor does not compute")
+def test_every_command_of_the_guide_runs_on_each_family(source, family, request, tmp_path, monkeypatch):
+    """Word for word, but for the model, a scorer without downloads, and what `SHORT` appends."""
+    monkeypatch.setattr("dkto.models.families.SMALL_SIDE", 0)  # tiny images are the small world's alone otherwise
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for number in range(48):
+        liked = number % 2
+        Image.new("RGB", (20, 20), (200 * liked + 20, 90, 5 * number)).save(f"{number}.png")
+        rows.append((f"{number}.png", f"a red circle {number // 4}", liked, number % 7, number % 3))
+    table = pd.DataFrame(rows, columns=["image", "prompt", "liked", "rating", "user"])
+    table[["image", "prompt", "liked"]].to_csv("likes.csv", index=False)
+    table.drop(columns="liked").to_csv("ratings.csv", index=False)
+    Path("prompts.txt").write_text("a blue square\n")
+    other = {"stabilityai/stable-diffusion-xl-base-1.0": str(request.getfixturevalue(source))}
+    other |= {"pickscore": "world_redness"} | ({"kohya": "diffusers"} if family == "sd3" else {})
+    lines = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)).splitlines()
+    names = []
+    for line in lines:
+        program, name, *words = [other.get(word, word) for word in shlex.split(line)]
+        assert program == "dkto" and main([name, *words, *SHORT.get(name, "").split()]) == 0, line
+        names.append(name)
+    assert set(names) == {"feedback", "prepare", "calibrate", "train", "check", "shuffle", "export", "generate"}
+    config = json.loads(Path("out/run/training.json").read_text())["config"]
+    assert config["max_train_steps"] == 2 and config["beta"] == 2500.0
+    wanted = FAMILIES[family].training()
+    assert all(config[name] == wanted[name] for name in ("gradient_accumulation", "precision", "warmup_steps"))
+    assert Path("out/run/check/index.html").is_file() and len(load_file("out/my_likes.safetensors")) > 4
+    found = json.loads(Path("out/checked/check.json").read_text())
+    assert {"margin", "over_shuffled"} <= found.keys() and len(found["win_rates"]) == 3
+    assert len(list(Path("out/images").glob("*.png"))) == 1
+
+
+def test_the_guides_table_is_that_of_the_code():
+    rows = {row[0]: row[1:] for row in table_rows(GUIDE)}
+    assert rows.keys() == {each.title for each in FAMILIES.values()}
+    for each in FAMILIES.values():
+        rank, rate, beta, steps, batch, parts = rows[each.title][:6]
+        assert (int(rank), float(rate), float(beta)) == (each.lora_rank, each.learning_rate, each.beta)
+        assert [int(steps), int(batch), int(parts)] == [
+            each.max_train_steps,
+            each.batch_size,
+            each.gradient_accumulation,
+        ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

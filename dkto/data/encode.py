@@ -23,6 +23,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from dkto.common.files import claim, file_sha256, write_atomically, write_json, write_records
+from dkto.common.files import claim, file_sha256, read_json, write_atomically, write_json, write_records
 from dkto.common.frames import read_frame, write_frame
 from dkto.common.names import check_choice
 from dkto.common.processes import sole_writer, worker_pool
@@ -128,6 +129,48 @@ def prepare_feedback(
             _finish(feedback, output_dir, strict)
         launch.wait()
     return output_dir
+
+
+def shuffle_prepared(folder: str | Path, output_dir: str | Path, *, seed: int = 0) -> Path:
+    """Prepared feedback with its likes permuted: the control that carries no preference. Nothing is encoded again.
+
+    What was held out is permuted by itself, in `output_dir/held_out`.
+
+    Args:
+        folder: written by `prepare_feedback`.
+        output_dir: folder for the control, which is returned; it shares the encoded files, as links where it can.
+        seed: of the permutation.
+
+    Raises:
+        FileNotFoundError: if a file of the prepared folder is missing.
+        ValueError: if one is damaged, or the other folder holds something else.
+    """
+    folder, output_dir = Path(folder), Path(output_dir)
+    about = read_json(folder / "prepared.json", "record of prepared feedback", ["feedback"])
+    name = hashlib.sha256(f"{about['feedback']} shuffled {seed}".encode()).hexdigest()[:16]
+    with sole_writer(output_dir):
+        claim(output_dir / "prepared.json", about | {"feedback": name}, "prepared feedback")
+        for path in (*folder.glob("*.safetensors"), folder / "prompts.parquet"):
+            if not (target := output_dir / path.name).exists():
+                write_atomically(target, lambda part, path=path: _link_or_copy(path, part))
+        kinds = {"is_desirable": "boolean", "prompt_id": "integer", "row": "integer", "weight": "floating"}
+        frame, _ = read_frame(folder / "index.parquet", "index", kinds, ("weight",))
+        order = np.random.default_rng(seed).permutation(len(frame))
+        for column in {"is_desirable", "weight"} & set(frame):  # what a judgement says
+            frame[column] = frame[column].to_numpy()[order]
+        write_atomically(output_dir / "pairs.npy", lambda path: _save_array(np.zeros((0, 2), np.int64), path))
+        write_frame(output_dir / "index.parquet", frame, {"pairs": file_sha256(output_dir / "pairs.npy")})
+        write_json(output_dir / "summary.json", read_json(folder / "summary.json", "summary") | {"pairs": 0})
+    if (folder / "held_out" / "prepared.json").is_file():
+        shuffle_prepared(folder / "held_out", output_dir / "held_out", seed=seed)
+    return output_dir
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(path, target)
 
 
 class _Launch:

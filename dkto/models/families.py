@@ -1,4 +1,4 @@
-"""What fits each family of models on one card of 24 GB: how images are encoded and drawn."""
+"""What fits each family of models on one card of 24 GB: how images are encoded and drawn, and a LoRA is trained."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,14 @@ class Family:
     draw_batch: int  # images per pass in `dkto generate`
     guidance: float  # as diffusers' pipeline of the family draws
     steps: int  # of the sampler
-    large: bool = True  # drawn in bfloat16 on a GPU, and decoded image by image
+    lora_rank: int
+    learning_rate: float
+    beta: float  # where `dkto calibrate` begins: the errors of each model want their own
+    warmup_steps: int
+    max_train_steps: int
+    batch_size: int
+    gradient_accumulation: int
+    large: bool = True  # drawn in bfloat16 on a GPU, decoded image by image, trained in bfloat16 with checkpointing
 
     def encoding(self) -> dict[str, object]:
         """What `prepare_feedback` does at once."""
@@ -35,13 +42,74 @@ class Family:
         """What `generate_images` does at once."""
         return {"batch_size": self.draw_batch, "vae_slicing": self.large}
 
+    def training(self) -> dict[str, object]:
+        """Fields of `TrainConfig` for a LoRA."""
+        names = ("lora_rank", "learning_rate", "beta", "warmup_steps", "max_train_steps", "batch_size")
+        found = {name: getattr(self, name) for name in (*names, "gradient_accumulation")}
+        more = {"precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 200}
+        return found | (more if self.large else {})
+
 
 FAMILIES = {
-    "small-world": Family("small world", 16, 25, 3.0, 15, large=False),
-    "sd15": Family("Stable Diffusion 1.5", 16, 16, 7.5, 30),
-    "sdxl": Family("SDXL", 4, 4, 5.0, 30),
-    "sd3": Family("Stable Diffusion 3 medium", 4, 4, 7.0, 28),
+    "small-world": Family(
+        "small world",
+        encode_batch=16,
+        draw_batch=25,
+        guidance=3.0,
+        steps=15,
+        lora_rank=8,
+        learning_rate=1e-3,
+        beta=30.0,
+        warmup_steps=5,
+        max_train_steps=60,
+        batch_size=16,
+        gradient_accumulation=1,
+        large=False,
+    ),
+    "sd15": Family(
+        "Stable Diffusion 1.5",
+        encode_batch=16,
+        draw_batch=16,
+        guidance=7.5,
+        steps=30,
+        lora_rank=32,
+        learning_rate=1e-5,
+        beta=5000.0,
+        warmup_steps=100,
+        max_train_steps=2000,
+        batch_size=32,
+        gradient_accumulation=1,
+    ),
+    "sdxl": Family(
+        "SDXL",
+        encode_batch=4,
+        draw_batch=4,
+        guidance=5.0,
+        steps=30,
+        lora_rank=32,
+        learning_rate=1e-5,
+        beta=2500.0,
+        warmup_steps=100,
+        max_train_steps=2000,
+        batch_size=32,
+        gradient_accumulation=2,
+    ),
+    "sd3": Family(
+        "Stable Diffusion 3 medium",
+        encode_batch=4,
+        draw_batch=4,
+        guidance=7.0,
+        steps=28,
+        lora_rank=32,
+        learning_rate=1e-5,
+        beta=1000.0,
+        warmup_steps=100,
+        max_train_steps=2000,
+        batch_size=32,
+        gradient_accumulation=2,
+    ),
 }
+"""By the names of `dkto memory`. No rate, beta or length of a large model was tried on a GPU here."""
 
 
 def family_of(model: DiffusionModel) -> Family:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from dkto.common.progress import progress
 from dkto.data.encoded import PreparedFeedback
 from dkto.models import DiffusionModel, PolicyAndReference, load_model, make_policy, read_weights
 from dkto.models.system import TRAINING_RECORD, read_training
@@ -28,7 +29,8 @@ def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAnd
     except TypeError as error:
         raise ValueError(f"{record}, config is none of a training on prepared feedback: {error}") from error
     model = load_model(config.model)
-    pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed)
+    precision = getattr(torch, config.precision)
+    pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed, frozen_dtype=precision)
     read_weights(pair, folder / ("lora" if config.lora_rank else "model"))
     return config, model, pair
 
@@ -45,13 +47,14 @@ def error_gaps(
 ) -> np.ndarray:
     """Gap of the denoising errors, g = e_ref - e_theta, of every row: the implicit reward is beta g (paper 3.4).
 
-    Noise and timesteps are those of training, from streams of their own; policy and reference meet the same.
+    Noise, timesteps, precision and micro-batches are those of training, from streams of their own; policy and reference
+    meet the same.
 
     Args:
         model: noises and predicts.
         pair: policy and reference.
         data: prepared feedback.
-        config: seed, batch size and timestep sampling.
+        config: seed, batch size, precision and timestep sampling.
         draws: noises and timesteps for each row.
         rows: (N,) which rows; all of them if left out.
 
@@ -63,14 +66,15 @@ def error_gaps(
     plain = {"objective": "sft_all", "estimator": "batch", "prompt_dropout": 0.0, "random_flip": False}
     batches = GlobalBatches(replace(config, **plain), data, model)
     device = next(pair.policy.parameters()).device
-    gaps = []
-    for start in range(0, len(tiled), config.batch_size):
-        part = tiled[start : start + config.batch_size]
-        batch = batches.draw_rows(part, HELD_OUT_STEP + start).to(device)
+    size, gaps = config.batch_size // config.gradient_accumulation, []
+    fast = torch.autocast(device.type, getattr(torch, config.precision), enabled=config.precision != "float32")
+    for start in progress(range(0, len(tiled), size), desc="measuring", unit="batch"):
+        batch = batches.draw_rows(tiled[start : start + size], HELD_OUT_STEP + start).to(device)
         inputs = (batch.noisy_latents, batch.timesteps, batch.conditioning)
-        with pair.as_reference() as reference:
-            reference_error = denoising_error(model.predict(reference, *inputs), batch.target)
-        gaps.append(reference_error - denoising_error(model.predict(pair.policy, *inputs), batch.target))
+        with fast:
+            with pair.as_reference() as reference:
+                reference_error = denoising_error(model.predict(reference, *inputs), batch.target)
+            gaps.append(reference_error - denoising_error(model.predict(pair.policy, *inputs), batch.target))
     return torch.cat(gaps).cpu().numpy().reshape(draws, len(rows)).T
 
 
