@@ -3,6 +3,9 @@
 Written from the architectures alone, without the package's own code, so that tests compare two independent sources.
 """
 
+import hashlib
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -219,3 +222,62 @@ def image_reward(state, pixel_values, token_ids, token_mask, *, heads, text_head
     for layer in (0, 2, 4, 6, 7):
         z = _apply(z, state, f"mlp.layers.{layer}")
     return (z[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def sha256(text):
+    """Of a text, as its pages show it."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+QWEN2_VL_7B = json.dumps(
+    {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "image_token_id": 151655,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "depth": 32,
+            "embed_dim": 1280,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    }
+)
+"""Qwen2-VL-7B-Instruct's configuration, flat as it was published, without what its sizes do not depend on."""
+
+
+def hps_v3_names(*, vocabulary, width=3584, layers=28, inner=18944, keys=512, seen=1280, depth=32):
+    """Names and shapes of HPS v3: Qwen2-VL-7B as transformers 4.45 names it, and the head on it."""
+    names = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    names |= {"lm_head.weight": (vocabulary, width), "visual.patch_embed.proj.weight": (seen, 3, 2, 14, 14)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        names |= {f"{block}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        names |= _linear(f"{block}.self_attn.q_proj", width, width)
+        names |= _linear(f"{block}.self_attn.k_proj", keys, width) | _linear(f"{block}.self_attn.v_proj", keys, width)
+        names |= {f"{block}.self_attn.o_proj.weight": (width, width), f"{block}.mlp.down_proj.weight": (width, inner)}
+        names |= {f"{block}.mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
+    for i in range(depth):
+        block = f"visual.blocks.{i}"
+        names |= _norm(f"{block}.norm1", seen) | _norm(f"{block}.norm2", seen)
+        names |= _linear(f"{block}.attn.qkv", 3 * seen, seen) | _linear(f"{block}.attn.proj", seen, seen)
+        names |= _linear(f"{block}.mlp.fc1", 4 * seen, seen) | _linear(f"{block}.mlp.fc2", seen, 4 * seen)
+    names |= _norm("visual.merger.ln_q", seen) | _linear("visual.merger.mlp.0", 4 * seen, 4 * seen)
+    names |= _linear("visual.merger.mlp.2", width, 4 * seen)
+    for place, outputs, inputs in ((0, 1024, width), (3, 16, 1024), (5, 2, 16)):
+        names |= _linear(f"rm_head.{place}", outputs, inputs)
+    return names

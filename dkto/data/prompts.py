@@ -5,6 +5,7 @@
     load_prompts("parti_prompts")             PartiPrompts, its categories as styles
     load_prompts("pick_a_pic_test")           captions of the Pick-a-Pic test split, each once
     load_prompts("pick_a_pic_validation")     those of its validation split, to choose settings on
+    load_prompts("composition")               120 prompts for things, numbers, colours and places, as six styles
     load_prompts("my/prompts.txt")            one a line; also .tsv, .csv, .json, .jsonl, .parquet, or a folder of them
 
 Sets of the hub are fetched once; another mirror is one argument away: `load_prompts("hps_v2", hub_id="ymhao/HPDv2")`.
@@ -34,7 +35,7 @@ from dkto.data.texts import check_prompt, read_text, same_prompt
 from dkto.world.scenes import parse, prompts_for
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
-STYLE_COLUMNS = ("style", "category")
+STYLE_COLUMNS = ("style", "category", "tag")
 COLUMNS = (*PROMPT_COLUMNS, *STYLE_COLUMNS)
 SUFFIXES = (".txt", ".json", *TABLE_SUFFIXES)
 WORLD_COUNT = 500  # prompts of a small-world set unless a count is given
@@ -49,6 +50,29 @@ NEUTRAL_PROMPTS = (
     "a portrait of an old man",
     "a parked bicycle",
 )
+THINGS = [
+    "apple",
+    "book",
+    "bottle",
+    "cat",
+    "chair",
+    "clock",
+    "cup",
+    "dog",
+    "flower",
+    "guitar",
+    "hat",
+    "horse",
+    "key",
+    "kite",
+    "ladder",
+    "pear",
+    "shoe",
+    "tent",
+    "tree",
+    "van",
+]
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,7 @@ HUB_SETS = {
     "pick_a_pic_validation": HubSet("pickapic-anonymous/pickapic_v1", ("data/validation-*.parquet",)),
 }
 WORLD_SETS = ("world_test", "world_validation", "world_neutral", "world_train")
-PROMPT_SETS = (*WORLD_SETS, "neutral", *HUB_SETS)
+PROMPT_SETS = (*WORLD_SETS, "neutral", "composition", *HUB_SETS)
 
 
 def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: str = "") -> PromptSet:
@@ -153,6 +177,8 @@ def load_prompts(source: str | Path, *, count: int = 0, seed: int = 0, hub_id: s
         return _world_prompts(name, count, seed)
     if name == "neutral":
         return PromptSet(name, NEUTRAL_PROMPTS, ("",) * len(NEUTRAL_PROMPTS)).take(count, seed)
+    if name == "composition":
+        return _unique(name, _composition(), name).take(count, seed)
     found = _hub_set(name, hub_id) if name in HUB_SETS else read_prompts(Path(source))
     return found.take(count, seed)
 
@@ -209,6 +235,23 @@ def _world_prompts(name: str, count: int, seed: int) -> PromptSet:
     split = name.removeprefix("world_")
     prompts = found[: count or most] if neutral else prompts_for(split, count or WORLD_COUNT, seed)
     return PromptSet(name, tuple(prompts), tuple(parse(prompt).style for prompt in prompts))
+
+
+def _composition() -> Iterable[tuple[str, str]]:
+    """Prompts of six kinds, each with its kind; GenEval has such kinds too, but other prompts and another judge."""
+    places, numbers = ("left of", "right of", "above", "below"), ("two", "three", "four")
+    for i, thing in enumerate(THINGS):
+        other, colour, second = THINGS[(i + 7) % len(THINGS)], COLOURS[i % 10], COLOURS[(i + 3) % 10]
+        yield f"a photo of {_a(thing)}", "one thing"
+        yield f"a photo of {_a(thing)} and {_a(other)}", "two things"
+        yield f"a photo of {numbers[i % 3]} {thing}s", "number"
+        yield f"a photo of {_a(colour)} {thing}", "colour"
+        yield f"a photo of {_a(thing)} {places[i % 4]} {_a(other)}", "place"
+        yield f"a photo of {_a(colour)} {thing} and {_a(second)} {other}", "colour of each"
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _is_neutral(prompt: str) -> bool:

@@ -214,3 +214,23 @@ def test_unknown_sets_get_the_nearest():
     with pytest.raises(ValueError, match=r"hub_id is for the sets hps_v2, .*, pick_a_pic_validation, got it with"):
         load_prompts("world_test", hub_id="a/b")
     assert set(PROMPT_SETS) >= {"world_test", "hps_v2"} and not Path("hps_v2").exists()
+
+
+def test_prompts_of_composition_are_six_kinds_and_geneval_s_own_file_is_read_by_tag(tmp_path):
+    found = load_prompts("composition")
+    assert len(found) == len(set(found.prompts)) == 120 and len(set(found.styles)) == 6
+    assert load_prompts("composition", count=12).styles.count("number") == 2
+    assert {"a photo of an apple", "a photo of two apples", "a photo of an orange book"} <= set(found.prompts)
+    rows = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+        {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a photo of a red cup"},
+    ]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_prompts(tmp_path / "evaluation_metadata.jsonl").styles == ("single_object", "colors")
+
+
+def test_a_list_of_prompts_with_empty_paths_beside_them_is_read(tmp_path):
+    """As the test prompts of Pick-a-Pic v2 lie in the repositories that compare on them."""
+    row = {"gen_image_path": "", "raw_image_path": "", "metadata": {}}
+    (tmp_path / "papv2.json").write_text(json.dumps([{"prompt": p, **row} for p in ("a star", "a ring", "a star")]))
+    assert load_prompts(tmp_path / "papv2.json").prompts == ("a star", "a ring")

@@ -412,7 +412,7 @@ def test_without_weights_one_sentence_says_what_to_do(name, weights):
         score(name, [Image.new("RGB", (8, 8))], ["a star"])
     sentence = str(caught.value)
     assert sentence.startswith(f"scorer {name} needs ") and str(weights) in sentence
-    assert "hf download" in sentence or "python -m dkto.evaluation.scorers convert" in sentence
+    assert "hf download" in sentence or "python -m dkto.evaluation.scorers" in sentence
 
 
 def test_missing_weights_are_said_before_pictures_are_drawn(hps, weights):

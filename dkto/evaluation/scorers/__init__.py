@@ -2,6 +2,8 @@
 
     pickscore, hps_v2, hps_v2_1, image_reward, laion_aesthetics, clip_h14, clip_l14
         the published metrics, computed as their authors define them; their weights are loaded at the first call
+    hps_v3, unified_reward, vqa_score
+        vision-language models as judges, of 2 to 8 billion parameters; they have no gradient
     world_craft, world_fidelity, world_utility
         exact, stated rules on images of the small world: how well made, how true to the prompt, and their product
     world_clean, world_no_white_rim, world_no_pink, world_dark, world_blue, world_redness
@@ -31,8 +33,10 @@ from torch import Tensor
 from dkto.common.names import check_name
 from dkto.common.pixels import to_rgb
 from dkto.evaluation.scorers.clip import CLIP_H14, CLIP_L14, HPS, CLIPScore, LaionAesthetics, PickScore
+from dkto.evaluation.scorers.hps_v3 import HPSv3
 from dkto.evaluation.scorers.image_reward import ImageReward
 from dkto.evaluation.scorers.network import NetworkScorer
+from dkto.evaluation.scorers.vision_language import UnifiedReward, VQAScore
 from dkto.evaluation.scorers.world import WORLD_SCORERS, WorldCLIP, WorldPreference
 from dkto.world.scenes import parse
 
@@ -41,7 +45,8 @@ PixelScorer = Callable[[Tensor, Sequence[str]], Tensor]
 
 _CLIPS = (CLIPScore("clip_h14", CLIP_H14), CLIPScore("clip_l14", CLIP_L14))
 _PUBLISHED = (PickScore(), HPS("hps_v2"), HPS("hps_v2_1"), ImageReward(), LaionAesthetics(), *_CLIPS)
-PUBLISHED_SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _PUBLISHED}
+_JUDGES = (HPSv3(), UnifiedReward(), VQAScore())
+PUBLISHED_SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (*_PUBLISHED, *_JUDGES)}
 SCORERS: dict[str, Scorer] = {**WORLD_SCORERS, "world_preference": WorldPreference(), "world_clip": WorldCLIP()}
 SCORERS |= PUBLISHED_SCORERS
 READS_PROMPTS = ("world_fidelity", "world_craft", "world_utility", "world_utility_1", "world_clean")

@@ -10,9 +10,14 @@ def convert(write: Calls("dkto.evaluation.scorers.weights:convert")) -> None:
     print(f"converted to {write()}")
 
 
+def take_question(keep: Calls("dkto.evaluation.scorers.hps_v3:take_question")) -> None:
+    """Keep the question of hps_v3 from a copy of its authors' file, which is read and not run."""
+    print(f"the question is in {keep()}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command-line entry; a mistake of the user ends in one sentence and exit code 2."""
-    return run_commands((convert,), arguments, "python -m dkto.evaluation.scorers")
+    return run_commands((convert, take_question), arguments, "python -m dkto.evaluation.scorers")
 
 
 if __name__ == "__main__":
