@@ -116,8 +116,10 @@ def _votes_of(entry: dict) -> list[tuple]:
     unknown = [each for each in responses if each not in RESPONSES]
     if unknown or len(status) != len(responses) or sides[0] == sides[1]:
         raise ValueError(f"a response must be one of {', '.join(RESPONSES)} on two images, got {shown(responses)}")
-    pairs = zip(responses, status, strict=True)
-    return [(*sides, prompt, *RESPONSES[response]) for response, state in pairs if state == "submitted"]
+    submitted = [response for response, state in zip(responses, status, strict=True) if state == "submitted"]
+    if not submitted:
+        raise ValueError(f"no judgement of the pair was submitted, got {shown(status)}")
+    return [(*sides, prompt, *RESPONSES[response]) for response in submitted]
 
 
 def _file_of(address: object) -> str:

@@ -21,7 +21,7 @@ from dkto.data.folders import Folder
 from dkto.data.published import SQLITE_SUFFIXES, simulacra_ratings
 from dkto.data.sources import COLUMN_ALIASES, Columns, SetAside, checked_prompts, find_images, refuse_unused
 from dkto.data.tables import columns_by_meaning, is_blank, need_columns, plain_name, read_objects, said
-from dkto.data.votes import PARTITIONS, TIE_RULES, rank_of, verdicts
+from dkto.data.votes import PARTITIONS, TIE_RULES, numbers_of, verdicts
 
 RULES = {
     "median": "liked above the median of all scores",
@@ -104,24 +104,27 @@ def read_scores(
     by_user = ["user"] if rule.rule == "user_z" else []
     need_columns(frame.columns, ("image", "prompt", column, *by_user), str(source), named)
     frame = frame.assign(prompt=checked_prompts(frame, aside))
-    scores = np.fromiter(map(rank_of, frame[column]), float, len(frame))
+    scores = numbers_of(frame[column])
     good = np.abs(scores) <= LARGEST_SCORE
     aside.check(frame, column, good, f"{said(rule.column)} must be a finite number, at most {LARGEST_SCORE:g}")
-    if by_user:
-        aside.check(frame, "user", (not is_blank(user) for user in frame["user"]), "user must be named for user_z")
     frame = frame.assign(score=scores, path=find_images(frame, images, aside))
+    if "user" in frame:
+        codes, names = pd.factorize(np.array(list(map(str, frame["user"])), object))
+        frame = frame.assign(code=codes)
+        named = ~np.array([is_blank(name) for name in names], bool)
+    if by_user:
+        aside.check(frame, "user", named[codes], "user must be named for user_z")
     frame = frame[aside.kept(frame)]
     if by_user and len(frame):
-        spread = frame.groupby(users := frame["user"].astype(str))["score"].agg(["min", "max"]).loc[users]
-        several = (spread["min"] < spread["max"]).to_numpy()
+        given = frame.groupby("code")["score"]
+        several = (given.transform("min") < given.transform("max")).to_numpy()
         aside.check(frame, "user", several, "user must have given two different scores for user_z")
         frame = frame[several]
     return _likes(frame, rule, partition, ties, aside) if len(frame) else Columns([], [], np.zeros(0, bool))
 
 
 def _likes(frame: pd.DataFrame, rule: ScoreRule, partition: str | None, ties: str, aside: SetAside) -> Columns:
-    users = frame["user"].astype(str) if "user" in frame else pd.Series("", frame.index)
-    codes, known = pd.factorize(users)
+    codes, known = pd.factorize(frame["code"]) if "user" in frame else (np.zeros(len(frame), int), [])
     distances, threshold = rule.distances(frame["score"].to_numpy(), codes)
     tied = distances == 0
     counts = {"score": rule.column, "rule": RULES[rule.rule], "threshold": threshold, "judgements": len(frame)}
@@ -135,7 +138,7 @@ def _likes(frame: pd.DataFrame, rule: ScoreRule, partition: str | None, ties: st
         if frame.empty:
             raise ValueError(f"{text}: none is a like or a dislike; choose another rule, or what ties mean")
         warnings.warn(f"{text} and are left out; ties says what else they may count as", stacklevel=4)
-    codes, _ = pd.factorize(frame["path"].astype(str))
+    codes, _ = pd.factorize(frame["path"].to_numpy(object))
     several = np.bincount(codes) > 1
     counts |= {"images": len(several), "images_with_several_judgements": int(several.sum())}
     if partition is not None:

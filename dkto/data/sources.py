@@ -40,7 +40,7 @@ from dkto.data.votes import (
     Ranking,
     group_rankings,
     likes_from_votes,
-    rank_of,
+    numbers_of,
     ranking_of,
     votes_from_rankings,
 )
@@ -262,7 +262,7 @@ def _labels(frame: pd.DataFrame, aside: SetAside) -> np.ndarray:
 
 def _weights(frame: pd.DataFrame, aside: SetAside) -> np.ndarray:
     """(N,) float; rows without a weight are set aside."""
-    weights = np.fromiter(map(rank_of, frame["weight"]), float, len(frame))
+    weights = numbers_of(frame["weight"])
     good = (weights >= 0) & (weights <= LARGEST_WEIGHT)
     aside.check(frame, "weight", good, f"weight must be a number from 0 to {LARGEST_WEIGHT:g}")
     return weights
@@ -291,12 +291,11 @@ def find_images(frame: pd.DataFrame, images: Folder, aside: SetAside) -> list[Pa
     found: dict[str, Path | FileNotFoundError] = {}
     paths: list[Path | None] = []
     for at, name in enumerate(frame["image"]):
-        if not isinstance(name, str) or not name.strip() or name not in found:
+        path = found.get(name) if type(name) is str else None
+        if path is None:
             path = _found(name, images, aside.where, frame.index[at] + 1)
-            if isinstance(name, str):
+            if type(name) is str:
                 found[name] = path
-        else:
-            path = found[name]
         if isinstance(path, Exception):
             row = int(frame.index[at]) + 1
             aside.add(row, name, _sentence(aside.where, row, path, type(path)))
@@ -374,7 +373,7 @@ def _entries(values: object, source: Path, aside: SetAside) -> list[Ranking]:
 
 
 def _ranked(frame: pd.DataFrame, aside: SetAside) -> list[Ranking]:
-    ranks = np.fromiter(map(rank_of, frame["rank"]), float, len(frame))
+    ranks = numbers_of(frame["rank"])
     aside.check(frame, "rank", np.isfinite(ranks), "rank must be a number, 1 for the best")
     names = (isinstance(name, str) and bool(name.strip()) for name in frame["image"])
     aside.check(frame, "image", names, "image must be a file name")

@@ -202,6 +202,16 @@ def rank_of(value: object) -> float:
         return np.nan
 
 
+def numbers_of(values: pd.Series) -> np.ndarray:
+    """(N,) `rank_of` of every value; a column of nothing but numbers as text takes a tenth of the time."""
+    if set(map(type, values)) == {str}:
+        try:
+            return values.to_numpy(object).astype(float)
+        except ValueError:
+            pass
+    return np.fromiter(map(rank_of, values), float, len(values))
+
+
 def group_rankings(frame: pd.DataFrame, where: str) -> Iterator[Ranking]:
     """Rankings from one row per image, as ImageRewardDB's metadata: image, prompt, rank, and prompt_id where known.
 

@@ -130,15 +130,16 @@ def test_open_image_preferences_both_good_and_both_bad_are_single_judgements(tmp
         preference(3, "image_3"),
         preference(4, "image_1"),
         {**preference(3), "preference.responses": None},
+        preference(3, "image_1", status=["draft"]),
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.warns(UserWarning, match=r"set aside: 4, kept: 6; .*row 5: image 'dev/4\.png' does not exist"):
+    with pytest.warns(UserWarning, match=r"set aside: 5, kept: 6; .*row 5: image 'dev/4\.png' does not exist"):
         table = read_feedback(path)
     likes = {f"{p.parent.name}/{p.stem}": bool(v) for p, v in zip(table.images, table.is_desirable, strict=True)}
     assert likes == {"dev/0": True, "sd/0": True, "dev/1": False, "sd/1": False, "dev/2": False, "sd/2": True}
     assert (table.counts["both_good"], table.counts["both_bad"], table.counts["comparisons"]) == (1, 1, 5)
     assert table.pairs.tolist() == [[0, 1], [0, 1], [5, 4]], "both good and both bad compare nothing"
-    with pytest.warns(UserWarning, match="set aside: 4"):
+    with pytest.warns(UserWarning, match="set aside: 5"):
         mostly = read_feedback(path, partition="mostly").is_desirable.tolist()
     assert mostly == [True, False, False, False, False, True]
     with pytest.raises(ValueError, match=r"row 4: a response must be one of image_1, .*, got \['image_3'\]"):

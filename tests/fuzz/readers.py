@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sqlite3
+import tarfile
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from finished_runs import leave
@@ -351,6 +353,77 @@ class Unpack(Reader):
     def check(self, folder, value, found, warned):
         warned = warned or (folder / "out" / "skipped.jsonl").stat().st_size > 0
         return oracles.unpacked(folder / "shard.parquet", folder, found, warned)
+
+
+class UnpackScores(Unpack):
+    name = "unpack.scores"
+
+    def make(self, folder):
+        data = [path.read_bytes() for path in _images(folder / "made", 4)]
+        rows = [{"image": data[i], "prompt": PROMPTS[i % 3], "annotation": {"hands": i - 2}} for i in range(4)]
+        shutil.rmtree(folder / "made")
+        _write(pd.DataFrame(rows), folder / "shard.parquet")
+
+    def read(self, folder, value):
+        shard = folder / self.damaged[0]
+        return read_feedback(convert_pairs(shard, folder / "out"), score="hands", rule="fixed", threshold=-0.5)
+
+    def check(self, folder, value, found, warned):
+        rows = pq.read_table(folder / "shard.parquet").to_pylist()
+        for image, like in zip(found.images, found.is_desirable, strict=True):
+            marks = [row["annotation"]["hands"] for row in rows if row["image"] == image.read_bytes()]
+            if not any(like == (float(mark) > -0.5) for mark in marks):
+                return f"{image.name} is liked: {like}, its marks are {marks}"
+        return None if warned or len(found) == len(rows) else f"{len(rows) - len(found)} rows left out without a word"
+
+
+class UnpackTar(UnpackScores):
+    name, damaged = "unpack.tar", ("shard.tar",)
+
+    def make(self, folder):
+        with tarfile.open(folder / "shard.tar", "w") as archive:
+            for i, path in enumerate(_images(folder / "made", 4)):
+                about = {"meta": {"prompt": PROMPTS[i % 3]}, "stats": {"heartCount": i}}
+                Image.open(path).save(folder / "made" / f"{i}.jpg")
+                (folder / "made" / f"{i}.json").write_text(json.dumps(about))
+                for ending in ("jpg", "json"):
+                    archive.add(folder / "made" / f"{i}.{ending}", f"{i}.{ending}")
+        shutil.rmtree(folder / "made")
+
+    def read(self, folder, value):
+        shard = folder / self.damaged[0]
+        return read_feedback(convert_pairs(shard, folder / "out"), score="heart", rule="fixed", threshold=1.5)
+
+    def check(self, folder, value, found, warned):
+        archive = (folder / "shard.tar").read_bytes()
+        strange = [path.name for path in found.images if path.read_bytes() not in archive]
+        return f"images {strange} are not in the archive" if strange else None
+
+
+class Preferences(Reader):
+    name, damaged = "preferences.parquet", ("results.parquet",)
+
+    def make(self, folder):
+        rows = []
+        for i, response in enumerate(("image_1", "image_2", "both_good")):
+            _images(folder / f"{i}", 2)
+            sides = {f"image_{side}": f"https://hub/datasets/a/b/resolve/main/{i}/{side - 1}.png" for side in (1, 2)}
+            responses = {"preference.responses": [response], "preference.responses.status": ["submitted"]}
+            rows.append({"images": {**sides, "prompt": PROMPTS[i]}, **responses})
+        pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+
+    def read(self, folder, value):
+        return read_feedback(folder / "results.parquet")
+
+    def check(self, folder, value, found, warned):
+        liked = set()
+        for row in pq.read_table(folder / "results.parquet").to_pylist():
+            for response in row["preference.responses"] or ():
+                sides = [response] if response in ("image_1", "image_2") else []
+                sides = ["image_1", "image_2"] if response == "both_good" else sides
+                liked |= {row["images"][side].rpartition("/")[2] for side in sides}
+        wrong = [p for p, like in zip(found.images, found.is_desirable, strict=True) if like and p.name not in liked]
+        return f"{wrong[0].name} is liked by nobody" if wrong else None
 
 
 class LikeLogFile(Reader):

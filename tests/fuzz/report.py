@@ -9,7 +9,8 @@ _OFTEN = "feedback.csv feedback.scores feedback.sqlite feedback.jsonl feedback.p
 _OFTEN += " rankings.csv folder.txt folder.metadata"
 _OFTEN += " prompts image likelog expression config settings yaml notebook sweep run.json metrics.json metrics.jsonl"
 _OFTEN += " prepared.json prepared.shard"
-_LESS = "unpack study.questions study.answers manifest training.json explorer weights adapter"
+_LESS = "unpack unpack.scores unpack.tar preferences.parquet"
+_LESS += " study.questions study.answers manifest training.json explorer weights adapter"
 _SELDOM = "messages scores prepare.again resume checkpoint.weights fingerprint"
 SHARES = {name: share for share, names in ((3, _OFTEN), (2, _LESS), (1, _SELDOM)) for name in names.split()}
 
