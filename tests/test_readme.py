@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,9 @@ def test_four_commands_go_from_twenty_likes_to_images(tmp_path, monkeypatch):
 
 GUIDE = (ROOT / "notebooks" / "your_own_likes.md").read_text()
 SHORT = {  # what comes last counts: a few steps and images of tiny pipelines, whose layers are narrow
-    "calibrate": "--steps 2 --samples 4 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
-    "train": "--max-train-steps 2 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
-    "check": "--count 2",
+    "calibrate": "--steps 1 --samples 4 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
+    "train": "--max-train-steps 1 --lora-rank 2 --learning-rate 1e-2 --batch-size 8",
+    "check": "--count 1 --draws 1",
     "generate": "--steps 2 --images-per-prompt 1",
 }
 
@@ -94,6 +95,7 @@ SHORT = {  # what comes last counts: a few steps and images of tiny pipelines, w
 def test_every_command_of_the_guide_runs_on_each_family(source, family, request, tmp_path, monkeypatch):
     """Word for word, but for the model, a scorer without downloads, and what `SHORT` appends."""
     monkeypatch.setattr("dkto.models.families.SMALL_SIDE", 0)  # tiny images are the small world's alone otherwise
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], steps=2))
     monkeypatch.chdir(tmp_path)
     rows = []
     for number in range(48):
@@ -114,7 +116,7 @@ def test_every_command_of_the_guide_runs_on_each_family(source, family, request,
         names.append(name)
     assert set(names) == {"feedback", "prepare", "calibrate", "train", "check", "shuffle", "export", "generate"}
     config = json.loads(Path("out/run/training.json").read_text())["config"]
-    assert config["max_train_steps"] == 2 and config["beta"] == 2500.0
+    assert config["max_train_steps"] == 1 and config["beta"] == 2500.0
     wanted = FAMILIES[family].training()
     assert all(config[name] == wanted[name] for name in ("gradient_accumulation", "precision", "warmup_steps"))
     assert Path("out/run/check/index.html").is_file() and len(load_file("out/my_likes.safetensors")) > 4
@@ -124,7 +126,7 @@ def test_every_command_of_the_guide_runs_on_each_family(source, family, request,
 
 
 def test_the_guides_table_is_that_of_the_code():
-    rows = {row[0]: row[1:] for row in table_rows(GUIDE)}
+    rows = {row[0]: row[1:] for row in table_rows(section("4. Train", GUIDE))}
     assert rows.keys() == {each.title for each in FAMILIES.values()}
     for each in FAMILIES.values():
         rank, rate, beta, steps, batch, parts = rows[each.title][:6]

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from dkto.common.files import read_json, write_atomically
+from dkto.common.files import Fields, check_fields, read_json, write_atomically
 from dkto.common.names import check_choice
 from dkto.common.tensors import read_tensors, write_tensors
 from dkto.models.hub import load_model, lora_file
 from dkto.models.stable_diffusion import StableDiffusionXL
 from dkto.models.system import System
 
+DEPTH: Fields = {"layers_per_block": (lambda value: type(value) is int, "a whole number")}
 BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # kohya's names, by the width of the conditioning
 
 
@@ -48,7 +49,8 @@ def export_lora(
     if faced.denoiser_part != "unet":
         raise ValueError(f"format must be diffusers for {faced.pipeline_name}, which ComfyUI reads so, got 'kohya'")
     tensors = convert_state_dict_to_kohya(read_tensors(source, "adapter"))
-    unet = read_json(faced.folder / "unet" / "config.json", "configuration of a UNet", ["layers_per_block"])
+    place = faced.folder / "unet" / "config.json"
+    check_fields(unet := read_json(place, "configuration of a UNet"), DEPTH, str(place))
     if isinstance(faced, StableDiffusionXL):
         tensors = {original_name(name, unet["layers_per_block"]): tensor for name, tensor in tensors.items()}
     rank = str(len(next(tensor for name, tensor in tensors.items() if ".lora_down." in name)))

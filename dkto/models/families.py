@@ -92,7 +92,7 @@ FAMILIES = {
         warmup_steps=100,
         max_train_steps=2000,
         batch_size=32,
-        gradient_accumulation=2,
+        gradient_accumulation=4,
     ),
     "sd3": Family(
         "Stable Diffusion 3 medium",
@@ -106,7 +106,7 @@ FAMILIES = {
         warmup_steps=100,
         max_train_steps=2000,
         batch_size=32,
-        gradient_accumulation=2,
+        gradient_accumulation=4,
     ),
 }
 """By the names of `dkto memory`. No rate, beta or length of a large model was tried on a GPU here."""

@@ -180,11 +180,9 @@ class System:
             networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
             networks.pop("vae")
             merge_adapter(networks, model.denoiser_part, lora_file(self.lora))
-        if self.precision == "bfloat16":
+        if self.precision == "bfloat16":  # autocast would cast them in every pass, from twice the memory
             for part in (each for each in pipeline.components.values() if isinstance(each, nn.Module)):
-                keep_in(
-                    part.requires_grad_(False), torch.bfloat16
-                )  # autocast would cast them in every pass, from twice the memory
+                keep_in(part.requires_grad_(False), torch.bfloat16)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if compiled and self.precision == "float32" and model.denoiser_part == "unet" and has_graph(pipeline.unet):

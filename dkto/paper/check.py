@@ -22,12 +22,13 @@ from dkto.evaluation.scorers import check_scorers
 from dkto.evaluation.scoring import score_all
 from dkto.evaluation.win_rates import mean_scores, win_rate_table
 from dkto.models import System, family_of
+from dkto.models.system import TRAINING_RECORD, read_training
 from dkto.paper.experiment import side_by_side
 from dkto.plotting import COLOURS, plot_training
 from dkto.runs.page import figure_html, html_page, table_html, text_html
 from dkto.training.calibration import slope_at
 from dkto.training.health import MOST_ERROR, training_health
-from dkto.training.rewards import Margin, error_gaps, load_run, margin_interval
+from dkto.training.rewards import Margin, config_of_run, error_gaps, load_run, margin_interval
 
 STILL_REWARD, STILL_PIXELS = 0.01, 0.5 / 255  # below both a policy is its base: no like moves it, no image shows it
 PER_FIGURE = 6  # prompts
@@ -73,12 +74,15 @@ def check_run(
 
     Raises:
         FileNotFoundError: if the run is not finished, or there is neither held-out feedback nor a list of prompts.
-        ValueError: if guidance scales are given without a scorer, or as what it calls.
+        ValueError: if guidance scales are given without a scorer, the control was trained on the same likes, or as what
+            it calls.
     """
     run = Path(run)
-    folder, config = Path(output_dir or run / "check"), load_run(run)[0]
+    folder, config = Path(output_dir or run / "check"), config_of_run(run)
     if guidance_scales and not scorers:
         raise ValueError(f"guidance_scales need scorers, which say what is best, got {guidance_scales} and none")
+    if shuffled and config_of_run(shuffled) and _feedback(run) == _feedback(Path(shuffled)):
+        raise ValueError(f"shuffled must be a training on shuffled likes, but {shuffled} was trained on those of {run}")
     held_out = Path(held_out or config.prepared_dir / "held_out")
     texts = _prompts(prompts, held_out, checked_number("count", count, least=1), seed)
     check_scorers(scorers, texts)
@@ -89,7 +93,7 @@ def check_run(
     found: dict[str, object] = {"run": run.name, "objective": config.objective, "steps": config.max_train_steps}
     first, last = (np.nanmean([r.get("policy_error", np.nan) for r in part]) for part in (records[:20], records[-20:]))
     found |= {"error": float(last / first), "light": health.light if health else "none"}
-    found |= {"slope": health.slope} if health else {}
+    found |= {"slope": health.slope, "health": health.sentence} if health else {}
     found["reward"] = float(np.abs(rewards).mean()) if len(rewards) else records[-1].get("mean_abs_reward", np.nan)
     if min(liked.sum(), (~liked).sum()) > 1:
         found["margin"] = margin_interval(rewards, liked)._asdict()
@@ -118,7 +122,7 @@ def check_run(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "check.json", {k: None if v != v else v for k, v in found.items()})
     shown = {name: folders[name] for name in systems}
-    _write_page(folder, found, health and health.sentence, records, (rewards, liked), shown, rates, means)
+    _write_page(folder, found, records, (rewards, liked), shown, rates, means)
     return found
 
 
@@ -136,9 +140,9 @@ def judge(found: Mapping) -> tuple[str, list[str]]:
         return "nothing moved", [f"The model is still its base: {moved}.", "Raise the learning rate, or train longer."]
     sentences = [f"The model moved: {moved} of the range of a pixel."]
     if found["light"] == "red" or not found["error"] <= MOST_ERROR:
-        slope = f"the slope of the utility is {found['slope']:.0%} of that at the start, " if "slope" in found else ""
-        sick = f"The training is sick: {slope}the denoising error {found['error']:.2f} times that of the first steps."
-        return "sick", [sick, "Take a smaller beta or learning rate; `dkto calibrate` proposes a beta.", *sentences]
+        why = found.get("health") or f"the denoising error is {found['error']:.2f} times that of the first steps"
+        smaller = "Take a smaller beta or learning rate; `dkto calibrate` proposes a beta."
+        return "sick", [f"The training is sick. {why.capitalize()}.", smaller, *sentences]
     if "margin" not in found:
         missing = "Whether the likes did it is open: there are no two liked and two disliked held-out images."
         return "open", [missing, "Prepare with `--held-out 0.1`, and train again.", *sentences]
@@ -152,7 +156,7 @@ def judge(found: Mapping) -> tuple[str, list[str]]:
         unused = f"The labels were not used as far as can be seen: {about}, {holds}."
         return "likes not used", [*filter(None, (unused, few)), *sentences]
     if found["light"] == "yellow":
-        sentences.append(f"Take care: slope and error are at the edge ({found['error']:.2f} times the first error).")
+        sentences.append(f"Take care. {found['health'].capitalize()}.")
     if "over_shuffled" not in found:
         parts = f"The likes part from the dislikes: {about}."
         missing = "Whether the labels did it, or any training on these images, a control says: train the same on what "
@@ -183,9 +187,9 @@ def _rates(found: Mapping) -> list[str]:
 def _held_out_rewards(run: Path, held_out: Path, samples: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, draws) implicit rewards of held-out rows by a run, and (N,) whether each was liked; none where there are no
     rows."""
-    config, model, pair = load_run(run)
     if not (held_out / "prepared.json").is_file():
         return np.zeros((0, draws)), np.zeros(0, bool)
+    config, model, pair = load_run(run)
     data = PreparedFeedback(held_out, model)
     rows = np.unique(np.linspace(0, len(data) - 1, min(samples, len(data))).astype(np.int64))
     pair.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,6 +197,11 @@ def _held_out_rewards(run: Path, held_out: Path, samples: int, draws: int) -> tu
     del pair
     torch.cuda.empty_cache()  # the pipelines need the room
     return config.beta * gaps, data.is_desirable[rows]
+
+
+def _feedback(run: Path) -> str | None:
+    """Hash of what a run was trained on."""
+    return read_training(run / TRAINING_RECORD, {}).get("feedback")
 
 
 def _prompts(source: str, held_out: Path, count: int, seed: int) -> list[str]:
@@ -210,7 +219,6 @@ def _prompts(source: str, held_out: Path, count: int, seed: int) -> list[str]:
 def _write_page(
     folder: Path,
     found: Mapping,
-    health: str | None,
     records: list[dict],
     measured: tuple[np.ndarray, np.ndarray],
     folders: Mapping[str, Path],
@@ -227,7 +235,7 @@ def _write_page(
         options = {"hue": "image", "palette": colours, "stat": "density", "common_norm": False, "element": "step"}
         axes = sns.histplot(sides, x="implicit reward", ax=plt.subplots(figsize=(6, 3))[1], **options)
         parts += ["<h2>Held-out likes</h2>", _figure(folder / "rewards.png", axes, "Rewards of images not trained on")]
-    parts += ["<h2>While it trained</h2>", text_html(health or "This objective has no slope to judge.")]
+    parts += ["<h2>While it trained</h2>", text_html(found.get("health", "This objective has no slope to judge."))]
     parts.append(_figure(folder / "training.png", plot_training(records)[0], "Loss and rewards, step by step"))
     if len(rates):
         parts += ["<h2>Scores</h2>", table_html(rates, "Win-rates per prompt, with 95 % intervals"), table_html(means)]

@@ -17,17 +17,21 @@ from dkto.training.batches import GlobalBatches
 from dkto.training.config import TrainConfig
 
 
-def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAndReference]:
-    """Configuration, model, and policy with its reference, of a finished run; FileNotFoundError if there is none."""
-    folder = Path(folder)
-    record = folder / TRAINING_RECORD
+def config_of_run(folder: str | Path) -> TrainConfig:
+    """Configuration of a finished run on prepared feedback; FileNotFoundError if there is none."""
+    record = Path(folder) / TRAINING_RECORD
     about = read_training(record, {}) if record.exists() else {}
     if not about.get("finished"):
-        raise FileNotFoundError(f"{folder} holds no finished training ({TRAINING_RECORD} is missing or says so)")
+        raise FileNotFoundError(f"{record.parent} holds no finished training ({TRAINING_RECORD} is missing or says so)")
     try:
-        config = TrainConfig(**about["config"])
+        return TrainConfig(**about["config"])
     except TypeError as error:
         raise ValueError(f"{record}, config is none of a training on prepared feedback: {error}") from error
+
+
+def load_run(folder: str | Path) -> tuple[TrainConfig, DiffusionModel, PolicyAndReference]:
+    """Configuration, model, and policy with its reference, of a finished run; FileNotFoundError if there is none."""
+    folder, config = Path(folder), config_of_run(folder)
     model = load_model(config.model)
     precision = getattr(torch, config.precision)
     pair = make_policy(model.load_denoiser(), config.lora_rank, config.seed, frozen_dtype=precision)

@@ -128,6 +128,7 @@ class TrainingView(Instrument):
         # started by this thread and waited for in it: the kernel asks Linux to end the training with the thread
         self.process = start_training(self.config, threads=self._threads)
         self.state = "running"
+        end = f"checkpoint-{self.config.max_train_steps:08d}"  # which `_finish` shows
         with ThreadPoolExecutor(1, thread_name_prefix="samples") as pool:
             drawing: Future | None = None
             while self.process.poll() is None:
@@ -136,7 +137,7 @@ class TrainingView(Instrument):
                 if drawing is not None and drawing.done():
                     drawing.result()
                     drawing = None
-                if drawing is None and newest is not None and newest.name not in self._drawn:
+                if drawing is None and newest is not None and newest.name not in {*self._drawn, end}:
                     self._drawn.add(newest.name)
                     drawing = pool.submit(self._sample, newest)
                 time.sleep(POLL_SECONDS)

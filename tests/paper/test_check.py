@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from dkto.cli import main
 from dkto.data.encode import prepare_feedback, shuffle_prepared
 from dkto.data.encoded import PreparedFeedback
 from dkto.data.feedback import make_feedback, write_feedback
-from dkto.models import load_model
+from dkto.models import FAMILIES, load_model
 from dkto.paper.check import check_run, judge
 from dkto.training import TrainConfig, run_training
 from dkto.world.painter import paint, random_finish
 from dkto.world.scenes import parse, prompts_for
 from dkto.world.users import tint_red
 
-WELL = {"reward": 0.4, "drift": 0.03, "light": "green", "error": 1.01, "slope": 0.8}
+WELL = {"reward": 0.4, "drift": 0.03, "light": "green", "error": 1.01, "health": "yellow: the slope is 30%"}
 PARTED = {"mean": 0.5, "low": 0.2, "high": 0.8, "liked": 30, "disliked": 20}
 NOT_PARTED = PARTED | {"mean": 0.1, "low": -0.2, "high": 0.4}
 WIN = {"opponent": "base", "scorer": "pickscore", "win_rate": 0.7, "low": 0.55, "high": 0.82, "n": 50}
@@ -27,23 +28,19 @@ WIN = {"opponent": "base", "scorer": "pickscore", "win_rate": 0.7, "low": 0.55, 
     [
         ({"reward": 0.002, "drift": 0.001, "margin": PARTED}, "nothing moved", "The model is still its base"),
         (
-            {"light": "red", "slope": 0.05, "margin": PARTED},
+            {"light": "red", "health": "red: the slope is 5%", "margin": PARTED},
             "sick",
-            "the slope of the utility is 5% of that",
+            "is sick. Red: the slope is 5%.",
         ),
-        ({"light": "none", "error": 2.0, "margin": PARTED}, "sick", "the denoising error 2.00 times"),
-        ({"error": float("nan"), "margin": PARTED}, "sick", "the denoising error nan times"),
+        ({"light": "none", "health": "", "error": 2.0, "margin": PARTED}, "sick", "The denoising error is 2.00 times"),
+        ({"health": "", "error": float("nan"), "margin": PARTED}, "sick", "The denoising error is nan times"),
         ({}, "open", "no two liked and two disliked held-out images"),
-        (
-            {"margin": NOT_PARTED},
-            "likes not used",
-            "labels were not used as far as can be seen: on 30 liked",
-        ),
+        ({"margin": NOT_PARTED}, "likes not used", "labels were not used as far as can be seen: on 30 liked"),
         ({"margin": NOT_PARTED}, "likes not used", "is 0.1 [-0.2, 0.4], which holds 0."),
         ({"margin": NOT_PARTED}, "likes not used", "A margin below 0.3 could not be seen with so few images."),
         ({"margin": PARTED | {"low": -0.9, "high": -0.1}}, "likes not used", "it learned the opposite"),
         ({"margin": PARTED}, "control missing", "Whether the labels did it, or any training on these images"),
-        ({"margin": PARTED, "light": "yellow"}, "control missing", "Take care: slope and error are at the edge"),
+        ({"margin": PARTED, "light": "yellow"}, "control missing", "Take care. Yellow: the slope is 30%."),
         ({"margin": PARTED, "over_shuffled": NOT_PARTED}, "likes not used", "shuffled likes parts the images as well"),
         ({"margin": PARTED, "over_shuffled": PARTED}, "worked", "more than after the same training on shuffled likes"),
         (
@@ -75,7 +72,8 @@ def test_shuffled_feedback_shares_what_was_encoded(prepared, tiny_pipeline, tmp_
         shuffle_prepared(prepared, control, seed=2)
 
 
-def test_a_run_is_checked_in_one_page(likes, tiny_pipeline, tmp_path, capsys):
+def test_a_run_is_checked_in_one_page(likes, tiny_pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "small-world", replace(FAMILIES["small-world"], steps=2))
     csv = write_feedback(likes, likes.images[0].parent / "checked.csv")
     data, run = str(tmp_path / "data"), str(tmp_path / "<b>run")
     assert main(["prepare", str(csv), "--output-dir", data, "--model", str(tiny_pipeline), "--held-out", "0.5"]) == 0
@@ -97,6 +95,8 @@ def test_a_run_is_checked_in_one_page(likes, tiny_pipeline, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("p*-s0.png")}
     assert main(["check", run, "--guidance-scales", "2"]) == 2
     assert "guidance_scales need scorers" in capsys.readouterr().err
+    assert main(["check", run, "--shuffled", run]) == 2
+    assert "shuffled must be a training on shuffled likes, but" in capsys.readouterr().err
     assert main(["check", run, "--held-out", str(tmp_path)]) == 2
     assert "holds no held-out likes: prepare with --held-out, or give --prompts" in capsys.readouterr().err
 

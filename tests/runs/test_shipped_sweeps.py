@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dkto.data.prompts import PROMPT_SETS
+from dkto.models import FAMILIES
 from dkto.objective.utilities import UTILITIES
 from dkto.paper.pool import TASTES
 from dkto.paper.train_all import COMPARED
@@ -51,6 +52,14 @@ def test_names_that_a_notebook_would_look_up_are_known(monkeypatch):
                 assert run.parameters[name] in known[name], f"{path.stem}, {run.name}: {name}"
                 looked_up.add(name)
     assert looked_up, "no sweep gives any of these names: nothing was checked"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_lora_is_trained_by_the_one_table(family, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (run,) = read_sweep(ROOT / "papermill_runs" / "sweeps" / f"train_{family}_lora.yaml").runs
+    wanted = FAMILIES[family].training()
+    assert {name: run.parameters[name] for name in wanted} == wanted
 
 
 def test_there_are_sweeps():
