@@ -46,6 +46,8 @@ SMALL: dict[str, dict[str, object]] = {
     },
     "25_noisy_labels": {"flip_rates": [0.0, 0.4], "seeds": 2, "processes": 1, **TOY_STEPS},
     "26_watch_it_move": {"frames": 3, "num_samples": 100, **TOY_STEPS},
+    "28_likes_or_pairs": {"prompts": 20, "betas": [1.0], "seeds": 2, "group_sizes": [1, 2], "spreads": [0.0, 4.0]}
+    | {"budgets": [10, 30], "shares": [0.5, 0.9], "flip_rates": [0.0, 0.3]},
     "27_after_kto": {"brakes": [10.0], "draws": [2], "seeds": 2, "processes": 1, "num_samples": 300, **TOY_STEPS},
     "30_train_with_likes": {
         "pool_prompts": 8,
@@ -160,6 +162,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/24_ablations": TOY_STEPS | {"max_train_steps": 150},
     "solutions/25_noisy_labels": {},
     "solutions/26_watch_it_move": {},
+    "solutions/28_likes_or_pairs": {"prompts": 20, "seeds": 2},
     "solutions/27_after_kto": {"seeds": 2, "processes": 1, **TOY_STEPS},
     "solutions/30_train_with_likes": {"max_train_steps": 6, "batch_size": 8, "learning_rate": 1e-4},
     "solutions/31_feedback_data": {"sessions": 40},

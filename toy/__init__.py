@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "exact": ["dpo_optimum", "exact_denoiser", "output_law", "policy_optimum"],
+        "judgements": ["Judged", "World", "as_pairs"],
         "measures": ["NONE", "held_out_rewards", "over_seeds"],
         "network": ["Architecture", "Ensemble", "stream"],
         "objectives": ["METHODS", "NEWER", "Method", "get_method"],

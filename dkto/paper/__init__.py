@@ -16,10 +16,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "simulated_feedback",
             "with_interval",
         ],
-        "page": ["aims", "extremes", "fidelity_sentences", "figures", "lead", "rates", "read_table", "show"],
+        "page": ["aims", "extremes", "fidelity_sentences", "figures", "lead", "rates", "read_table", "show", "under"],
         "pool": ["TASTES", "take_likes"],
         "search": ["online_settings"],
-        "seeds": ["pool_replay"],
+        "seeds": ["pool_replay", "seeds_of"],
         "tables": ["USER_STUDY", "ordering_cards", "orderings", "published_table"],
         "train_all": [
             "COMPARED",

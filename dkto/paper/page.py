@@ -114,6 +114,19 @@ def read_table(path: Path, first: str = "system") -> pd.DataFrame:
     return pd.read_csv(path).rename(columns={"Unnamed: 0": first})
 
 
+def under(metrics: Mapping[str, float], begin: str, end: str = "") -> pd.DataFrame:
+    """The numbers with an interval whose keys begin and end so, a row for each.
+
+    >>> under({"lost/kto/0.3": 0.1, "lost/kto/0.3/low": 0.0, "lost/kto/0.3/high": 0.2}, "lost/").to_dict("records")
+    [{'what': 'kto/0.3', 'mean': 0.1, 'low': 0.0, 'high': 0.2}]
+    """
+    keys = [key for key in metrics if key.startswith(begin) and key.endswith(end) and f"{key}/low" in metrics]
+    rows = [{"mean": metrics[key], "low": metrics[f"{key}/low"], "high": metrics[f"{key}/high"]} for key in keys]
+    return pd.DataFrame(
+        [{"what": key.removeprefix(begin).removesuffix(end)} | row for key, row in zip(keys, rows, strict=True)]
+    )
+
+
 def rates(path: Path, scorer: str = PREFERENCE, **only: str) -> pd.DataFrame:
     """Win-rates under a scorer, of one `method` or over one `opponent`; the column that is one name is left out."""
     rows = read_table(path)

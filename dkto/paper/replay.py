@@ -2,7 +2,7 @@
 
     make paper                     one seed, 50 prompts, ablations with three points, all users
     make paper PROFILE=quick       the methods of the paper's tables, their controls, and the user who likes red
-    make paper PROFILE=full        a search with equal budgets, three seeds, 500 prompts
+    make paper PROFILE=full        a search with equal budgets, six seeds, 100 prompts of 5 images
     make paper PROFILE=full STEPS="win_rate_tables-1 win_rate_tables-2"      a part of it, here or on another machine
 
 A profile is a sweep file (`papermill_runs/sweeps/paper_quick.yaml`, `paper.yaml`, `paper_full.yaml`) and works in a

@@ -4,7 +4,7 @@ A seed changes pool, answers, training, test prompts and noise, so seeds are the
 their mean with the interval of a mixed model over comparisons and seeds (`pool`); each seed's own rate stays beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ def pool_replay(folder: str | Path, runs: Sequence[str] = ()) -> dict[str, float
     """
     folder, (results, seconds) = Path(folder), results_of(folder, runs)
     metrics = combine(results, seconds)
-    seeds = [name for name in results if name.startswith(f"{MAIN}-")]
+    seeds = seeds_of(results).get(MAIN, [])
     if len(seeds) > 1:
         read = {name.partition("-")[2]: read_seed(folder / name, PREFERENCE) for name in seeds}
         holds = write_pooled(folder, read, PREFERENCE, pd.read_csv(folder / seeds[0] / "cards.csv")["cost"][0])["holds"]
@@ -44,22 +44,34 @@ def pool_replay(folder: str | Path, runs: Sequence[str] = ()) -> dict[str, float
 def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:
     """One flat table: the main tables' numbers as they are, those of other runs under their name.
 
-    `seconds/` are those of each run's last execution, which reads what an earlier one left on disk.
-
-    Where the main tables ran with several seeds, their numbers are pooled (`pool_metrics`), and each seed's are under
-    `seed-<n>/`.
+    Runs whose names differ by a number at the end ("ablations-0", "ablations-1") are seeds of one run: their numbers
+    are pooled (`pool_metrics`), and each seed's are under `seed-<n>/`. `seconds/` are those of each run's last
+    execution, which reads what an earlier one left on disk.
     """
-    tables = {name: values for name, values in results.items() if name.partition("-")[0] == MAIN}
     metrics: dict[str, float] = {}
-    for name, values in results.items():
-        if name not in tables:
-            metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        elif len(tables) > 1:
-            metrics |= {f"seed-{name.partition('-')[2]}/{key}": value for key, value in values.items()}
-    metrics |= pool_metrics(list(tables.values()))
-    metrics["seeds"] = len(tables)
+    runs = seeds_of(results)
+    for run, seeds in runs.items():
+        under = "" if run == MAIN else f"{run}/"
+        metrics |= {f"{under}{key}": value for key, value in pool_metrics([results[name] for name in seeds]).items()}
+        for name in seeds if len(seeds) > 1 else ():
+            seed = f"seed-{name.rpartition('-')[2]}"
+            metrics |= {f"{seed}/{under}{key}": value for key, value in results[name].items()}
+    metrics["seeds"] = len(runs.get(MAIN, ()))
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
+
+
+def seeds_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of runs by what they are without the number of a seed at the end.
+
+    >>> seeds_of(["ablations", "user_likes_red-0", "user_likes_red-1"])
+    {'ablations': ['ablations'], 'user_likes_red': ['user_likes_red-0', 'user_likes_red-1']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, number = name.rpartition("-")
+        found.setdefault(stem if number.isdigit() else name, []).append(name)
+    return found
 
 
 def read_seed(folder: str | Path, scorer: str, method: str = "kto") -> dict[str, WinRate]:

@@ -21,7 +21,7 @@ COURSE = (
     ("start", "00"),
     ("1  what people feel", "05  10  60"),
     ("2  diffusion", "15  16  17"),
-    ("3  the laboratory", "20-27  64"),
+    ("3  the laboratory", "20-28  64"),
     ("4  from likes to a model", "30-32  63  61"),
     ("5  did it work?", "40-42  62"),
     ("6  your likes, at scale", "33  70"),

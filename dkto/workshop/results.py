@@ -60,7 +60,7 @@ def figure(folder: str, key: str) -> str:
     low, high = (f"{scale * metrics[f'{key}/{end}']:{form}}" for end in ("low", "high"))
     if "/cost/" in key:  # over seeds, on as many prompts as the table says
         return f"{text} [{low}, {high}]"
-    n = metrics.get(f"{key}/n") or parameters.get("prompts") or parameters["seeds"]
+    n = metrics.get(f"{key}/n") or parameters.get("seeds") or parameters["prompts"]
     seeds = sum(f"seed-{seed}/{key}" in metrics for seed in range(round(metrics.get("seeds", 0))))
     return f"{text} [{low}, {high}], n = {f'{seeds}×{n // seeds}' if seeds else n}"
 

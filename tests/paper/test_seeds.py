@@ -127,6 +127,7 @@ def test_seeds_are_pooled_without_hiding_one():
         for name, values in rates.items():
             results[f"{MAIN}-{seed}"] |= rate(f"win_rate/{name}/world_utility", values[seed], half=0.01)
     results[f"{MAIN}-1"]["only/here"] = 1.0
+    results |= {f"user_likes_red-{seed}": rate("lost/kto/0.3", 0.1 + 0.02 * seed) for seed in range(3)}
     found = combine(results, {"ablations": 2.0})
     ours = pool(pd.DataFrame([rates["kto_vs_base"], rates["kto_vs_sft"]]), prompt_error(np.full((2, 2), 0.02)))
     for row, name in enumerate(("kto_vs_base", "kto_vs_sft")):
@@ -142,6 +143,10 @@ def test_seeds_are_pooled_without_hiding_one():
     assert "only/here" not in found and found["seed-1/only/here"] == 1.0
     assert found["ablations/gamma/0.8"] == 0.5 and found["seconds/total"] == 2.0
     assert "best_guidance" not in found and found["seed-1/best_guidance"] == 15.0, "no mean of scales that were chosen"
+    red = pool(pd.DataFrame([[0.1, 0.12, 0.14]]), prompt_error(np.full((1, 3), 0.2)), (-np.inf, np.inf))
+    assert found["user_likes_red/lost/kto/0.3"] == pytest.approx(0.12)
+    assert found["user_likes_red/lost/kto/0.3/low"] == pytest.approx(red.loc[0, "low"])
+    assert found["seed-2/user_likes_red/lost/kto/0.3"] == 0.14 and found["user_likes_red/lost/kto/0.3/n"] == 120
     single = combine({MAIN: results[f"{MAIN}-0"]}, {})
     assert single["best_guidance"] == 10.0 and single["seeds"] == 1
     assert combine({}, {}) == {"seeds": 0, "seconds/total": 0}
