@@ -61,6 +61,8 @@ def test_an_unknown_profile_is_refused(tmp_path):
 
 
 def test_an_unknown_step_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(ValueError, match=r"sweep paper_full has no run 'qualitative'; did you mean 'qualitative_grid'\?"):
+    with pytest.raises(
+        ValueError, match=r"sweep paper_full has no run 'qualitative'; did you mean 'qualitative_grid'\?"
+    ):
         run_paper(tmp_path, "full", steps=["user_likes_vivid", "qualitative"])
     assert list(tmp_path.iterdir()) == []
