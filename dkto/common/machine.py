@@ -28,10 +28,10 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with -dirty after changes; None without one or git."""
     here = str(Path(__file__).parent)
-    return _said("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    return said("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 
-def _said(*command: str) -> str:
+def said(*command: str) -> str:
     """What a program prints; nothing if it is not there or fails."""
     if shutil.which(command[0]) is None:
         return ""
@@ -57,7 +57,7 @@ def accelerators() -> list[str]:
     if "torch" in sys.modules:
         cuda = sys.modules["torch"].cuda
         return [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ Sweeps, the demo, the toy, the paper's replay and the kept lessons all go throug
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from dkto.common.files import remove, write_json
-from dkto.common.machine import accelerators
+from dkto.common.machine import accelerators, said
 from dkto.common.names import printable, shown
 from dkto.common.processes import following, has_writer, sole_writer
 from dkto.common.progress import QUIET_VARIABLE
@@ -33,6 +34,17 @@ from dkto.runs.yaml12 import read_yaml
 MOST_NAMED = 50  # runs that are not done, in the sentence at the end
 BATCH = CHECKOUT / "papermill_runs"
 ENGINE_LOG = "engine.log"
+# Snakemake; but on Kubernetes too the runs share the sweep's folder, where it would insist on a storage in the cloud
+ENGINE = """
+import os, shlex, sys
+from contextlib import suppress
+from snakemake.cli import main
+with suppress(ImportError):
+    import snakemake_executor_plugin_kubernetes as plugin
+    plugin.common_settings.implies_no_shared_fs = False
+    plugin.Executor.get_job_exec_prefix = lambda self, job: "cd " + shlex.quote(os.getcwd())
+main(sys.argv[1:])
+"""
 CHANGES_NO_RESULT = "processes"  # the parameter that another machine may have another value of
 
 
@@ -155,14 +167,15 @@ def run_sweep(
     if not in_turn and importlib.util.find_spec("snakemake") is None:
         raise ModuleNotFoundError("dkto sweep runs on Snakemake: pip install 'dkto[batch]'; --dry-run works without")
     settings = _profile_folder(profile)
-    local = read_yaml((settings / "config.yaml").read_text()).get("executor", "local") == "local"
+    engine_settings = read_yaml((settings / "config.yaml").read_text())
+    local = engine_settings.get("executor", "local") == "local"
     with sole_writer(plan.folder) as hold:
         states = run_states(plan)
         again = _to_do_again(plan, states, redo, renew)
         todo = [run for run in plan.runs if states[run.name].word != "done" or run.name in again]
         _clear(plan, todo, states, again if redo else set())
         if todo:
-            limits = _limits(todo, cores) if local and not in_turn else []
+            limits = _limits(todo, cores) if local and not in_turn else _of_slurm(engine_settings)
             print(f"sweep {plan.name}: {len(todo)} of {len(plan.runs)} runs to do, in {plan.folder}", flush=True)
         if todo and in_turn:
             _run_in_turn(plan, todo)
@@ -251,6 +264,20 @@ def _limits(todo: list[PlannedRun], cores: int) -> list[str]:
     return ["--cores", str(cores), "--resources", f"gpu={has['gpus']}", f"mem_mb={memory}"]
 
 
+def _of_slurm(settings: dict) -> list[str]:
+    """What a Slurm without job accounting needs, as arguments: there `sacct`, which the engine asks, knows nothing.
+
+    Then it would wait indefinitely for jobs that have ended, and refuse an account, which no command can vouch for.
+    """
+    if settings.get("executor") != "slurm" or "slurm-status-command" in settings:
+        return []
+    if not re.search(r"AccountingStorageType *= accounting_storage/none", said("scontrol", "show", "config")):
+        return []
+    default = settings.get("default-resources", {})
+    kept = [f"{name}={value}" for name, value in default.items() if name != "slurm_account"]
+    return ["--slurm-status-command", "squeue", "--default-resources", *kept]
+
+
 def _cards() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -267,7 +294,7 @@ def _write_plan(plan: Plan, local: bool) -> None:
 @contextmanager
 def _engine(plan: Plan, arguments: list[str], hold: int) -> Iterator[subprocess.Popen]:
     """Snakemake on the plan's folder. It inherits the hold on the folder and dies with this process."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(BATCH / "Snakefile"), *arguments]
+    command = [sys.executable, "-c", ENGINE, "--snakefile", str(BATCH / "Snakefile"), *arguments]
     command += ["--directory", str(plan.folder), "--configfile", str(plan.folder / "plan.json"), "--nocolor"]
     remove(plan.folder / ENGINE_LOG)  # which may be a link of whoever made the folder
     with (plan.folder / ENGINE_LOG).open("w") as log:
