@@ -52,6 +52,7 @@ LETTER = 0.55 * CAPTION_SIZE / 72  # inches, a caption's mean letter
 REWARD_AXIS = "implicit reward"
 GAINS = torch.linspace(-6, 6, 401, dtype=torch.float64)
 LEGEND = {"fontsize": 9, "edgecolor": "none", "framealpha": 0.8}  # a curve behind it stays visible
+OUTSIDE = LEGEND | {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
 def display_name(name: str) -> str:
@@ -126,7 +127,7 @@ def plot_sample_weights(
     ax.set_ylabel("weight on the denoising error\n(> 0: training lowers it)", fontsize="small")
     ax.set_title(utility.title, fontsize="medium", parse_math=False)
     _cut_off(ax, -2.0, 2.0)
-    ax.legend(**LEGEND)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1, handlelength=1.2, **LEGEND)
     return ax
 
 
@@ -185,7 +186,7 @@ def plot_reward_weights(
     ax.set_ylabel("share of the class's samples", fontsize="small")
     ax.set_title(title, fontsize="medium", parse_math=False)
     lines[0].set_label("weight (not to scale)")
-    ax.legend(handles=[*handles, *lines], loc="upper left", bbox_to_anchor=(1, 1), **LEGEND)
+    ax.legend(handles=[*handles, *lines], **OUTSIDE)
     return ax
 
 
@@ -223,7 +224,7 @@ def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[A
     axes[1].set_ylabel(REWARD_AXIS)
     axes[1].axhline(0, color="0.8", lw=0.8, zorder=0)
     if axes[1].get_legend_handles_labels()[1]:
-        axes[1].legend(**LEGEND)
+        axes[1].legend(**OUTSIDE)
     for ax in axes:
         ax.set_xlabel("optimiser step")
     return axes
@@ -353,7 +354,7 @@ def _draw_curves(
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.set_xlabel("gain or loss (implicit reward − reference point)", fontsize="small")
     ax.set_ylabel(label)
-    ax.legend(**LEGEND)
+    ax.legend(**OUTSIDE)
     _cut_off(ax, low, high)
     return ax
 

@@ -164,7 +164,7 @@ def plot_estimates(
     for style, (name, value) in zip((":", "--", "-."), (limits or {}).items(), strict=False):
         ax.axvline(scale * value, color="0.5", ls=style, lw=1, label=name, zorder=0)
     if limits:
-        ax.legend(**LEGEND)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, **LEGEND)
     ax.set_yticks(range(len(estimates)), [method_label(name) for name in estimates], fontsize="small")
     ax.set_ylim(len(estimates) - 0.5, -0.5)
     if log:
@@ -196,11 +196,11 @@ def plot_tradeoff(experiment: Experiment, names: Sequence[str], ax: Axes | None 
     itself, colour = 100 * undesirable_share(ROLES["desirable"]), COLOURS["desirable"]
     ax.axvline(itself, color=colour, ls=":", lw=1.2)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    ax.annotate("the desirable distribution itself", (itself, 1), (3, -3), **place, fontsize="x-small", color=colour)
+    ax.annotate("the desirable distribution itself", (itself, 1), (3, -3), **place, fontsize=9, color=colour)
     ax.set_yscale("log")
     ax.set_xlabel("undesirable share (% of samples)")
     ax.set_ylabel("KL to desirable (nats)")
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="x-small", frameon=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
     return ax
 
 

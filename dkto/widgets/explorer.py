@@ -193,7 +193,7 @@ class Explorer(Instrument):
         figure, axes = plt.subplots(2, 2, figsize=(1.35 * NOTEBOOK_WIDTH, 6.6), layout="constrained")
         plot_utilities(list(UTILITIES), x, axes[0, 0])
         plot_slopes(list(UTILITIES), x, axes[0, 1])
-        axes[0, 1].get_legend().remove()
+        axes[0, 0].get_legend().remove()
         plot_sample_weights(self.utility, x, axes[1, 0], **self._weights())
         rewards, labels = self.rewards()
         if len(rewards):
