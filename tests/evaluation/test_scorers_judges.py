@@ -1,5 +1,6 @@
 """Vision-language judges: tiny models of the real classes, and the names of a full-size one without its weights."""
 
+import json
 import math
 import pickle
 from types import SimpleNamespace
@@ -88,6 +89,9 @@ def tiny(folder, kind):
         for parameter in model.parameters():
             parameter.mul_(3)  # answers that differ
     model.save_pretrained(folder)
+    if kind == "qwen2_5_vl":  # as it was published: the template of images in a file of its own
+        (folder / "chat_template.jinja").unlink()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dkto.common.files import read_json
 from dkto.common.names import shown
 from dkto.evaluation.scorers.network import NetworkScorer
 from dkto.evaluation.scorers.weights import model_about, model_folder
@@ -58,6 +59,9 @@ class Chat:
         if image_token is None or not hasattr(processor, "merge_size"):
             raise ValueError(f"{folder} must hold a model of the Qwen-VL family, got {shown(config.model_type)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        template = folder / "chat_template.json"  # where older models keep that of images
+        if template.is_file():
+            tokenizer.chat_template = read_json(template, "chat template", ["chat_template"])["chat_template"]
         return cls(tokenizer, processor, image_token)
 
     def inputs(self, image: Image.Image, text: str, device: torch.device) -> dict[str, Tensor]:
