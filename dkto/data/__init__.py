@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "encode": ["prepare_feedback"],
+        "encode": ["prepare_feedback", "shuffle_prepared"],
         "encoded": ["PreparedFeedback"],
         "feedback": ["FeedbackTable", "describe_feedback", "make_feedback", "read_feedback", "write_feedback"],
         "images": ["load_image"],

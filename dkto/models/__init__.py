@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "TIMESTEP_SAMPLINGS",
             "pipeline_folder",
         ],
+        "export": ["export_lora"],
         "families": ["FAMILIES", "Family", "family_of"],
         "flow": ["StableDiffusion3"],
         "hub": ["MODEL_CLASSES", "TUNED_ON", "load_model"],

@@ -1,10 +1,14 @@
-"""The paper's experiments on the small world: a pool of judged images, every method trained alike, tables."""
+"""The paper's experiments on the small world: a pool of judged images, every method trained alike, tables.
+
+`check_run` judges any finished run.
+"""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "check": ["check_run"],
         "dislikes": ["CONTRASTS", "NEED_DISLIKES", "ask_for_dislikes", "costs", "pool_users"],
         "experiment": [
             "flip_costs",

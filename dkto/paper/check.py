@@ -32,7 +32,7 @@ from dkto.training.rewards import Margin, config_of_run, error_gaps, load_run, m
 
 STILL_REWARD, STILL_PIXELS = 0.01, 0.5 / 255  # below both a policy is its base: no like moves it, no image shows it
 PER_FIGURE = 6  # prompts
-TUNED, BASE, SHUFFLED, BEST = "tuned", "base", "shuffled likes", "base at its best guidance"
+TUNED, BASE, SHUFFLED = "tuned", "base", "shuffled likes"
 
 
 def check_run(
@@ -239,7 +239,7 @@ def _write_page(
     parts.append(_figure(folder / "training.png", plot_training(records)[0], "Loss and rewards, step by step"))
     if len(rates):
         parts += ["<h2>Scores</h2>", table_html(rates, "Win-rates per prompt, with 95 % intervals"), table_html(means)]
-    parts.append(f"<h2>Images of {found['prompts']} prompts, from the same noise</h2>")
+    parts.append("<h2>Images from the same noise</h2>")
     for start in range(0, found["prompts"], PER_FIGURE):
         rows = range(start, start + PER_FIGURE)
         parts.append(

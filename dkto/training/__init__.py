@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "health": ["training_health"],
         "launch": ["run_trainings", "training_command"],
         "loop": ["run_training", "train"],
+        "rewards": ["error_gaps", "load_run", "margin_interval"],
         "run_folder": ["RunFolder"],
         "step": ["Run", "denoising_errors", "train_step"],
     },
