@@ -15,10 +15,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from dkto.common.files import read_json
+from dkto.common.files import read_json, write_json
 from dkto.common.names import PATH_SHOWN, check_choice, shown
 from dkto.common.tensors import write_tensors
-from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_config, copy_part, first_line, load_part
+from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_part, first_line, load_part
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
@@ -99,7 +99,11 @@ def save_denoiser(denoiser: "diffusers.ModelMixin", folder: Path, weights: dict[
     else:
         denoiser.save_config(folder)
         write_tensors(folder / WEIGHTS_FILE, weights)
-    copy_config(folder / "config.json", folder / "config.json")
+    path = folder / "config.json"
+    config = {key: value for key, value in read_json(path, "configuration").items() if key not in PLACES}
+    # a denoiser whose weights lie in pieces has a class of torch's making, which nobody could load
+    own = next(kind.__name__ for kind in type(denoiser).__mro__ if kind.__module__.startswith("diffusers."))
+    write_json(path, config | {"_class_name": own})
 
 
 class PipelineText(nn.Module):

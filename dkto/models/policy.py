@@ -33,7 +33,7 @@ class PolicyAndReference:
     @property
     def part(self) -> str:
         """Name of the denoiser in its pipeline: "unet" or "transformer"."""
-        return "unet" if type(self.policy).__name__.startswith("UNet") else "transformer"
+        return "unet" if isinstance(self.policy, diffusers.UNet2DConditionModel) else "transformer"
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:

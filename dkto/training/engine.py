@@ -207,7 +207,7 @@ class Engine:
             return {}
         if self.sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_optimizer_state_dict(self.policy, self.optimizer, options=options)["state"]
+            state = get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})  # rank 0's
         else:
             state = {name: self.optimizer.state[parameter] for name, parameter in self.pair.trainable().items()}
         return {

@@ -1,17 +1,21 @@
-"""Several processes: two gloo ranks under torchrun train as one; configurations for GPUs are parsed."""
+"""Several processes: two gloo ranks under torchrun train as one, also by the files that ship for GPUs."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from dkto.common.files import read_records
-from dkto.training.launch import run_trainings, training_command
+from dkto.training.launch import config_arguments, run_trainings, training_command
 from dkto.training.loop import train
 
 PROFILES = Path(__file__).parents[2] / "papermill_runs" / "profiles" / "accelerate"
@@ -118,16 +122,115 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(config, monkeypatch)
         next(train(replace(config, batch_size=3)))
 
 
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_for_gpus_are_parsed(path):
-    """Not run on CPU: accelerate reads each, knows every key, and precision is left to the training."""
-    found = load_config_from_file(str(path))
-    assert found.mixed_precision == "no"
-    text = yaml.safe_load(path.read_text())
-    assert found.num_processes == text["num_processes"]
-    plugin = found.fsdp_config if "fsdp" in path.stem else found.deepspeed_config
-    assert bool(plugin) == path.stem.startswith(("fsdp", "deepspeed"))
-    assert f"`{path.name}`" in (PROFILES / "README.md").read_text()
+SHARDING = """
+# accelerate shards on accelerators alone, and hears here that gloo is one; `stop` ends the run after that step
+import itertools, sys
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from dkto.cli import main
+from dkto.training import engine, loop
+
+def sharding(**options):
+    accelerator = Accelerator(**options)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # by the variables of the launcher's file
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+stop, *arguments = sys.argv[1:]
+train, steps = loop.train, itertools.count(1)
+engine.Accelerator = sharding
+loop.train = lambda config, _: train(config, lambda: next(steps) == int(stop))
+sys.exit(main(arguments))
+"""
+
+
+def launch(name, config, *options, script=None):
+    """A training by `accelerate launch` with a shipped file, whose number of processes is made one for this machine."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PROFILES / name), *options]
+    return [*command, *(script or ["-m", "dkto.cli"]), "train", *config_arguments(config), "--threads", "1"]
+
+
+def check_equal(config, expected):
+    """The records are those of one process, to rounding in float32."""
+    records = read_records(config.output_dir / "metrics.jsonl")
+    assert [r["global_step"] for r in records] == [r["global_step"] for r in expected]
+    for one, two in zip(expected, records, strict=True):
+        for name in ("loss", "policy_error", "mean_abs_reward", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=2e-4), (one["global_step"], name)
+
+
+@pytest.fixture
+def alone(config):
+    """A short training, what one process records of it, and the same training for another folder."""
+    config = replace(config, beta=20.0, max_train_steps=5)
+    expected = list(train(config))
+    return expected, replace(config, output_dir=config.output_dir.with_name("launched"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_gpu.yaml", "eight_gpus.yaml"])
+def test_one_machine_trains_by_the_shipped_file(name, alone):
+    expected, config = alone
+    processes = ["--num_processes", "2", "--main_process_port", "0"] if name == "eight_gpus.yaml" else []
+    run(launch(name, config, *processes))
+    check_equal(config, expected)
+    record = json.loads((config.output_dir / "training.json").read_text())
+    assert record["num_processes"] == len(processes) // 2 or 1
+
+
+@pytest.mark.slow
+def test_two_machines_train_by_the_shipped_file(alone):
+    """Both are this one, with a process each."""
+    expected, config = alone
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--num_processes", "2", "--main_process_port", port, "--machine_rank"]
+    commands = [launch("two_by_eight_gpus.yaml", config, *options, rank) for rank in "01"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen(commands[1], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        run(commands[0])
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
+    check_equal(config, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_weights_in_pieces_train_stop_and_go_on_as_one(lora_rank, config, tmp_path):
+    """FSDP 2 by the shipped file: losses, the checkpoint that the second call starts from, and the written weights."""
+    config = replace(config, beta=20.0, max_train_steps=5, lora_rank=lora_rank)
+    expected = list(train(config))
+    sharded = replace(config, output_dir=config.output_dir.with_name("sharded"))
+    (tmp_path / "sharding.py").write_text(SHARDING)
+    options = ["--num_processes", "2", "--main_process_port", "0"]
+    for stop in ("4", "0"):
+        run(launch("fsdp_eight_gpus.yaml", sharded, *options, script=[str(tmp_path / "sharding.py"), stop]))
+        assert len(read_records(sharded.output_dir / "metrics.jsonl")) == int(stop) or 5
+    check_equal(sharded, expected)
+    (one, two) = (load_weights(each.output_dir) for each in (config, sharded))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-3)
+
+
+def load_weights(folder):
+    (path,) = [*folder.glob("model/unet/*.safetensors"), *folder.glob("lora/*.safetensors")]
+    return load_file(path)
+
+
+def test_every_file_is_read_whole_and_named_on_its_page():
+    """accelerate knows every key, and precision is left to the training."""
+    page = (PROFILES / "README.md").read_text()
+    for path in PROFILES.glob("*.yaml"):
+        found, text = load_config_from_file(str(path)), yaml.safe_load(path.read_text())
+        assert found.mixed_precision == "no" and found.num_processes == text["num_processes"]
+        plugin = found.fsdp_config if "fsdp" in path.stem else found.deepspeed_config
+        assert bool(plugin) == path.stem.startswith(("fsdp", "deepspeed")) and f"`{path.name}`" in page
 
 
 def test_the_five_configurations_are_there():
@@ -157,14 +260,3 @@ def test_the_command_names_its_launcher(config):
 def test_launches_that_cannot_be_are_refused(config, options, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         training_command(config, threads=1, **options)
-
-
-@pytest.mark.slow  # a launcher and a training for what `test_the_command_names_its_launcher` says of the command
-def test_accelerate_launch_trains(config):
-    """On a machine without a GPU accelerate starts one process."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this test is about machines without a GPU")
-    run_trainings([replace(config, max_train_steps=3)], accelerate_config=PROFILES / "one_gpu.yaml")
-    assert len(read_records(config.output_dir / "metrics.jsonl")) == 3
