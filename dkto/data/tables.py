@@ -177,17 +177,17 @@ def _row_chunks(header: list[str], rows: Iterator[list[str]], where: str) -> Ite
     column_names([name for name in header if name.strip()], where)
     start = 0
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        kept = [number for number, row in enumerate(chunk) if "".join(row).strip()]
-        for number in kept:
-            if len(chunk[number]) != len(header):
-                raise ValueError(
-                    f"{where}, row {start + number + 1}: expected {len(header)} fields as in the header, "
-                    f"got {len(chunk[number])}; a field that holds a separator must be quoted"
-                )
-        columns = zip(*(chunk[number] for number in kept), strict=True)
+        kept = [n for n, row in enumerate(chunk) if row and (row[0].strip() or "".join(row).strip())]
+        filled = chunk if len(kept) == len(chunk) else [chunk[n] for n in kept]
+        if set(map(len, filled)) - {len(header)}:
+            at = next(n for n in kept if len(chunk[n]) != len(header))
+            raise ValueError(
+                f"{where}, row {start + at + 1}: expected {len(header)} fields as in the header, "
+                f"got {len(chunk[at])}; a field that holds a separator must be quoted"
+            )
         if kept:  # a column without a name has no meaning here
-            named = {name: list(column) for name, column in zip(header, columns, strict=True) if name.strip()}
-            yield [start + number for number in kept], named
+            columns = zip(header, zip(*filled, strict=True), strict=True)
+            yield [start + n for n in kept], {name: list(column) for name, column in columns if name.strip()}
         start += len(chunk)
 
 
