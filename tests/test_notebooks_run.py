@@ -90,6 +90,17 @@ SMALL: dict[str, dict[str, object]] = {
         "sampling_steps": 3,
         "processes": 0,
     },
+    "56_guidance_by_dislikes": {
+        "pool_prompts": 24,
+        "train_steps": 2,
+        "batch_size": 4,
+        "prompts": 3,
+        "beside": 2,
+        "strengths": [1.0],
+        "negative_strengths": [1.0],
+        "guidance_scales": [3.0],
+        "processes": 0,
+    },
     "51_ablations": {
         "utilities": ["kahneman_tversky", "loss_averse"],
         "gammas": [0.5, 0.8],
@@ -179,6 +190,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/53_qualitative_grid": {},
     "solutions/54_published_checkpoints": {"prompts": 100},
     "solutions/55_a_taste_that_needs_dislikes": {},
+    "solutions/56_guidance_by_dislikes": {"strengths": [1.0]},
     "solutions/61_teach_by_likes": {},
     "solutions/62_judge_blind": {},
     "solutions/63_watch_training": {},
@@ -393,6 +405,16 @@ def test_the_tables_hold_every_comparison_and_control(experiment):
     assert set(table["verdict"]) <= {"yes", "no", "open"} and len(table) == 3
 
 
+@pytest.mark.slow  # three trainings, five ways to draw; the guidance itself is tested in tests/models
+def test_guidance_by_dislikes_is_held_against_kto_and_the_base(experiment):
+    metrics, lesson = experiment("56_guidance_by_dislikes")
+    for name in ("kto 3", "contrast 1", "push 1", "negative 1"):
+        expected = rate_counted_again(lesson / "judged" / "images", name, "base", "world_clean")
+        check_rate(metrics, f"win_rate/{name}_vs_base/world_clean", expected, 3)
+        assert f"cost/{name}/beside/world_craft/high" in metrics
+    assert metrics["liked"] > metrics["disliked"] >= 1
+
+
 @pytest.mark.slow  # eight trainings; their code is that of the tables
 def test_ablations_share_their_centre(experiment):
     metrics, _ = experiment("51_ablations")
@@ -486,7 +508,7 @@ def test_every_lesson_runs_in_a_kernel_of_its_own(path, outputs, experiment, tmp
 
 TRAINS = ("30_train_with_likes", "33_train")  # solutions that start four and six trainings, each a process
 READS = ("50_win_rate_tables", "53_qualitative_grid", "55_a_taste_that_needs_dislikes")  # an experiment's folder
-READS_SLOW = ("51_ablations", "52_a_specific_user")  # and of those that train most
+READS_SLOW = ("51_ablations", "52_a_specific_user", "56_guidance_by_dislikes")  # and of those that train most
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ float32, two or three in bfloat16).
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dkto.common.files import claim, write_png, write_records
@@ -85,7 +85,7 @@ def generate_all(
     seed, batch_size = checked_number("seed", seed, least=0), checked_number("batch_size", batch_size, least=1)
     num_processes = checked_number("num_processes", num_processes, least=0)
     folders = {name: Path(output_dir) / name for name in systems}
-    sources = {(system.model, system.unet, system.lora): system for system in systems.values()}
+    sources = {system.source: system for system in systems.values()}
     weights = {source: system.fingerprint() for source, system in sources.items()}  # once, at however many scales
     for system in systems.values():
         system.opened()
@@ -99,8 +99,13 @@ def generate_all(
         for name, system in systems.items():
             folder = folders[name]
             stack.enter_context(sole_writer(folder))
-            about = {"system": asdict(system), "prompts": prompts, "images_per_prompt": images_per_prompt, "seed": seed}
-            about["weights"] = weights[system.model, system.unet, system.lora]
+            about = {
+                "system": system.record(),
+                "prompts": prompts,
+                "images_per_prompt": images_per_prompt,
+                "seed": seed,
+            }
+            about["weights"] = weights[system.source]
             _check_unclaimed(folder)
             stack.enter_context(_claimed(folder, about))
             if cut[written[name]]:
@@ -177,12 +182,12 @@ def _perform(tasks: list[_Task], workers: int) -> Iterator[int]:
         yield from pool.map(_draw_chunk, tasks)
 
 
-_PIPELINES: dict[tuple[str | None, ...], object] = {}  # the last one, by what it was loaded from
+_PIPELINES: dict[tuple[str, ...], object] = {}  # the last one, by what it was loaded from
 
 
 def _draw_chunk(task: _Task) -> int:
     system = task.system  # the sampler's settings are read at each batch
-    source = system.model, system.unet, system.lora, system.precision
+    source = system.source
     if source not in _PIPELINES:
         _PIPELINES.clear()
         _PIPELINES[source] = system.load()

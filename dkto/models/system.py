@@ -3,7 +3,8 @@
 from dkto.common import quiet  # noqa: F401  (before diffusers, which speaks while it is imported)
 
 # isort: split
-from dataclasses import dataclass
+import copy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,13 @@ from PIL import Image
 from torch import nn
 
 from dkto.common.files import Fields, check_fields, read_json
-from dkto.common.names import not_known
+from dkto.common.names import not_known, shown
 from dkto.common.settings import check_settings, setting
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.models.adapters import merge_adapter
 from dkto.models.base import T5_TOKENS, DiffusionModel, cut_prompts
+from dkto.models.dislike_guidance import DislikeGuided
 from dkto.models.hub import PUBLISHED, load_model, lora_file, unet_folder
 from dkto.models.onnx_unet import OnnxUNet, has_graph
 from dkto.models.parts import load_part
@@ -60,9 +62,14 @@ class System:
         precision: "float32", or "bfloat16" for autocast of the networks (noise and sampler stay in float32), half as
             fast again where the machine computes in it, and many times as slow where it does not. The weights of their
             matrices are kept in it too.
+        disliked_lora: adapter of disliked images, from which the drawing is led away (`dkto.models.dislike_guidance`);
+            `lora`, if there is one, is then that of liked images. Or "" for none.
+        dislike_strength: how strongly, no unit; 0 without such an adapter, for "negative" at most 1.
+        dislike_form: "contrast" (cPGD), which takes twice the time, or "negative" (Diffusion-NPO), half as much again.
 
     Raises:
-        ValueError: if a number is out of its range, or the precision is another.
+        ValueError: if a number is out of its range, a name is unknown, or settings of the guidance by dislikes do not
+            fit together.
     """
 
     model: str = SMALL_WORLD
@@ -73,9 +80,32 @@ class System:
     unet: str = ""
     negative_prompt: str = ""
     precision: Literal["float32", "bfloat16"] = "float32"
+    disliked_lora: str = ""
+    dislike_strength: float = setting(0.0, 0)
+    dislike_form: Literal["contrast", "negative"] = "contrast"
 
     def __post_init__(self):
         check_settings(self)
+        if bool(self.disliked_lora) is not bool(self.dislike_strength):
+            raise ValueError(
+                "disliked_lora and a dislike_strength above 0 must be given together, got "
+                f"{shown(self.disliked_lora)} and {self.dislike_strength:g}"
+            )
+        if self.disliked_lora and self.dislike_form == "negative" and not (self.guidance > 1 >= self.dislike_strength):
+            raise ValueError(
+                "dislike_form 'negative' must have a guidance above 1 and a dislike_strength of at most 1, got "
+                f"{self.guidance:g} and {self.dislike_strength:g}"
+            )
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """What `load` depends on; systems that share it differ in the sampler's settings alone."""
+        return self.model, self.unet, self.lora, self.disliked_lora, self.dislike_form, self.precision
+
+    def record(self) -> dict[str, object]:
+        """The settings by name, for a manifest; what guides by dislikes only where it does."""
+        found = asdict(self)
+        return found if self.disliked_lora else {key: found[key] for key in found if "dislike" not in key}
 
     @classmethod
     def published(cls, name: str, **settings) -> "System":
@@ -124,7 +154,7 @@ class System:
         """Hash over the weights that it draws with: a folder that was trained again is another model."""
         files = sorted(pipeline_folder(self.model).rglob("*.safetensors"))
         files += sorted(unet_folder(self.unet).glob("*.safetensors")) if self.unet else []
-        return weights_fingerprint([*files, *([lora_file(self.lora)] if self.lora else [])])
+        return weights_fingerprint([*files, *(lora_file(each) for each in (self.lora, self.disliked_lora) if each)])
 
     def opened(self) -> DiffusionModel:
         """The model, when it is known that the settings fit it and nothing heavy was loaded yet.
@@ -176,18 +206,33 @@ class System:
         pipeline = model.load_pipeline(**unet)
         if sampler := self._sampler(model):
             pipeline.scheduler = sampler
-        if self.lora:
-            networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-            networks.pop("vae")
-            merge_adapter(networks, model.denoiser_part, lora_file(self.lora))
+        part = model.denoiser_part
+        networks = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+        denoisers = [networks[part]]
+        if self.disliked_lora:
+            denoisers += [_adapted(networks[part], part, each) for each in (self.lora, self.disliked_lora)]
+        elif self.lora:
+            merge_adapter({name: networks[name] for name in networks if name != "vae"}, part, lora_file(self.lora))
         if self.precision == "bfloat16":  # autocast would cast them in every pass, from twice the memory
-            for part in (each for each in pipeline.components.values() if isinstance(each, nn.Module)):
-                keep_in(part.requires_grad_(False), torch.bfloat16)
+            for each in (*networks.values(), *denoisers[1:]):
+                keep_in(each.requires_grad_(False), torch.bfloat16)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-        if compiled and self.precision == "float32" and model.denoiser_part == "unet" and has_graph(pipeline.unet):
-            pipeline.unet = OnnxUNet(pipeline.unet)
+        if compiled and self.precision == "float32" and part == "unet" and has_graph(networks[part]):
+            made = {each: OnnxUNet(each) for each in denoisers}  # the base may be there twice
+            denoisers = [made[each] for each in denoisers]
+        guided = DislikeGuided(*denoisers, self.dislike_form).to(pipeline.device) if self.disliked_lora else None
+        setattr(pipeline, part, guided or denoisers[0])
         return pipeline
+
+
+def _adapted(denoiser: nn.Module, part: str, adapter: str) -> nn.Module:
+    """A copy of the denoiser with an adapter, or itself without one."""
+    if not adapter:
+        return denoiser
+    found = copy.deepcopy(denoiser)
+    merge_adapter({part: found}, part, lora_file(adapter))
+    return found
 
 
 def computes_bfloat16() -> bool:
@@ -206,6 +251,8 @@ def draw(
     pipeline: "diffusers.DiffusionPipeline", prompts: list[str], generators: list[torch.Generator], system: System
 ) -> list[Image.Image]:
     """One batch of images, one per prompt and generator."""
+    for part in (each for each in pipeline.components.values() if isinstance(each, DislikeGuided)):
+        part.strength, part.guided = system.dislike_strength, system.guidance > 1
     length = {"max_sequence_length": T5_TOKENS} if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) else {}
     fast = torch.autocast(pipeline.device.type, torch.bfloat16, enabled=system.precision == "bfloat16")
     with torch.inference_mode(), fast:
