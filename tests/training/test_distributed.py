@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(config, monkeypatch)
 
 SHARDING = """
 # accelerate shards on accelerators alone, and hears here that gloo is one; `stop` ends the run after that step
-import itertools, sys
+import itertools, os, sys
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -137,9 +138,14 @@ def sharding(**options):
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
     return accelerator
 
+engine.Accelerator = sharding
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.comm.torch
+    deepspeed.comm.torch.build_shm_op = lambda: None  # its compiler works for minutes; gloo does without
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_CPU)
+    engine.Accelerator = lambda cpu, **options: Accelerator(**options)
 stop, *arguments = sys.argv[1:]
 train, steps = loop.train, itertools.count(1)
-engine.Accelerator = sharding
 loop.train = lambda config, _: train(config, lambda: next(steps) == int(stop))
 sys.exit(main(arguments))
 """
@@ -200,16 +206,22 @@ def test_two_machines_train_by_the_shipped_file(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_weights_in_pieces_train_stop_and_go_on_as_one(lora_rank, config, tmp_path):
-    """FSDP 2 by the shipped file: losses, the checkpoint that the second call starts from, and the written weights."""
+@pytest.mark.parametrize(
+    ("name", "lora_rank"),
+    [("fsdp_eight_gpus.yaml", 0), ("fsdp_eight_gpus.yaml", 4), ("deepspeed_zero2_eight_gpus.yaml", 0)],
+)
+def test_what_lies_in_pieces_trains_stops_and_goes_on_as_one(name, lora_rank, config, tmp_path, monkeypatch):
+    """By the shipped file: losses, the checkpoint that the second call starts from, and the written weights."""
+    if "deepspeed" in name and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = replace(config, beta=20.0, max_train_steps=5, lora_rank=lora_rank)
     expected = list(train(config))
     sharded = replace(config, output_dir=config.output_dir.with_name("sharded"))
     (tmp_path / "sharding.py").write_text(SHARDING)
     options = ["--num_processes", "2", "--main_process_port", "0"]
     for stop in ("4", "0"):
-        run(launch("fsdp_eight_gpus.yaml", sharded, *options, script=[str(tmp_path / "sharding.py"), stop]))
+        run(launch(name, sharded, *options, script=[str(tmp_path / "sharding.py"), stop]))
         assert len(read_records(sharded.output_dir / "metrics.jsonl")) == int(stop) or 5
     check_equal(sharded, expected)
     (one, two) = (load_weights(each.output_dir) for each in (config, sharded))
