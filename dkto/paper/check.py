@@ -66,7 +66,8 @@ def check_run(
         scorers: names of scorers, or none.
         shuffled: folder of the same training on shuffled likes, the control.
         guidance: scale for all systems; 0 takes the one of the model's family.
-        guidance_scales: of the base, of which the one with the best mean of the first scorer is compared too.
+        guidance_scales: of the base, of which the one with the best mean of the first scorer is compared too;
+            chosen on the judged prompts, which favours the base.
         samples: held-out images that are measured at most.
         draws: noises of each held-out image.
         seed: of all starting noise.
