@@ -89,9 +89,9 @@ def online_settings(
     shared = {"max_train_steps": online_steps, "warmup_steps": 0}
     own = {"alignprop": {**shared, "reward": differentiable}, "d3po": {**shared, "reward": reward}}
     if model == SMALL_WORLD:
-        own["alignprop"] |= {"sampling_steps": 8, "batch_size": 16}
-        own["d3po"] |= {"sampling_steps": 8, "batch_size": 48, "guidance": 1.0, "chain_steps": 4}
-        own["d3po"] |= {"gradient_checkpointing": False}  # its memory is small, its time is not
+        both = {"sampling_steps": 8, "gradient_checkpointing": False}  # its memory is small, its time is not
+        own["alignprop"] |= {**both, "batch_size": 16}
+        own["d3po"] |= {**both, "batch_size": 48, "guidance": 1.0, "chain_steps": 4}
     found = found or {}
     return {name: {**own.get(name, {}), **found.get(name, {})} for name in {**own, **found}}
 
