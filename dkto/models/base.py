@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import numpy as np
@@ -119,6 +119,13 @@ class PipelineText(nn.Module):
     def tokenizers(self) -> tuple:
         """Those that the pipeline has, in its order."""
         return tuple(v for k, v in sorted(self.pipeline.components.items()) if k.startswith("tokenizer") and v)
+
+
+class Level(NamedTuple):
+    """How noisy a latent is: x_t = signal x_0 + spread noise."""
+
+    signal: float
+    spread: float
 
 
 class DiffusionModel(ABC):
@@ -236,6 +243,14 @@ class DiffusionModel(ABC):
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict, shape of `latents`."""
+
+    @abstractmethod
+    def clean_and_noise(self, output: Tensor, noisy_latents: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """x_0 and the noise that a prediction means at a level, both of the shape of `noisy_latents`."""
+
+    @abstractmethod
+    def sampler_levels(self, count: int) -> Iterator[tuple[float, Level, Level]]:
+        """Of each of `count` steps of the sampler without noise: timestep, level and the next; noisiest first."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:

@@ -1,6 +1,6 @@
 """Rectified flows: Stable Diffusion 3 and its like. A transformer predicts the velocity from image to noise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
-from dkto.models.base import T5_TOKENS, DiffusionModel, PipelineText
+from dkto.models.base import T5_TOKENS, DiffusionModel, Level, PipelineText
 
 
 class StableDiffusion3(DiffusionModel):
@@ -33,6 +33,12 @@ class StableDiffusion3(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
+    @property
+    def shift(self) -> float:
+        """The schedule's static shift; 1 where the pipeline takes one that grows with the image."""
+        config = self.scheduler.config
+        return 1.0 if config.use_dynamic_shifting else config.shift
+
     def load_text(self) -> tuple[tuple, PipelineText]:
         pipeline = self.load_pipeline(transformer=None, vae=None)
         # a pipeline without T5 pads with zeros and asks the transformer, which is not loaded here, for their width
@@ -51,9 +57,8 @@ class StableDiffusion3(DiffusionModel):
 
     def timesteps_at(self, quantiles: Tensor) -> Tensor:
         """Timesteps of the shifted schedule, (B,) float32."""
-        config = self.scheduler.config
-        shift = 1.0 if config.use_dynamic_shifting else config.shift
-        return (shift * quantiles / (1 + (shift - 1) * quantiles) * config.num_train_timesteps).float()
+        shifted = self.shift * quantiles / (1 + (self.shift - 1) * quantiles)
+        return (shifted * self.num_train_timesteps).float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = (1 - s) x_0 + s noise, shape of `latents`."""
@@ -63,6 +68,19 @@ class StableDiffusion3(DiffusionModel):
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity, noise - x_0."""
         return noise - latents
+
+    def clean_and_noise(self, output: Tensor, noisy_latents: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """From the velocity v: x_0 = x_t - s v and noise = x_t + (1 - s) v."""
+        return noisy_latents - level.spread * output, noisy_latents + level.signal * output
+
+    def sampler_levels(self, count: int) -> Iterator[tuple[float, Level, Level]]:
+        """Those of Euler's steps, with the static shift of `timesteps_at`."""
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+            self.scheduler.config, use_dynamic_shifting=False, shift=self.shift
+        )
+        scheduler.set_timesteps(count)
+        levels = [Level(1 - s, s) for s in scheduler.sigmas.tolist()]
+        yield from zip(scheduler.timesteps.tolist(), levels, levels[1:], strict=False)
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
         return denoiser(hidden_states=noisy_latents, timestep=timesteps, **conditioning).sample

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL: a UNet that predicts the noise or the velocity of a variance-preserving process."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from dkto.common.files import read_json
-from dkto.models.base import DiffusionModel, PipelineText
+from dkto.models.base import DiffusionModel, Level, PipelineText
 from dkto.models.parts import load_part
 
 
@@ -61,6 +61,30 @@ class StableDiffusion(DiffusionModel):
         if self.scheduler.config.prediction_type == "epsilon":
             return noise
         return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def clean_and_noise(self, output: Tensor, noisy_latents: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """From a noise or a velocity; x_0 is clipped where the schedule says so, as DDIM does."""
+        signal, spread = level
+        config = self.scheduler.config
+        if config.prediction_type == "epsilon":
+            clean, noise = (noisy_latents - spread * output) / signal, output
+        else:
+            clean, noise = signal * noisy_latents - spread * output, signal * output + spread * noisy_latents
+        if config.clip_sample:
+            clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return clean, noise
+
+    def sampler_levels(self, count: int) -> Iterator[tuple[float, Level, Level]]:
+        """Those of DDIM, with the model's spacing of timesteps."""
+        scheduler = diffusers.DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(count)
+        gap = self.num_train_timesteps // count
+        for t in scheduler.timesteps.tolist():
+            after = scheduler.alphas_cumprod[t - gap] if t >= gap else scheduler.final_alpha_cumprod
+            levels = (
+                Level(abar**0.5, (1 - abar) ** 0.5) for abar in (float(scheduler.alphas_cumprod[t]), float(after))
+            )
+            yield t, *levels
 
     def predict(self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping) -> Tensor:
         return denoiser(noisy_latents, timesteps, **conditioning).sample

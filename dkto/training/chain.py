@@ -1,49 +1,48 @@
-"""The denoising chain of DDIM as something to train through: each step's mean and standard deviation, with gradient.
+"""The denoising chain as something to train through: each step's mean and standard deviation, with gradient.
 
 diffusers' pipelines draw without gradient and do not say how probable a step was. AlignProp needs the
-first, D3PO the second.
+first, D3PO the second. DDIM's step (Song et al. 2021, eq. 12) keeps what a latent is at each level,
+x_t = signal x_0 + spread noise, whatever noise it adds. A flow has such levels too, (1 - s, s). So the same step is
+Euler's where it adds none, and where it adds some the stochastic sampler of flows that preserves coefficients
+(Wang & Yu, arXiv 2509.05952). Finely cut, it is the stochastic equation of Flow-GRPO (arXiv 2505.05470, eq. 9) with
+noise level a = sqrt(2) eta, but it is finite at pure noise.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
-from dkto.models import StableDiffusion
+from dkto.models import DiffusionModel
+from dkto.models.base import Level
 
 
 @dataclass(frozen=True)
 class ChainStep:
     """One step x_t -> x_{t-1} of a chain."""
 
-    timestep: int  # t
-    alpha: float  # abar_t
-    alpha_next: float  # abar of the step it goes to
+    timestep: float  # t
+    level: Level
+    after: Level  # of x_{t-1}
     std: float  # standard deviation of the noise it adds, in latent units
 
 
-def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainStep]:
-    """The N = `count` steps of a DDIM chain on the model's schedule and spacing of timesteps, noisiest first.
+def chain_steps(model: DiffusionModel, count: int, eta: float) -> list[ChainStep]:
+    """The N = `count` steps of a chain on the model's schedule and spacing of timesteps, noisiest first.
 
-        std = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)),  s the step after t
+        std = eta * spread_s / spread_t * sqrt(spread_t^2 - (signal_t / signal_s * spread_s)^2),  s the step after t
 
     An `eta` of 0 adds no noise, 1 as much as DDPM does; a ValueError for more steps than the schedule has.
     """
-    scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config)
-    if count > (most := scheduler.config.num_train_timesteps):
+    if count > (most := model.num_train_timesteps):
         where = f"as finely as the schedule of {model.folder} is cut"
         raise ValueError(f"sampling_steps must be at most {most}, {where}, got {count}")
-    scheduler.set_timesteps(count)
-    gap = scheduler.config.num_train_timesteps // count
     steps = []
-    for t in scheduler.timesteps.tolist():
-        alpha = float(scheduler.alphas_cumprod[t])
-        after = scheduler.alphas_cumprod[t - gap] if t >= gap else scheduler.final_alpha_cumprod
-        variance = (1 - float(after)) / (1 - alpha) * (1 - alpha / float(after))
-        steps.append(ChainStep(t, alpha, float(after), eta * max(variance, 0.0) ** 0.5))
+    for t, level, after in model.sampler_levels(count):
+        variance = level.spread**2 - (level.signal / after.signal * after.spread) ** 2
+        steps.append(ChainStep(t, level, after, eta * after.spread / level.spread * max(variance, 0.0) ** 0.5))
     return steps
 
 
@@ -51,7 +50,7 @@ def chain_steps(model: StableDiffusion, count: int, eta: float) -> list[ChainSte
 class Chain:
     """Draws latents with one denoiser, step by step."""
 
-    model: StableDiffusion  # for its schedule and prediction type
+    model: DiffusionModel  # for what its denoiser predicts
     steps: list[ChainStep]  # from `chain_steps`
     guidance: float  # classifier-free guidance scale; 1 is off
     conditioning: Mapping[str, Tensor]  # of B prompts, by name
@@ -65,7 +64,7 @@ class Chain:
     def mean(self, denoiser: nn.Module, latents: Tensor, step: ChainStep) -> Tensor:
         """Mean of x_{t-1} given x_t, (B, C, h, w); carries the denoiser's gradient.
 
-        mean = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - std^2) * noise, both predicted at t
+        mean = signal_s * x_0 + sqrt(spread_s^2 - std^2) * noise, both predicted at t
         """
         guided = self.guidance != 1
         inputs = torch.cat([latents, latents]) if guided else latents
@@ -74,14 +73,8 @@ class Chain:
         if guided:
             without, with_prompt = output.chunk(2)
             output = without + self.guidance * (with_prompt - without)
-        signal, spread = step.alpha**0.5, (1 - step.alpha) ** 0.5
-        if self.model.scheduler.config.prediction_type == "epsilon":
-            noise, clean = output, (latents - spread * output) / signal
-        else:
-            noise, clean = signal * output + spread * latents, signal * latents - spread * output
-        if (config := self.model.scheduler.config).clip_sample:  # as DDIM does, beside the noise as predicted
-            clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return step.alpha_next**0.5 * clean + max(1 - step.alpha_next - step.std**2, 0.0) ** 0.5 * noise
+        clean, noise = self.model.clean_and_noise(output, latents, step.level)
+        return step.after.signal * clean + max(step.after.spread**2 - step.std**2, 0.0) ** 0.5 * noise
 
     def draw(self, denoiser: nn.Module, noise: Tensor, gradient_steps: int = 0) -> Iterator[Tensor]:
         """x_T, then x after every step: N + 1 latents.

@@ -237,7 +237,7 @@ class OnlineConfig(RunConfig):
     reward: str = "world_aesthetics"
     """Name of a scorer; for alignprop one that has a gradient."""
     sampling_steps: int = setting(10, above=0)
-    """DDIM steps of a chain, N. AlignProp's code 50, D3PO's 20."""
+    """Steps of a chain, N: DDIM's, and Euler's of a flow. AlignProp's code 50, D3PO's 20."""
     backprop_steps: int = 1
     """K for alignprop: the last steps of the chain that the gradient passes; 1 is DRaFT-1. AlignProp's code about 8."""
     chain_steps: int = 0
@@ -245,7 +245,7 @@ class OnlineConfig(RunConfig):
     guidance: float = setting(3.0, above=0)
     """Classifier-free guidance inside the chain, no unit; 1 is off and halves the cost. Both codes 5."""
     eta: float = setting(1.0, 0, most=1)
-    """DDIM's noise, 1 = ancestral, 0 = none; d3po needs some. Both codes 1."""
+    """The chain's noise, 1 = ancestral, 0 = none; d3po needs some. Both codes 1, Flow-GRPO 0.5 (its a = 0.7)."""
     beta: float = setting(0.1, above=0)
     """For d3po: weight of the log-ratio (mean over latent dimensions). Its code 0.1."""
     ratio_clip: float = setting(0.1, above=0)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dkto.evaluation.metrics import gaps
 from dkto.evaluation.scorers import PixelScorer, check_scorers, get_pixel_scorer, score
-from dkto.models import StableDiffusion, load_model
+from dkto.models import DiffusionModel, load_model
 from dkto.training.batches import stream
 from dkto.training.chain import Chain, chain_steps, log_ratio
 from dkto.training.config import OnlineConfig
@@ -33,17 +33,11 @@ class OwnImages:
     """What an online step learns from: images that the policy draws, with everything that drawing needs, on one device.
 
     The prompts of a step are encoded when it is their turn, so that their number costs no memory.
-
-    Raises:
-        ValueError: for a flow model, which has another chain.
     """
 
     def __init__(
-        self, model: StableDiffusion, prompts: Sequence[str], device: torch.device, scorer: PixelScorer | None = None
+        self, model: DiffusionModel, prompts: Sequence[str], device: torch.device, scorer: PixelScorer | None = None
     ) -> None:
-        if not isinstance(model, StableDiffusion):
-            known = "Stable Diffusion 1.x, 2.x and XL"
-            raise ValueError(f"AlignProp and D3PO draw by DDIM, which {model.folder} cannot; expected {known}")
         self.model, self.prompts, self.device, self.scorer = model, list(prompts), device, scorer
         self._tokenizer, self._encoder = model.load_text()
         self._encoder.to(device)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from dkto.cli import main
@@ -90,6 +90,45 @@ def test_the_chain_is_that_of_diffusers(tiny_pipeline, eta, clip, prediction_typ
             torch.testing.assert_close(ours[index + 1], latents, rtol=1e-4, atol=1e-5)
 
 
+def flow_chain(model, count, eta):
+    hidden = {"encoder_hidden_states": torch.randn(2, 101, 32), "pooled_projections": torch.randn(2, 32)}
+    return Chain(model, chain_steps(model, count, eta), 1.0, hidden, {k: v[:1] for k, v in hidden.items()})
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_chain_of_a_flow_is_that_of_diffusers_and_may_add_noise(tiny_sd3, dynamic):
+    model = load_model(tiny_sd3)
+    denoiser, noise = model.load_denoiser(), torch.randn(2, 5, 4, 8, 8)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0 if dynamic else 3.0)
+    model.scheduler.register_to_config(use_dynamic_shifting=dynamic)
+    scheduler.set_timesteps(4)
+    latents, chain = noise[:, 0], flow_chain(model, 4, eta=0.0)
+    with torch.no_grad():
+        for index, (t, ours) in enumerate(zip(scheduler.timesteps, chain.draw(denoiser, noise), strict=False)):
+            torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-5)
+            if index < 4:
+                output = denoiser(latents, timestep=t.expand(2), **chain.conditioning).sample
+                latents = scheduler.step(output, t, latents).prev_sample
+    noisy = chain_steps(model, 4, eta=1.0)
+    assert noisy[0].std == pytest.approx(noisy[0].after.spread), "pure noise is drawn afresh"
+    assert [step.std > 0 for step in noisy] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_short_noisy_step_of_a_flow_is_that_of_flow_grpo(tiny_sd3, eta):
+    """x + (v + sigma^2 / 2s (x + (1 - s) v)) ds + sigma sqrt(-ds) noise, sigma^2 = 2 eta^2 s / (1 - s)."""
+    model = load_model(tiny_sd3)
+    chain, denoiser, x = flow_chain(model, 1000, eta), model.load_denoiser(), torch.randn(2, 4, 8, 8)
+    step = chain.steps[500]
+    s, ds = step.level.spread, step.after.spread - step.level.spread
+    sigma = (2 * eta**2 * s / (1 - s)) ** 0.5
+    with torch.no_grad():
+        v = model.predict(denoiser, x, torch.full((2,), step.timestep), chain.conditioning)
+        drift = v + sigma**2 / (2 * s) * (x + (1 - s) * v)
+        torch.testing.assert_close((chain.mean(denoiser, x, step) - x) / ds, drift, rtol=0.01, atol=0.01)
+    assert step.std == pytest.approx(sigma * (-ds) ** 0.5, rel=0.01)
+
+
 def test_guidance_points_away_from_the_empty_prompt(tiny_pipeline):
     model = load_model(tiny_pipeline)
     unet, latents = model.load_denoiser(), torch.randn(2, 4, 8, 8)
@@ -139,9 +178,17 @@ def test_a_run_leaves_records_and_an_adapter_that_a_system_loads(config, objecti
     assert pipeline("a star", num_inference_steps=2).images[0].size == (16, 16)
 
 
-@pytest.mark.parametrize("objective", ["alignprop", "d3po"])
-def test_stopped_and_resumed_equals_uninterrupted(config, objective):
-    config = replace(config, objective=objective, chain_steps=2)
+@pytest.mark.parametrize(
+    ("objective", "pipeline"),
+    [
+        ("alignprop", "tiny_pipeline"),
+        ("d3po", "tiny_pipeline"),
+        ("alignprop", "tiny_sd3"),
+        pytest.param("d3po", "tiny_sd3", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_and_resumed_equals_uninterrupted(config, objective, pipeline, request):
+    config = replace(config, objective=objective, chain_steps=2, model=str(request.getfixturevalue(pipeline)))
     whole = replace(config, output_dir=config.output_dir.with_name("whole"))
     expected = list(train(whole))
     steps = train(config)
@@ -176,10 +223,12 @@ def test_full_fine_tuning_leaves_a_pipeline(config):
     assert System.of_run(config.output_dir).load().unet.config.sample_size == 8
 
 
-@pytest.mark.parametrize("backprop_steps", [1, 2, 3])
-def test_alignprop_passes_the_gradient_through_the_last_steps_only(config, backprop_steps):
+@pytest.mark.parametrize(
+    ("backprop_steps", "pipeline"), [(1, "tiny_pipeline"), (2, "tiny_pipeline"), (3, "tiny_pipeline"), (2, "tiny_sd3")]
+)
+def test_alignprop_passes_the_gradient_through_the_last_steps_only(config, backprop_steps, pipeline, request):
     """Gradient of the reward by hand, K steps deep, against what the training does."""
-    config = replace(config, backprop_steps=backprop_steps)
+    config = replace(config, backprop_steps=backprop_steps, model=str(request.getfixturevalue(pipeline)))
     record = next(train(config))
     model = load_model(config.model)
     online = OwnImages(model, config.prompts(), torch.device("cpu"))
@@ -191,7 +240,8 @@ def test_alignprop_passes_the_gradient_through_the_last_steps_only(config, backp
         if index == config.sampling_steps - backprop_steps:
             latents = latents.detach()
         latents = chain.mean(pair.policy, latents, step) + step.std * noise[:, index + 1]
-    pictures = online.vae.decode(latents / online.vae.config.scaling_factor).sample / 2 + 0.5
+    vae = online.vae
+    pictures = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample / 2 + 0.5
     loss = -get_pixel_scorer("world_redness")(pictures.clamp(0, 1), [online.prompts[row] for row in rows]).mean()
     gradients = torch.autograd.grad(loss, list(pair.trainable().values()), allow_unused=True)
     norm = sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None) ** 0.5
@@ -211,14 +261,11 @@ def test_checkpointing_changes_nothing_but_memory_and_a_million_prompts_cost_non
     assert len(many.chain(np.array([999_999, 0]), config).guided["encoder_hidden_states"]) == 4
 
 
-def test_a_flow_model_is_refused(tiny_sd3, config):
-    with pytest.raises(ValueError, match=r"draw by DDIM, which .* cannot; expected Stable Diffusion 1"):
-        next(train(replace(config, model=str(tiny_sd3))))
-
-
+@pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_sd3"])
 @pytest.mark.parametrize("objective", ["alignprop", pytest.param("d3po", marks=pytest.mark.slow)])  # twenty seconds
-def test_the_reward_of_the_drawn_pictures_rises(config, objective):
+def test_the_reward_of_the_drawn_pictures_rises(config, objective, pipeline, request):
     """The same noise and prompts before and after: a brighter picture is the reward."""
+    config = replace(config, model=str(request.getfixturevalue(pipeline)))
     register_scorer("brightness", Brightness())
     try:
         settings = {
