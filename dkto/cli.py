@@ -116,7 +116,9 @@ def calibrate(
 
 def memory(
     row: Calls("dkto.training.memory:memory_row", without="name lora_rank"),
-    models: Annotated[tuple[str, ...], "which denoisers: small-world, sd15, sdxl, sd3"] = ("sd15", "sdxl", "sd3"),
+    models: Annotated[
+        tuple[str, ...], "which denoisers: small-world, sd15, sdxl, sd3, qwen-image, z-image, flux2-klein"
+    ] = ("sd15", "sdxl", "sd3"),
     lora_ranks: Annotated[tuple[int, ...], "ranks of adapters; 0 is full fine-tuning"] = (0, 32),
     measure: Annotated[bool, "measure batch 1 in float32 on this CPU instead, beside the computed memory"] = False,
 ) -> None:

@@ -18,7 +18,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_models import make_tiny_sd, make_tiny_sd3, make_tiny_sdxl
+from tiny_models import (
+    make_tiny_klein,
+    make_tiny_qwen_image,
+    make_tiny_sd,
+    make_tiny_sd3,
+    make_tiny_sdxl,
+    make_tiny_z_image,
+)
 
 from dkto.objective.utilities import UTILITIES
 
@@ -118,6 +125,24 @@ def tiny_sdxl(tmp_path_factory):
 def tiny_sd3(tmp_path_factory):
     """A real Stable Diffusion 3 pipeline of that size."""
     return make_tiny_sd3(tmp_path_factory.mktemp("tiny-sd3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory):
+    """A real Qwen-Image pipeline of that size."""
+    return make_tiny_qwen_image(tmp_path_factory.mktemp("tiny-qwen-image"))
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """A real Z-Image pipeline of that size."""
+    return make_tiny_z_image(tmp_path_factory.mktemp("tiny-z-image"))
+
+
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory):
+    """A real FLUX.2 klein pipeline of that size: its latents are patches, 4x4."""
+    return make_tiny_klein(tmp_path_factory.mktemp("tiny-klein"))
 
 
 @pytest.fixture(scope="session")

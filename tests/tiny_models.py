@@ -183,3 +183,150 @@ def make_tiny_sd3(folder, with_t5=True):
         tokenizer_3=tokenizer_3,
     ).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+QWEN = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def qwen_tokenizer():
+    """One token for each byte, Qwen's special ones, and the words of its template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=TEMPLATE, model_max_length=131072)
+    words = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "\n\n"]
+    tokenizer.add_tokens(words, special_tokens=True)
+    return tokenizer
+
+
+def qwen3_encoder(tokenizer, kind, layers):
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), num_hidden_layers=layers, head_dim=8, tie_word_embeddings=True, **QWEN
+    )
+    return getattr(transformers, kind)(config)
+
+
+def write_flow(pipeline, folder):
+    """Save a pipeline whose transformer says that images are small."""
+    import json
+
+    pipeline.save_pretrained(folder / "pipeline")
+    place = folder / "pipeline" / "transformer" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"sample_size": 8}))
+    return folder / "pipeline"
+
+
+def make_tiny_qwen_image(folder):
+    """A Qwen-Image pipeline: Qwen2.5-VL, a VAE of videos, latents of their own scale in each channel."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, **QWEN}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    vision["fullatt_block_indexes"] = [0]
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[0.5, 1.0, 2.0, 0.8],
+    )
+    with torch.no_grad():
+        vae.quant_conv.weight[:4] *= 10
+        vae.quant_conv.bias[4:] -= 8
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 2, 2),
+        ),
+    )
+    return write_flow(pipeline, folder)
+
+
+def make_tiny_z_image(folder):
+    """A Z-Image pipeline: Qwen3, and an AutoencoderKL that scales and shifts."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae(scaling_factor=0.5, shift_factor=0.0609),
+        text_encoder=qwen3_encoder(tokenizer, "Qwen3Model", 2),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 2, 2],
+            axes_lens=[1024, 16, 16],
+        ),
+    )
+    return write_flow(pipeline, folder)
+
+
+def make_tiny_klein(folder):
+    """A FLUX.2 klein pipeline: Qwen3, a VAE whose latents are normalised in patches, blocks of two streams and one."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    vae = AutoencoderKLFlux2(**VAE)
+    with torch.no_grad():
+        vae.quant_conv.weight[:4] *= 10
+        vae.quant_conv.bias[4:] -= 8
+        vae.bn.running_mean.uniform_(-0.3, 0.3)
+        vae.bn.running_var.uniform_(0.3, 2.0)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=qwen3_encoder(tokenizer, "Qwen3ForCausalLM", 28),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ),
+    )
+    return write_flow(pipeline, folder)

@@ -4,7 +4,7 @@
       prepared.json               what it was made from: model, sizes, hash of the feedback
       feedback.parquet            image, prompt, is_desirable, pair_id, prompt_id, weight of every row
       prompts.parquet             the distinct prompts; row 0 is the empty one
-      prompts-00000.safetensors   their conditioning, float16, up to PROMPT_SHARD_ROWS each
+      prompts-00000.safetensors   their conditioning, float16 or bfloat16, up to PROMPT_SHARD_ROWS each
       csft-prefix-liked-00000.safetensors  on demand: the same with the like written before the prompt
       latents-00000.safetensors   posterior `mean` and `std` of up to SHARD_ROWS images, float16, and their sizes
       index.parquet, pairs.npy    the rows that could be encoded and their pairs, for `dkto.data.encoded`
@@ -63,7 +63,7 @@ from dkto.data.feedback import FeedbackTable
 from dkto.data.images import open_image
 from dkto.data.tables import open_parquet
 from dkto.models import SMALL_WORLD, DiffusionModel, load_model
-from dkto.models.base import EXAMPLE, cut_prompts, cut_sentence
+from dkto.models.base import EXAMPLE, cut_sentence
 from dkto.objective.methods import CSFT_PREFIXES
 
 LOOKED_AT = 64  # images whose size is looked at where no model is given
@@ -210,7 +210,7 @@ def _write_plan(feedback: FeedbackTable, folder: Path, source: str, flip: bool) 
         "rows": len(feedback),
         "prompts": len(prompts),
         "shard_rows": SHARD_ROWS,
-        "prompt_shard_rows": PROMPT_SHARD_ROWS,
+        "prompt_shard_rows": (prompt_rows := min(PROMPT_SHARD_ROWS, 16 * model.prompts_at_once)),
         "flip": flip,
         **_content(feedback),
     }
@@ -220,7 +220,7 @@ def _write_plan(feedback: FeedbackTable, folder: Path, source: str, flip: bool) 
     frame = feedback.to_frame().assign(prompt_id=np.array([number[p] for p in feedback.prompts], np.int32))
     for name, table, rows in (
         ("feedback.parquet", pa.Table.from_pandas(frame, preserve_index=False), SHARD_ROWS),
-        ("prompts.parquet", pa.table({"prompt": prompts}), PROMPT_SHARD_ROWS),
+        ("prompts.parquet", pa.table({"prompt": prompts}), prompt_rows),
     ):
         write_atomically(folder / name, lambda path, t=table, n=rows: pq.write_table(t, path, row_group_size=n))
 
@@ -300,12 +300,13 @@ class _Job:
 
     @cached_property
     def vae(self) -> nn.Module:
+        self.__dict__.pop("text", None)  # which is done by now, and would take the memory of the images
         return self.model.load_vae().to(self.device)
 
     @cached_property
     def text(self) -> tuple:
         """What the model's `load_text` gives: tokenizer and encoder, or several of each."""
-        parts = self.model.load_text()
+        parts = self.model.load_text(self.device)
         for part in _flat(parts):
             if isinstance(part, nn.Module):
                 part.to(self.device)
@@ -313,9 +314,12 @@ class _Job:
 
     def _prompts(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         prompts = [PROMPT_SETS[kind] + prompt for prompt in self._planned("prompts.parquet", number, "prompt")]
-        parts = [self.model.encode_prompts(*self.text, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
-        shard = {name: torch.cat([part[name].half().cpu() for part in parts]).contiguous() for name in parts[0]}
-        return shard, {"rows": list(cut_prompts(_flat(self.text[:1]), prompts)), "on_white": 0}
+        model, parts = self.model, []
+        for start in range(0, len(prompts), model.prompts_at_once):
+            found = model.encode_prompts(*self.text, prompts[start : start + model.prompts_at_once])
+            parts.append({name: values.to(model.prompt_dtype).cpu() for name, values in found.items()})
+        shard = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+        return shard, {"rows": model.cut_prompts(prompts, _flat(self.text[:1])), "on_white": 0}
 
     def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         rows = self._planned("feedback.parquet", number, "image")

@@ -1,4 +1,5 @@
-"""One face over Stable Diffusion 1.x, 2.x, XL and 3: load, noise, predict; the policy and its frozen reference.
+"""One face over Stable Diffusion 1.x, 2.x, XL and 3, Qwen-Image, Z-Image and FLUX.2 klein: load, noise, predict; the
+policy and its frozen reference.
 
 `System` is what draws images: a model, an adapter and the settings of the sampler.
 """
@@ -22,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "export": ["export_lora"],
         "families": ["FAMILIES", "Family", "family_of"],
         "flow": ["StableDiffusion3"],
+        "language_flow": ["Flux2Klein", "QwenImage", "ZImage"],
         "hub": ["MODEL_CLASSES", "TUNED_ON", "load_model"],
         "policy": ["PolicyAndReference", "make_policy", "read_weights", "write_weights"],
         "stable_diffusion": ["StableDiffusion", "StableDiffusionXL"],

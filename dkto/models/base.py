@@ -1,6 +1,7 @@
 """The face that every latent diffusion model shows to preparation and training."""
 
 import json
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from dkto.common.files import read_json, write_json
 from dkto.common.names import PATH_SHOWN, check_choice, shown
 from dkto.common.tensors import write_tensors
-from dkto.models.parts import PLACES, UNREADABLE, check_family, copy_part, first_line, load_part
+from dkto.models.parts import COPIED, PLACES, UNREADABLE, check_family, copy_part, first_line, kept_in, load_part
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SMALL_WORLD = "small-world"
 EXAMPLE = "'stabilityai/stable-diffusion-xl-base-1.0'"  # of a model, for sentences
 SMALL_WORLD_FOLDER = Path(__file__).parent.parent / "world" / "weights"
-PIPELINE_FILES = ["**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "model_index.json"]
+PIPELINE_FILES = [*COPIED, "model_index.json"]
 TIMESTEP_SAMPLINGS = ("default", "uniform", "logit_normal")
 # parts that a written pipeline and a system that draws do without: nothing here trains them or vouches for them
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -69,22 +70,6 @@ def fetched_folder(source: str | Path, what: str, patterns: list[str], other: st
             f"{what} {str(source)!r} is neither {other}a folder that exists{',' if other else ''} nor a hub id that "
             f"can be reached ({type(error).__name__})"
         ) from error
-
-
-def token_limit(tokenizer: Any) -> int:
-    """Tokens of a prompt that are really taken, in training and in drawing alike."""
-    return T5_TOKENS if type(tokenizer).__name__.startswith("T5") else tokenizer.model_max_length
-
-
-def cut_prompts(tokenizers: Iterable[Any], prompts: list[str]) -> Iterator[tuple[int, str]]:
-    """Rows of prompts that a tokenizer has to cut, with its limit in words."""
-    cut: dict[int, str] = {}
-    for tokenizer in tokenizers:
-        limit = token_limit(tokenizer)
-        for row, ids in enumerate(tokenizer(prompts).input_ids):
-            if len(ids) > limit:
-                cut.setdefault(row, f"{len(ids)} tokens, {limit} are taken: {prompts[row]}")
-    yield from sorted(cut.items())
 
 
 def cut_sentence(count: int, prompts: int, path: Path) -> str:
@@ -140,12 +125,18 @@ class DiffusionModel(ABC):
     denoiser_part: ClassVar[str]  # "unet" or "transformer": folder and keyword of the pipeline
     default_sampling: ClassVar[str]
     prompt_tensors: ClassVar[tuple[str, ...]]  # names of what `encode_prompts` gives
+    family: ClassVar[str]  # key of `dkto.models.families.FAMILIES`
+    vae_name: ClassVar[str] = "AutoencoderKL"  # class of diffusers
+    prompt_tokens: ClassVar[float] = math.inf  # taken of a prompt, where a tokenizer would take more
+    prompt_dtype: ClassVar[torch.dtype] = torch.float16  # in which embeddings are kept on disk
+    prompts_at_once: ClassVar[int] = 64  # of the text encoders
+    led_by: ClassVar[tuple[str, ...]] = ("negative_prompt", "disliked_lora")  # fields of `System` that drawing takes
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.parts()
         vae = folder / "vae" / "config.json"
-        about = read_json(vae, "configuration of a VAE") if vae.is_file() else {}
+        about = read_json(vae, "configuration of a VAE") if vae.is_file() and self.vae_name == "AutoencoderKL" else {}
         if about.get("latents_mean") is not None or about.get("latents_std") is not None:
             raise ValueError(
                 f"{vae} has latents_mean or latents_std, by which latents are shifted channel by channel: that is not "
@@ -179,6 +170,23 @@ class DiffusionModel(ABC):
                     raise ValueError(f"{self.folder / name} holds no {kind} ({first_line(error)})") from error
         return found
 
+    def cut_prompts(self, prompts: list[str], tokenizers: Iterable[Any] | None = None) -> list[tuple[int, str]]:
+        """Rows of prompts that one of the pipeline's tokenizers has to cut, with its limit in words."""
+        cut: dict[int, str] = {}
+        for tokenizer in self.tokenizers() if tokenizers is None else tokenizers:
+            limit = min(tokenizer.model_max_length, self.prompt_tokens)
+            for row, ids in enumerate(tokenizer(prompts).input_ids):
+                if len(ids) > limit:
+                    cut.setdefault(row, f"{len(ids)} tokens, {limit} are taken: {prompts[row]}")
+        return sorted(cut.items())
+
+    @classmethod
+    def call_options(
+        cls, pipeline: "diffusers.DiffusionPipeline", guidance: float, negative: list[str]
+    ) -> dict[str, Any]:
+        """Keywords of the pipeline's own call, for a guidance scale (1 is off) and what it leads away from, B texts."""
+        return {"guidance_scale": guidance, "negative_prompt": negative if any(negative) else None}
+
     def parts(self) -> dict[str, tuple[str, str]]:
         """Library and class of each part that the pipeline has, by name; those of `LEFT_OUT` apart.
 
@@ -196,8 +204,10 @@ class DiffusionModel(ABC):
                 found[name] = tuple(entry)
         return found
 
-    def load_pipeline(self, **given: Any) -> "diffusers.DiffusionPipeline":
-        """The pipeline in float32 with these parts, None being none; its other networks loaded and checked.
+    def load_pipeline(self, device: str = "cpu", **given: Any) -> "diffusers.DiffusionPipeline":
+        """The pipeline with these parts, None being none; its other networks loaded and checked, on no device yet.
+
+        They are in float32; one that works on a GPU and is large by its files is in bfloat16 (`kept_in`).
 
         Raises:
             FileNotFoundError, ValueError: as `load_part`; and for a part that plain diffusers cannot load.
@@ -210,7 +220,7 @@ class DiffusionModel(ABC):
             if name not in parts and cls is None:
                 raise ValueError(f"{self.folder}: part {shown(name)} is a {shown(kind)} of {shown(library)}, unknown")
             if name not in parts and issubclass(cls, nn.Module):
-                parts[name] = load_part(cls, self.folder / name)
+                parts[name] = load_part(cls, self.folder / name, kept_in(self.folder / name, device))
         if "safety_checker" in parts:
             parts["requires_safety_checker"] = False
         try:
@@ -225,8 +235,12 @@ class DiffusionModel(ABC):
         """How finely the noise schedule is cut; timesteps lie in [0, num_train_timesteps)."""
 
     @abstractmethod
-    def load_text(self) -> tuple[Any, Any]:
-        """Tokenizer, or several, and frozen text encoder, one module in float32, as `encode_prompts` takes them."""
+    def load_text(self, device: str = "cpu") -> tuple[Any, Any]:
+        """Tokenizer, or several, and frozen text encoder, one module, as `encode_prompts` takes them.
+
+        Args:
+            device: where the encoder is going to work; its precision is that of `load_pipeline`.
+        """
 
     @abstractmethod
     def encode_prompts(self, tokenizer: Any, encoder: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -262,7 +276,7 @@ class DiffusionModel(ABC):
 
     def load_vae(self) -> "diffusers.AutoencoderKL":
         """The frozen autoencoder in float32."""
-        return load_part(diffusers.AutoencoderKL, self.folder / "vae").eval().requires_grad_(False)
+        return load_part(getattr(diffusers, self.vae_name), self.folder / "vae").eval().requires_grad_(False)
 
     @property
     def image_size(self) -> int:

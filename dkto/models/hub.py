@@ -12,11 +12,13 @@ from dkto.common.tensors import weights_variant
 from dkto.models.adapters import PEFT_CONFIG
 from dkto.models.base import DiffusionModel, fetched_folder, pipeline_folder
 from dkto.models.flow import StableDiffusion3
+from dkto.models.language_flow import Flux2Klein, QwenImage, ZImage
 from dkto.models.policy import LORA_FILE
 from dkto.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 MODEL_CLASSES: dict[str, type[DiffusionModel]] = {
-    kind.pipeline_name: kind for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    kind.pipeline_name: kind
+    for kind in (StableDiffusion, StableDiffusionXL, StableDiffusion3, QwenImage, ZImage, Flux2Klein)
 }
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PUBLISHED = {

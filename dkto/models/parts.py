@@ -20,11 +20,19 @@ DISTILLED = ("LCMScheduler", "TCDScheduler")
 # what the libraries raise for a file that is not what they expect; all of it becomes one sentence with its place
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ZeroDivisionError)
 PLACES = ("_name_or_path", "name_or_path")  # fields of configurations that say where a part lay on somebody's disk
-COPIED = ("**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model")
+COPIED = ("**/*.json", "**/*.txt", "**/*.safetensors", "**/*.model", "**/*.jinja")
+LARGE_BYTES = 4 * 2**30  # of files: CLIP's encoders have less, T5-XXL and language models have more
 
 
-def load_part(kind: type, folder: Path) -> nn.Module:
-    """One network of a pipeline in float32, each of whose tensors was in its file and is finite.
+def kept_in(folder: Path, device: str) -> torch.dtype:
+    """Precision of a frozen network that works on a device: bfloat16 for a large one on a GPU, else float32."""
+    if device == "cpu" or not folder.is_dir():
+        return torch.float32
+    return torch.bfloat16 if sum(path.stat().st_size for path in weight_files(folder)) > LARGE_BYTES else torch.float32
+
+
+def load_part(kind: type, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network of a pipeline in a precision, each of whose tensors was in its file and is finite.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -33,7 +41,7 @@ def load_part(kind: type, folder: Path) -> nn.Module:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}, which model_index.json names, does not exist")
     read_json(folder / "config.json", f"configuration of a {kind.__name__}")
-    options = {"use_safetensors": True, "dtype": torch.float32, "variant": weights_variant(folder)}
+    options = {"use_safetensors": True, "dtype": dtype, "variant": weights_variant(folder)}
     for path in weight_files(folder):
         check_header(path, f"weights of a {kind.__name__}")
     try:

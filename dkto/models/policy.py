@@ -19,6 +19,7 @@ from dkto.common.tensors import check_fits, read_tensors
 from dkto.models.base import WEIGHTS_FILE, save_denoiser
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+LORA_TARGETS += ("to_qkv_mlp_proj", "attn.to_out")  # FLUX.2's blocks of one stream, whose projections are joined
 OURS = "the policy of this configuration"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -89,16 +90,16 @@ def make_policy(
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = [(name, layer) for name, layer in denoiser.named_modules() if name.endswith(LORA_TARGETS)]
-        widest = max((min(layer.weight.shape[:2]) for _, layer in layers), default=0)
+        named = [each for each in denoiser.named_modules() if each[0].endswith(LORA_TARGETS)]
+        layers = {name: layer for name, layer in named if isinstance(layer, nn.Linear)}
+        widest = max((min(layer.weight.shape) for layer in layers.values()), default=0)
         if lora_rank > widest:
             raise ValueError(
                 f"lora_rank must be at most {widest}, the width of the widest layer with an adapter, got {lora_rank}: "
                 "0 trains every weight"
             )
-        present = {target for target in LORA_TARGETS for name, _ in layers if name.endswith(target)}
         denoiser.add_adapter(
-            LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=sorted(present))
+            LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=list(layers))
         )
     keep_in(denoiser, frozen_dtype)
     return PolicyAndReference(denoiser.train(), None)

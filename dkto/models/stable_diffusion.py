@@ -22,6 +22,7 @@ class StableDiffusion(DiffusionModel):
     denoiser_part = "unet"
     default_sampling = "uniform"
     prompt_tensors = ("encoder_hidden_states",)
+    family = "sd15"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -36,7 +37,7 @@ class StableDiffusion(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
-    def load_text(self) -> "tuple[transformers.CLIPTokenizer, transformers.CLIPTextModel]":
+    def load_text(self, device: str = "cpu") -> "tuple[transformers.CLIPTokenizer, transformers.CLIPTextModel]":
         encoder = load_part(transformers.CLIPTextModel, self.folder / "text_encoder")
         return self.tokenizers()[0], encoder.eval().requires_grad_(False)
 
@@ -100,9 +101,10 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_name = "StableDiffusionXLPipeline"
     prompt_tensors = ("encoder_hidden_states", "text_embeds")
+    family = "sdxl"
 
-    def load_text(self) -> tuple[tuple, PipelineText]:
-        encoder = PipelineText(self.load_pipeline(unet=None, vae=None))
+    def load_text(self, device: str = "cpu") -> tuple[tuple, PipelineText]:
+        encoder = PipelineText(self.load_pipeline(device, unet=None, vae=None))
         return encoder.tokenizers, encoder
 
     @torch.no_grad()

@@ -20,9 +20,9 @@ from dkto.common.settings import check_settings, setting
 from dkto.common.tensors import weights_fingerprint
 from dkto.models import SMALL_WORLD, pipeline_folder
 from dkto.models.adapters import merge_adapter
-from dkto.models.base import T5_TOKENS, DiffusionModel, cut_prompts
+from dkto.models.base import DiffusionModel
 from dkto.models.dislike_guidance import DislikeGuided
-from dkto.models.hub import PUBLISHED, load_model, lora_file, unet_folder
+from dkto.models.hub import MODEL_CLASSES, PUBLISHED, load_model, lora_file, unet_folder
 from dkto.models.onnx_unet import OnnxUNet, has_graph
 from dkto.models.parts import load_part
 from dkto.models.policy import keep_in
@@ -161,10 +161,15 @@ class System:
 
         Raises:
             FileNotFoundError: if there is no such model, UNet or adapter.
-            ValueError: if it is not supported, is no Stable Diffusion with a UNet though one is given, or its schedule
-                has not so many steps.
+            ValueError: if it is not supported, is no Stable Diffusion with a UNet though one is given, its pipeline
+                cannot be led by what is given, or its schedule has not so many steps.
         """
         model = load_model(self.model)
+        for name in ("negative_prompt", "disliked_lora"):
+            if (given := getattr(self, name)) and name not in model.led_by:
+                raise ValueError(
+                    f"{name} must be empty for a {model.pipeline_name}, which takes none, got {shown(given)}"
+                )
         if self.unet and model.denoiser_part != "unet":
             raise ValueError(f"unet must be empty for {model.folder}, whose denoiser is a {model.denoiser_part}")
         if self.steps > model.num_train_timesteps:
@@ -172,6 +177,8 @@ class System:
                 f"steps must be at most {model.num_train_timesteps}, as finely as the schedule of {model.folder} is "
                 f"cut, got {self.steps}"
             )
+        if self.steps == 1 and model.scheduler.config.get("shift_terminal"):
+            raise ValueError(f"steps must be 2 or more for the schedule of {model.folder}, which is stretched, got 1")
         if sampler := self._sampler(model):
             try:
                 sampler.set_timesteps(self.steps)
@@ -189,7 +196,7 @@ class System:
     def cut_prompts(self, prompts: list[str]) -> list[tuple[int, str]]:
         """Rows of the prompts, the negative one after them, that are longer than a text encoder takes; how much."""
         texts = [self.prefix + prompt for prompt in prompts] + [self.negative_prompt] * bool(self.negative_prompt)
-        return list(cut_prompts(load_model(self.model).tokenizers(), texts))
+        return load_model(self.model).cut_prompts(texts)
 
     def load(self, compiled: bool = True) -> "diffusers.DiffusionPipeline":
         """The pipeline, adapter merged in, with a DPM-Solver++ sampler (flows keep their own) and no progress bar.
@@ -253,14 +260,13 @@ def draw(
     """One batch of images, one per prompt and generator."""
     for part in (each for each in pipeline.components.values() if isinstance(each, DislikeGuided)):
         part.strength, part.guided = system.dislike_strength, system.guidance > 1
-    length = {"max_sequence_length": T5_TOKENS} if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) else {}
+    negative = [system.negative_prompt] * len(prompts)
+    options = MODEL_CLASSES[type(pipeline).__name__].call_options(pipeline, system.guidance, negative)
     fast = torch.autocast(pipeline.device.type, torch.bfloat16, enabled=system.precision == "bfloat16")
     with torch.inference_mode(), fast:
         return pipeline(
-            [system.prefix + prompt for prompt in prompts],
-            negative_prompt=[system.negative_prompt] * len(prompts) if system.negative_prompt else None,
+            prompt=[system.prefix + prompt for prompt in prompts],
             num_inference_steps=system.steps,
-            guidance_scale=system.guidance,
             generator=generators,
-            **length,
+            **options,
         ).images

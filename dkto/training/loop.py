@@ -53,7 +53,8 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     Raises:
         ValueError: if the feedback was prepared with another model, has one class only while both are asked for, has no
             pairs for "dpo", the utility is unknown, AlignProp's reward has no gradient, a reward cannot read a prompt,
-            the folder belongs to another configuration, or none of its checkpoints is whole.
+            an online method meets a model that it cannot draw with, the folder belongs to another configuration, or
+            none of its checkpoints is whole.
         KeyError: if no scorer has the reward's name.
         FileNotFoundError: if prepared feedback, prompts or a reward's weights are missing.
         BlockingIOError: if another process trains into the folder.

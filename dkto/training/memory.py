@@ -27,10 +27,13 @@ from dkto.common.names import check_name
 from dkto.common.settings import checked_number
 from dkto.models import (
     DiffusionModel,
+    Flux2Klein,
     PolicyAndReference,
+    QwenImage,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
     make_policy,
 )
 from dkto.objective.methods import METHODS, method_loss
@@ -87,6 +90,22 @@ SIZES = {
         | {"caption_projection_dim": 1536, "pos_embed_max_size": 192},
         (16, 128, 128),
         {"encoder_hidden_states": (154, 4096), "pooled_projections": (2048,)},
+    ),
+    "qwen-image": Size(
+        "Qwen-Image",
+        QwenImage,
+        {},
+        (16, 128, 128),
+        {"encoder_hidden_states": (512, 3584), "encoder_hidden_states_mask": (512,)},
+    ),
+    "z-image": Size("Z-Image", ZImage, {}, (16, 128, 128), {"encoder_hidden_states": (512, 2560)}),
+    "flux2-klein": Size(
+        "FLUX.2 klein 4B",
+        Flux2Klein,
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+        | {"guidance_embeds": False},
+        (128, 64, 64),
+        {"encoder_hidden_states": (512, 7680)},
     ),
 }
 
@@ -153,7 +172,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def _give_shapes(module: nn.Module) -> None:
-    """Parameters and buffers of a module on "meta" as fake tensors on the CPU."""
+    """Parameters, buffers and other tensors of a module on "meta" as fake tensors on the CPU."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -162,6 +181,9 @@ def _give_shapes(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        for name, value in vars(part).items():  # positions that Qwen-Image keeps in no buffer
+            if isinstance(value, Tensor):
+                setattr(part, name, torch.zeros(value.shape, dtype=value.dtype))
 
 
 def step_memory(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dkto.evaluation.metrics import gaps
 from dkto.evaluation.scorers import PixelScorer, check_scorers, get_pixel_scorer, score
 from dkto.models import DiffusionModel, load_model
+from dkto.models.language_flow import LanguageFlow
 from dkto.training.batches import stream
 from dkto.training.chain import Chain, chain_steps, log_ratio
 from dkto.training.config import OnlineConfig
@@ -33,13 +34,19 @@ class OwnImages:
     """What an online step learns from: images that the policy draws, with everything that drawing needs, on one device.
 
     The prompts of a step are encoded when it is their turn, so that their number costs no memory.
+
+    Raises:
+        ValueError: for a model whose latents are packed or normalised in another way.
     """
 
     def __init__(
         self, model: DiffusionModel, prompts: Sequence[str], device: torch.device, scorer: PixelScorer | None = None
     ) -> None:
+        if isinstance(model, LanguageFlow):
+            known = "Stable Diffusion 1.x, 2.x, XL or 3"
+            raise ValueError(f"AlignProp and D3PO must have a {known}, got {model.folder}, a {model.pipeline_name}")
         self.model, self.prompts, self.device, self.scorer = model, list(prompts), device, scorer
-        self._tokenizer, self._encoder = model.load_text()
+        self._tokenizer, self._encoder = model.load_text(device.type)
         self._encoder.to(device)
         self._empty = self._encode([""])
         self.vae = model.load_vae().to(device)

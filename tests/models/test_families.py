@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and a flow, of the real classes and tiny, from likes to a pipeline that plain diffusers loads."""
+"""Every large family, of the real classes and tiny, from likes to a pipeline that plain diffusers loads."""
 
 from dataclasses import replace
 
@@ -39,6 +39,9 @@ CASES = [  # twenty seconds each: among the quick tests each family is met once,
     ("tiny_sd3", 0, "kto"),
     pytest.param("tiny_sd3", 8, "kto", marks=pytest.mark.slow),
     pytest.param("tiny_sd3", 0, "dpo", marks=pytest.mark.slow),
+    pytest.param("tiny_qwen_image", 8, "kto", marks=pytest.mark.slow),
+    pytest.param("tiny_z_image", 8, "kto", marks=pytest.mark.slow),
+    pytest.param("tiny_klein", 8, "kto", marks=pytest.mark.slow),
 ]
 
 

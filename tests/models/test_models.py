@@ -18,11 +18,11 @@ from tiny_models import make_tiny_sd3
 
 from dkto.data.encoded import model_fingerprint
 from dkto.models import SMALL_WORLD_FOLDER, load_model, make_policy, pipeline_folder, read_weights, write_weights
-from dkto.models.base import T5_TOKENS, cut_prompts
+from dkto.models.base import T5_TOKENS
 from dkto.models.system import System, draw, noise_generator
 from dkto.objective.losses import denoising_error
 
-KINDS = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3")
+KINDS = ("tiny_pipeline", "tiny_sdxl", "tiny_sd3", "tiny_qwen_image", "tiny_z_image", "tiny_klein")
 BETA = 5000.0
 
 
@@ -44,6 +44,7 @@ def inputs():
 def inputs_of(model):
     """A batch with prompts encoded by the model itself."""
     noisy, timesteps, _ = inputs()
+    noisy = torch.nn.functional.pixel_unshuffle(noisy, 2) if model.family == "flux2-klein" else noisy
     return noisy, timesteps, model.encode_prompts(*model.load_text(), ["a red circle", "a blue square"])
 
 
@@ -145,7 +146,7 @@ def test_a_written_pipeline_draws_in_plain_diffusers(folder, tmp_path):
     for name, value in denoiser.state_dict().items():
         assert torch.equal(drawn.state_dict()[name], value), name
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("a red circle", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+    assert pipeline(prompt="a red circle", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
 
 
 def changed_json(folder, name, **fields):
@@ -273,8 +274,9 @@ def test_t5_takes_as_many_tokens_in_drawing_as_in_training(tiny_sd3, monkeypatch
     monkeypatch.setattr(type(pipeline), "encode_prompt", watched)
     draw(pipeline, ["a red circle"], [noise_generator(0, 0, 0)], System(steps=1))
     assert lengths == [T5_TOKENS] == [77]
-    t5 = load_model(tiny_sd3).tokenizers()[2]
-    assert [row for row, _ in cut_prompts([t5], ["a red " * 30, "a red " * 50])] == [1]
+    model = load_model(tiny_sd3)
+    t5 = model.tokenizers()[2]
+    assert [row for row, _ in model.cut_prompts(["a red " * 30, "a red " * 50], [t5])] == [1]
 
 
 def test_a_downloaded_index_leads_out_of_no_folder(tiny_pipeline, tmp_path):
@@ -413,3 +415,21 @@ def test_latents_are_shifted_and_scaled(tiny_sd3):
     torch.testing.assert_close(mean, (posterior.mean - 0.0609) * 0.5)
     torch.testing.assert_close(std, posterior.std * 0.5)
     torch.testing.assert_close(vae.decode(mean / 0.5 + 0.0609).sample, vae.decode(posterior.mean).sample)
+
+
+def test_a_large_text_encoder_is_in_bfloat16_on_a_gpu_alone(tiny_sd3, monkeypatch):
+    """By the size of its files; what it says is the same to bfloat16's precision, and on a CPU to the last bit."""
+    model, prompts = load_model(tiny_sd3), ["a red circle", ""]
+    sizes = {
+        part: (tiny_sd3 / part / "model.safetensors").stat().st_size for part in ("text_encoder", "text_encoder_3")
+    }
+    before = model.encode_prompts(*model.load_text(), prompts)
+    monkeypatch.setattr("dkto.models.parts.LARGE_BYTES", min(sizes.values()))
+    large = max(sizes, key=sizes.get)
+    tokenizers, text = model.load_text("cuda")  # loaded for it, moved by who called
+    kept = {name: next(part.parameters()).dtype for name, part in text.pipeline.components.items() if name in sizes}
+    assert kept.pop(large) == torch.bfloat16 and set(kept.values()) == {torch.float32}
+    found = model.encode_prompts(tokenizers, text, prompts)
+    for name, value in model.encode_prompts(*model.load_text("cpu"), prompts).items():
+        assert torch.equal(value, before[name])
+        torch.testing.assert_close(found[name].float(), value, atol=0.05, rtol=0.02)
