@@ -124,11 +124,13 @@ def memory(
 ) -> None:
     """Say how much memory a training takes, and the largest batch for some GPUs, without taking it; minutes a row."""
     from dkto.common.progress import progress
-    from dkto.training.memory import SIZES, measured_step_memory, memory_table, step_memory
+    from dkto.training.memory import SIZES, measured_step_memory, memory_table, step_memory, text_memory
 
     wanted = [(name, rank) for name in models for rank in lora_ranks]
     if not measure:
         print(memory_table([row(*each) for each in progress(wanted, desc="computing", unit="row")]))
+        for name in (name for name in models if SIZES[name].text):
+            print(f"{SIZES[name].title}: dkto prepare holds text encoders of {text_memory(name):.1f} GB on a GPU")
         return
     for name, rank in wanted:
         computed, measured = (gb(name, lora_rank=rank) for gb in (step_memory, measured_step_memory))

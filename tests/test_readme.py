@@ -89,6 +89,9 @@ SHORT = {  # what comes last counts: a few steps and images of tiny pipelines, w
         ("tiny_sdxl", "sdxl"),
         pytest.param("tiny_pipeline", "sd15", marks=pytest.mark.slow),
         pytest.param("tiny_sd3", "sd3", marks=pytest.mark.slow),
+        pytest.param("tiny_qwen_image", "qwen-image", marks=pytest.mark.slow),
+        pytest.param("tiny_z_image", "z-image", marks=pytest.mark.slow),
+        pytest.param("tiny_klein", "flux2-klein", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:this processor does not compute")
@@ -107,12 +110,16 @@ def test_every_command_of_the_guide_runs_on_each_family(source, family, request,
     table.drop(columns="liked").to_csv("ratings.csv", index=False)
     Path("prompts.txt").write_text("a blue square\n")
     other = {"stabilityai/stable-diffusion-xl-base-1.0": str(request.getfixturevalue(source))}
-    other |= {"pickscore": "world_redness"} | ({"kohya": "diffusers"} if family == "sd3" else {})
+    other |= {"pickscore": "world_redness"} | ({} if family in ("sd15", "sdxl") else {"kohya": "diffusers"})
     lines = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)).splitlines()
+    most = f"--batch-size {max(8, 2 * FAMILIES[family].gradient_accumulation)}"
     names = []
     for line in lines:
         program, name, *words = [other.get(word, word) for word in shlex.split(line)]
-        assert program == "dkto" and main([name, *words, *SHORT.get(name, "").split()]) == 0, line
+        assert (
+            program == "dkto"
+            and main([name, *words, *SHORT.get(name, "").replace("--batch-size 8", most).split()]) == 0
+        ), line
         names.append(name)
     assert set(names) == {"feedback", "prepare", "calibrate", "train", "check", "shuffle", "export", "generate"}
     config = json.loads(Path("out/run/training.json").read_text())["config"]

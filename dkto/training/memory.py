@@ -36,6 +36,7 @@ from dkto.models import (
     ZImage,
     make_policy,
 )
+from dkto.models.parts import LARGE_BYTES
 from dkto.objective.methods import METHODS, method_loss
 from dkto.training.batches import Batch
 from dkto.training.step import denoising_errors
@@ -52,7 +53,11 @@ class Size:
     config: dict  # what differs from the class' defaults
     latents: tuple[int, int, int]  # (C, h, w) of one sample at the model's own resolution
     inputs: dict[str, tuple[int, ...]]  # shape of each further input of one sample
+    text: tuple[int, ...] = ()  # weights of each text encoder
 
+
+CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+QWEN3_4B, QWEN2_5_VL_7B = 4_022_468_096, 8_292_166_656
 
 SIZES = {
     "small-world": Size(
@@ -70,6 +75,7 @@ SIZES = {
         {"sample_size": 64, "cross_attention_dim": 768},
         (4, 64, 64),
         {"encoder_hidden_states": (77, 768)},
+        (CLIP_L,),
     ),
     "sdxl": Size(
         "SDXL",
@@ -82,6 +88,7 @@ SIZES = {
         | {"projection_class_embeddings_input_dim": 2816},
         (4, 128, 128),
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+        (CLIP_L, CLIP_G),
     ),
     "sd3": Size(
         "Stable Diffusion 3 medium",
@@ -90,6 +97,7 @@ SIZES = {
         | {"caption_projection_dim": 1536, "pos_embed_max_size": 192},
         (16, 128, 128),
         {"encoder_hidden_states": (154, 4096), "pooled_projections": (2048,)},
+        (CLIP_L, CLIP_G, T5_XXL),
     ),
     "qwen-image": Size(
         "Qwen-Image",
@@ -97,8 +105,9 @@ SIZES = {
         {},
         (16, 128, 128),
         {"encoder_hidden_states": (512, 3584), "encoder_hidden_states_mask": (512,)},
+        (QWEN2_5_VL_7B,),
     ),
-    "z-image": Size("Z-Image", ZImage, {}, (16, 128, 128), {"encoder_hidden_states": (512, 2560)}),
+    "z-image": Size("Z-Image", ZImage, {}, (16, 128, 128), {"encoder_hidden_states": (512, 2560)}, (QWEN3_4B,)),
     "flux2-klein": Size(
         "FLUX.2 klein 4B",
         Flux2Klein,
@@ -106,6 +115,7 @@ SIZES = {
         | {"guidance_embeds": False},
         (128, 64, 64),
         {"encoder_hidden_states": (512, 7680)},
+        (QWEN3_4B,),
     ),
 }
 
@@ -216,6 +226,18 @@ def step_memory(
             optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         run_step(SIZES[name], pair, optimizer, batch, dtype)
     return count.peak / GB
+
+
+def text_memory(name: str) -> float:
+    """What `dkto prepare` holds of text encoders on a GPU, GB of 2^30 bytes: large ones in bfloat16, see `kept_in`.
+
+    Args:
+        name: key of `SIZES`.
+
+    >>> round(text_memory("sd3"), 1)
+    11.9
+    """
+    return sum(weights * (2 if 2 * weights > LARGE_BYTES else 4) for weights in SIZES[name].text) / GB
 
 
 @dataclass(frozen=True)

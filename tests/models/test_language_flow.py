@@ -16,6 +16,7 @@ from dkto.data.encoded import PreparedFeedback
 from dkto.models import load_model
 from dkto.models.system import System, draw, noise_generator
 from dkto.training.loop import train
+from dkto.training.online import OwnImages
 
 PROMPTS = ["a red circle", "a blue square to the left of it"]
 
@@ -176,3 +177,8 @@ def test_what_their_pipelines_cannot_do_is_refused(folder, tmp_path):
     (distilled / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"is distilled .* as 'black-forest-labs/FLUX.2-klein-base-4B'"):
         load_model(distilled)
+
+
+def test_online_methods_refuse_them(folder):
+    with pytest.raises(ValueError, match=r"AlignProp and D3PO must have a Stable Diffusion .* got .*, a \w+Pipeline"):
+        OwnImages(load_model(folder), PROMPTS, torch.device("cpu"))

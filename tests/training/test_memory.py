@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from dkto.cli import main
 from dkto.training.memory import (
+    CLIP_L,
+    QWEN3_4B,
     SIZES,
+    T5_XXL,
     build_denoiser,
     largest_batch,
     measured_step_memory,
     memory_row,
     memory_table,
+    text_memory,
 )
 from dkto.training.memory import step_memory as compute_step_memory
 
@@ -31,6 +36,19 @@ def test_denoisers_have_their_published_number_of_parameters(name):
 def test_stable_diffusion_and_sdxl_are_exact():
     for name in ("sd15", "sdxl"):
         assert sum(p.numel() for p in build_denoiser(name).parameters()) == PUBLISHED[name]
+
+
+def test_text_encoders_have_as_many_weights_as_their_configurations_make():
+    t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+    qwen = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936}
+    with torch.device("meta"):
+        found = (
+            transformers.T5EncoderModel(transformers.T5Config(**t5, feed_forward_proj="gated-gelu")),
+            transformers.Qwen3Model(transformers.Qwen3Config(**qwen, tie_word_embeddings=True, num_key_value_heads=8)),
+        )
+    counts = [sum(p.numel() for p in network.parameters()) for network in found]
+    assert counts == [T5_XXL, QWEN3_4B] == [SIZES["sd3"].text[2], SIZES["z-image"].text[0]]
+    assert text_memory("flux2-klein") == QWEN3_4B * 2 / 2**30 and text_memory("sd15") == CLIP_L * 4 / 2**30
 
 
 def test_the_small_world_is_the_one_that_ships():
