@@ -100,13 +100,20 @@ def seeds():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def known_utilities_are_restored():
-    """One that a test registers is unknown to the next."""
-    before = dict(UTILITIES)
-    yield
-    UTILITIES.clear()
-    UTILITIES.update(before)
+class AroundEveryTest:
+    """Around the doctests of the package too, which a fixture of this folder would not reach."""
+
+    @pytest.fixture(autouse=True)
+    def known_utilities_are_restored(self):
+        """One that a test registers is unknown to the next."""
+        before = dict(UTILITIES)
+        yield
+        UTILITIES.clear()
+        UTILITIES.update(before)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(AroundEveryTest())
 
 
 @pytest.fixture(scope="session")
