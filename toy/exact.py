@@ -81,7 +81,7 @@ def dpo_optimum(schedule: Schedule, beta: float) -> AffineDenoiser:
 
 
 def class_posterior(noisy: Tensor, abar: Tensor, desirable_fraction: float) -> tuple[Tensor, Tensor]:
-    """What a noisy point says of its class, liked first: chances (N, 2) and means of the noise under each (N, 2, 2)."""
+    """Of a noisy point, for the liked and the disliked class: chances (N, 2) and means of the noise (N, 2, 2)."""
     classes = [gaussian.model_units() for gaussian in (DESIRABLE, UNDESIRABLE)]
     laws = [
         Gaussian(tuple(float(abar.sqrt()) * m for m in g.mean), math.sqrt(float(abar) * g.std**2 + 1 - float(abar)))
