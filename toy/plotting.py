@@ -55,7 +55,7 @@ def method_label(name: str, desirable_fraction: float | None = 0.8) -> str:
     The fraction is shown for a utility whose name has none; None leaves it out.
     """
     stem, _, fraction = name.partition("@")
-    label = display_name(stem)
+    label = "SFT term" if stem == "sft_weight" else display_name(stem)
     if stem in UTILITY_COLOURS and (fraction or desirable_fraction):
         label += f", γ = {fraction or f'{desirable_fraction:g}'}"
     return label
