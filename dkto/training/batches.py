@@ -5,8 +5,10 @@ the global batch). A rank draws only its own share, a resumed run repeats what a
 and 1 process or 16 see the same samples.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ if TYPE_CHECKING:  # diffusers takes ten seconds to import, and a batch needs no
     from dkto.models import DiffusionModel
 
 # streams of random numbers; the biased sampler draws from stream 0
-PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS = 1, 2, 3, 4, 5, 6
+PAIRS, TIMESTEPS, NOISE, POSTERIOR, DROPOUT, FLIPS, NUMBERS = 1, 2, 3, 4, 5, 6, 7
+OF_THE_BANK = 16  # added to a stream whose address is a row and a draw's number, not a step and an index
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,23 @@ class Batch:
     is_desirable: Tensor  # (B,) bool
     unrelated: dict[str, Tensor] | None = None  # the conditioning of another sample, for that estimator
     sample_weight: Tensor | None = None  # (B,), for a method that reads it, of data that have it
+    expected: Tensor | None = None  # (B, C, h, w) the reference's prediction, if a bank holds it
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         from accelerate.utils import send_to_device
 
         return Batch(**send_to_device(vars(self), device))
+
+
+class Draws(NamedTuple):
+    """The random part of a batch."""
+
+    timesteps: Tensor  # (B,)
+    noise: Tensor  # (B, C, h, w)
+    posterior: Tensor  # (B, C, h, w), of the latents
+    dropped: np.ndarray  # (B,) bool, prompts that give way to the empty one
+    flipped: np.ndarray | None  # (B,) bool, images that are mirrored; None if none may be
 
 
 def stream(seed: int, step: int, which: int, index: int = 0) -> np.random.Generator:
@@ -64,6 +78,7 @@ class GlobalBatches:
 
     Attributes:
         leaves_weights: whether the data have weights that the method does not read.
+        bank: the reference's predictions by row and number of a draw (`dkto.training.noise_bank`), once they are there.
 
     Raises:
         ValueError: if a class, pairs, groups or mirrored images are needed that the data lack.
@@ -71,6 +86,7 @@ class GlobalBatches:
 
     def __init__(self, config: TrainConfig, data: "PreparedFeedback", model: "DiffusionModel") -> None:
         self.config, self.data, self.model = config, data, model
+        self.bank: Callable[[np.ndarray, np.ndarray], Tensor] | None = None
         if config.random_flip and not data.has_flips:
             raise ValueError(f"random_flip needs mirrored images, but {data.folder} has none: prepare it with flip")
         self._method = METHODS[config.objective]
@@ -130,29 +146,61 @@ class GlobalBatches:
 
     def _draw(self, rows: np.ndarray, step: int, index: np.ndarray, others: np.ndarray) -> Batch:
         """The samples `index` of a global batch of `rows`; `others` lend their prompts as unrelated ones."""
-        config, model, size = self.config, self.model, len(rows)
+        if self.config.noise_bank:
+            numbers = stream(self.config.seed, step, NUMBERS).integers(self.config.noise_bank, size=len(rows))[index]
+            batch = self.draw_numbers(rows[index], numbers)
+            return replace(batch, expected=self.bank(rows[index], numbers)) if self.bank else batch
+        size = len(rows)
         # the sides of a pair (Diffusion-DPO) and the images of a group share timestep, noise, prompt and mirroring
         shared = np.arange(size)
         if self._method.draws in ("pairs", "groups"):
-            shared //= self._method.rows_at_once(config)
-        timesteps = model.draw_timesteps(stream(config.seed, step, TIMESTEPS), size, config.timestep_sampling)
-        timesteps = timesteps[torch.from_numpy(shared[index])]
-        dropped = (stream(config.seed, step, DROPOUT).random(size) < config.prompt_dropout)[shared]
-        flipped = (stream(config.seed, step, FLIPS).random(size) < 0.5)[shared[index]] if config.random_flip else None
-        mean, std = self.data.latents(rows[index], flipped)
-        latents = mean + std * self._noise(step, POSTERIOR, index, mean.shape[1:])
-        noise = self._noise(step, NOISE, shared[index], mean.shape[1:])
-        style = config.csft_style if "csft_style" in self._method.settings else None
+            shared //= self._method.rows_at_once(self.config)
+        at, shape = partial(stream, self.config.seed, step), self._latent_shape
+        timesteps = self.model.draw_timesteps(at(TIMESTEPS), size, self.config.timestep_sampling)
+        dropped = (at(DROPOUT).random(size) < self.config.prompt_dropout)[shared]
+        flipped = (at(FLIPS).random(size) < 0.5)[shared[index]] if self.config.random_flip else None
+        noise, posterior = (
+            _normal([at(which, int(i)) for i in places], shape)
+            for which, places in ((NOISE, shared[index]), (POSTERIOR, index))
+        )
+        drawn = Draws(timesteps[torch.from_numpy(shared[index])], noise, posterior, dropped[index], flipped)
+        batch = self._noised(rows[index], drawn)
+        if not self.config.borrows_prompts:
+            return batch
+        return replace(batch, unrelated=self.data.conditioning(rows[others], dropped[others]))
+
+    def draw_numbers(self, rows: np.ndarray, numbers: np.ndarray) -> Batch:
+        """Rows with the draws of these numbers, below `noise_bank`: row and number fix all that is random."""
+        config, shape = self.config, self._latent_shape
+        places = [(int(number), int(row)) for row, number in zip(rows, numbers, strict=True)]
+
+        def at(which: int) -> list[np.random.Generator]:
+            return [stream(config.seed, number, OF_THE_BANK + which, row) for number, row in places]
+
+        timesteps = [self.model.draw_timesteps(rng, 1, config.timestep_sampling) for rng in at(TIMESTEPS)]
+        dropped = np.array([rng.random() < config.prompt_dropout for rng in at(DROPOUT)])
+        flipped = np.array([rng.random() < 0.5 for rng in at(FLIPS)]) if config.random_flip else None
+        noise, posterior = (_normal(at(which), shape) for which in (NOISE, POSTERIOR))
+        return self._noised(rows, Draws(torch.cat(timesteps), noise, posterior, dropped, flipped))
+
+    def _noised(self, rows: np.ndarray, drawn: Draws) -> Batch:
+        mean, std = self.data.latents(rows, drawn.flipped)
+        latents, style = mean + std * drawn.posterior, self.config.csft_style
         return Batch(
-            noisy_latents=model.add_noise(latents, noise, timesteps),
-            target=model.target(latents, noise, timesteps),
-            timesteps=timesteps,
-            conditioning=self.data.conditioning(rows[index], dropped[index], csft=style),
-            is_desirable=torch.from_numpy(self.data.is_desirable[rows[index]]),
-            unrelated=self.data.conditioning(rows[others], dropped[others]) if config.borrows_prompts else None,
-            sample_weight=torch.from_numpy(self.data.weights[rows[index]]) if self._weighs else None,
+            noisy_latents=self.model.add_noise(latents, drawn.noise, drawn.timesteps),
+            target=self.model.target(latents, drawn.noise, drawn.timesteps),
+            timesteps=drawn.timesteps,
+            conditioning=self.data.conditioning(
+                rows, drawn.dropped, csft=style if "csft_style" in self._method.settings else None
+            ),
+            is_desirable=torch.from_numpy(self.data.is_desirable[rows]),
+            sample_weight=torch.from_numpy(self.data.weights[rows]) if self._weighs else None,
         )
 
-    def _noise(self, step: int, which: int, index: np.ndarray, shape: torch.Size) -> Tensor:
-        drawn = [stream(self.config.seed, step, which, int(i)).standard_normal(tuple(shape), np.float32) for i in index]
-        return torch.from_numpy(np.stack(drawn))
+    @cached_property
+    def _latent_shape(self) -> tuple[int, ...]:
+        return tuple(self.data.latents(np.array([0]))[0].shape[1:])
+
+
+def _normal(rngs: Sequence[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))

@@ -24,6 +24,7 @@ from dkto.objective.methods import ONLINE
 from dkto.training.batches import GlobalBatches
 from dkto.training.config import RunConfig
 from dkto.training.engine import Engine
+from dkto.training.noise_bank import fill_bank
 from dkto.training.run_folder import RunFolder
 from dkto.training.step import Progress, Run, finish_step, train_step
 
@@ -76,6 +77,8 @@ def train(config: RunConfig, should_stop: Callable[[], bool] = lambda: False) ->
     slopes: deque[float] = deque(maxlen=SLOPE_STEPS)
     with sole_writer(config.output_dir) if main else nullcontext():
         resume(run, folder)
+        if getattr(config, "noise_bank", 0):
+            run.batches.bank = fill_bank(run)
         if main:
             folder.begin(run.engine.rank[1], run.progress)
         with run.engine.tracking():

@@ -68,6 +68,7 @@ def error_gaps(
     rows = np.arange(len(data)) if rows is None else rows
     tiled = np.tile(rows, draws)
     plain = {"objective": "sft_all", "estimator": "batch", "prompt_dropout": 0.0, "random_flip": False}
+    plain |= {"noise_bank": 0}  # new noises: those of a bank were trained on
     batches = GlobalBatches(replace(config, **plain), data, model)
     device = next(pair.policy.parameters()).device
     size, gaps = config.batch_size // config.gradient_accumulation, []

@@ -108,7 +108,7 @@ def denoising_errors(run: Run, batch: Batch) -> Errors:
 
     unrelated, target = None, batch.target
     with run.engine.pair.as_reference() as reference:
-        reference_prediction = predict(reference, batch.conditioning)
+        reference_prediction = predict(reference, batch.conditioning) if batch.expected is None else batch.expected
         if batch.unrelated is not None:
             unrelated_reference = denoising_error(predict(reference, batch.unrelated), target)
     if batch.unrelated is not None:

@@ -33,6 +33,7 @@ from dkto.training.config import TrainConfig
 from dkto.training.engine import Engine
 from dkto.training.loop import learning_rate_at, resume
 from dkto.training.memory import SIZES, build_denoiser
+from dkto.training.noise_bank import fill_bank
 from dkto.training.run_folder import RunFolder
 from dkto.training.step import Run, denoising_errors, finish_step, train_step
 
@@ -145,6 +146,7 @@ class Ours:
         self.engine, self.folder = Engine(self.config, self.model), RunFolder(self.config)
         self.run = Run(self.config, self.model, self.engine, self.batches)
         resume(self.run, self.folder)
+        self.batches.bank = fill_bank(self.run) if self.config.noise_bank else None
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
 
     def step(self):

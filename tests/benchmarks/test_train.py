@@ -94,6 +94,14 @@ def test_a_newer_methods_step_over_ktos(name, material, record_ratio):
     record_ratio(f"step_over_kto/{name}", **interval(found["ratios"]), at_most=1.03)
 
 
+@pytest.mark.parametrize(("kind", "rank", "least"), [("lora", 8, 1.25), ("full", 0, 1.1)])
+def test_a_step_without_a_bank_of_noises_over_one_with_it(kind, rank, least, material, record_ratio):
+    """Once the bank is filled: the reference's pass is left out."""
+    options = {"steps": PAIRS["small"], "method": {"noise_bank": 4}, "lora_rank": rank}
+    ratios = [1 / ratio for ratio in run("kto", material("small") | options)["ratios"]]
+    record_ratio(f"step_without_bank_over_with/{kind}", **interval(ratios), at_least=least)
+
+
 def speed_over_published(measured, size, rounds, kernel, **ours):
     """Ratios of samples per second, a process of ours each, and the seconds of the last published loop's parts.
 
