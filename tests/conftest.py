@@ -27,6 +27,7 @@ from tiny_models import (
     make_tiny_z_image,
 )
 
+from dkto.common import quick_nbformat  # noqa: F401, before a test imports nbformat
 from dkto.objective.utilities import UTILITIES
 
 if "PYTEST_XDIST_WORKER" in os.environ:

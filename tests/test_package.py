@@ -65,6 +65,21 @@ def test_what_imports_diffusers_first_is_quiet(module):
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.process
+def test_a_notebook_is_opened_without_the_grammar_of_web_addresses():
+    """jsonschema builds 38 parsers where it finds `rfc3987_syntax`: 2 s of every run. It stays importable."""
+    code = """
+import sys
+from dkto.common.quick_nbformat import nbformat
+print("lark" in sys.modules)
+nbformat.validate(nbformat.v4.new_notebook(), relax_add_props=False)
+import jsonschema, rfc3987_syntax
+print(rfc3987_syntax.is_valid_syntax("iri", "https://example.org/a"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 @pytest.mark.parametrize("name", dkto.__all__)
 def test_every_exported_name_is_there_and_is_no_module(name):
     """Also after the module of a similar name was imported: `from dkto import x` must not give a module."""

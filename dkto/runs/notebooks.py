@@ -233,7 +233,7 @@ def _check_output(path: Path, output: Path) -> None:
 
 def _to_execute(path: Path) -> str:
     """The text of a notebook as papermill takes it: without outputs, and without what a former execution put in."""
-    import nbformat
+    from dkto.common.quick_nbformat import nbformat  # isort: skip, before papermill
     import papermill
 
     notebook = read_notebook(path)

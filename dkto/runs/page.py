@@ -92,6 +92,7 @@ def figure_html(path: Path, caption: str) -> str:
 
 def write_notebook_page(executed: str | Path, path: str | Path, title: str) -> Path:
     """Write an executed notebook as a page: prose and outputs, no code, no cells tagged `notebook-only`."""
+    from dkto.common.quick_nbformat import nbformat  # noqa: F401  # isort: skip
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 

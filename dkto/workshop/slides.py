@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-
 from dkto.common.ends import guarded
+from dkto.common.quick_nbformat import nbformat
 from dkto.runs.page import write_notebook_page
 
 ROOT = Path(__file__).parents[2]
