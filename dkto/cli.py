@@ -209,8 +209,6 @@ def run(
     cards: Annotated[str | None, "GPUs that runs share, as in CUDA_VISIBLE_DEVICES; all if left out"] = None,
 ) -> None:
     """Execute a notebook with papermill, refusing parameters that it does not declare."""
-    # a second of every run: jsonschema compiles a grammar of IRIs if it can, and no notebook's schema holds one
-    sys.modules.setdefault("rfc3987_syntax", None)
     from dkto.common.names import printable
     from dkto.common.processes import graphics_cards
     from dkto.common.progress import QUIET_VARIABLE

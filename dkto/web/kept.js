@@ -8,7 +8,7 @@ async function keptRun() {
   const images = state.pool.map((image) => image.pixels);
   for (const position of KEPT_POSITIONS) images.push(...state.held.map((one) => one.at.get(position)));
   for (let k = 0; k < PAIRS; k++) {
-    const values = { prompt: state.prompts.held[k], seed: seedOf.pair(k), lora: state.tuned.lora };
+    const values = { prompt: promptOf(k), seed: seedOf.pair(k), lora: state.tuned.lora };
     for (const scale of [0, 1]) images.push((await state.machine.call("draw", { ...values, scale })).pixels);
   }
   const sheet = element("canvas", { width: PER_ROW * IMAGE_SIDE, height: Math.ceil(images.length / PER_ROW) * IMAGE_SIDE }), context = sheet.getContext("2d");
@@ -34,6 +34,6 @@ async function showKeptRun() {
   kept.prompts.forEach((prompt, k) => addImage({ prompt, pixels: next(), liked: kept.liked[k] }));
   state.drawing = state.pool.length;
   for (const position of kept.positions) for (const one of state.held) one.at.set(position, next());
-  for (let k = 0; k < PAIRS; k++) state.pairs.push({ prompt: state.prompts.held[k], base: next(), tuned: next(), tunedLeft: (crypto.getRandomValues(new Uint8Array(1))[0] & 1) === 1 });
+  for (let k = 0; k < PAIRS; k++) state.pairs.push({ prompt: promptOf(k), base: next(), tuned: next(), tunedLeft: (crypto.getRandomValues(new Uint8Array(1))[0] & 1) === 1 });
   state.tuned = { kept: true, settings: kept.settings, utility: CLOSED_FORMS[kept.settings.utility] };
 }

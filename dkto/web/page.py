@@ -37,26 +37,29 @@ STYLES_OF_PAGE = (WIDGETS / "common.css", HERE / "page.css")
 
 
 def prompt_pools() -> dict[str, dict[str, list[str]]]:
-    """Prompts to judge, and others that are held out, by pool.
+    """Prompts to judge, others that are held out, and those of these for which base and tuned are compared; by pool.
 
-    `open` leaves colour and background to the model, but for four that ask for a colour. `paintings` are full captions:
-    every second one, and each that is held out, is a painting on white or grey, which the model draws cloudy.
+    `open` leaves colour and background to the model. Four that are held out ask for a colour, to show that it stays; no
+    taste for a colour can win there, so they are not compared. `paintings` are full captions: every second one, and
+    each that is held out, is a painting on white or grey, which the model draws cloudy.
 
     >>> pools = prompt_pools()
-    >>> [(name, len(pool["train"]), len(pool["held"])) for name, pool in pools.items()]
-    [('open', 16, 12), ('paintings', 40, 12)]
+    >>> [(name, *map(len, pool.values())) for name, pool in pools.items()]
+    [('open', 16, 12, 8), ('paintings', 40, 12, 12)]
     """
     train, held = scenes.open_prompts(("star", "ring", "circle", "cross", "square", "triangle"))
     stated = ["an icon of a red triangle", "a toy of a green square", "a sticker of a yellow cross"]
     cloudy = scenes.prompts_for("train", 20, where=blotchy_prompt)
     others = [text for text in scenes.prompts_for("train", 26) if scenes.parse(text).style != "painting"]
+    paintings = scenes.prompts_for("test", 12, where=blotchy_prompt)
     every_second = [text for pair in zip(cloudy, others, strict=True) for text in pair]
     return {
         "open": {
             "train": train[::3] + train[1::3] + train[2::3],
             "held": [*held, *stated, "a painting of a blue star"],
+            "compared": held,
         },
-        "paintings": {"train": every_second, "held": scenes.prompts_for("test", 12, where=blotchy_prompt)},
+        "paintings": {"train": every_second, "held": paintings, "compared": paintings},
     }
 
 

@@ -1,6 +1,6 @@
 // What the page knows, the model's work one piece after another, and small parts of its look.
 
-const PROMPTS = window.DKTO_POOLS; // {train, held} by pool, of dkto.web.page
+const PROMPTS = window.DKTO_POOLS; // {train, held, compared} by pool, of dkto.web.page
 const state = {
   settings: { ...DEFAULTS }, preset: "own",
   machine: null, lacks: "", // why the model cannot run; a kept run is shown then
@@ -17,6 +17,7 @@ const say = (text) => { host("status").textContent = text; };
 
 const utilityNow = () => (state.settings.utility === "own" ? utilityFromText(state.settings.formula) : CLOSED_FORMS[state.settings.utility]);
 const HELD_POSITIONS = [1, 0, 0.5, 1.5, 0.25, 0.75, 1.25], PAIRS = 12;
+const promptOf = (k) => state.prompts.compared[k % state.prompts.compared.length]; // of a pair
 const seedOf = { pool: (k) => 1000 * state.settings.seed + k, held: (k) => 500_000_000 + 1000 * state.settings.seed + k, pair: (k) => 700_000_000 + 1000 * state.settings.seed + k };
 
 // The next piece of work for the model, by what the visitor waits for; null if there is none.
@@ -37,7 +38,7 @@ function nextJob() {
     });
   };
   const asked = state.answers.length, pair = () => state.pairs.length < Math.min(PAIRS, asked + 2) && (async () => {
-    const k = state.pairs.length, prompt = state.prompts.held[k], seed = seedOf.pair(k);
+    const k = state.pairs.length, prompt = promptOf(k), seed = seedOf.pair(k);
     const base = await draw({ prompt, seed }), other = await draw({ prompt, seed, scale: 1 });
     if (state.tuned !== tuned) return;
     state.pairs.push({ prompt, base: base.pixels, tuned: other.pixels, tunedLeft: (crypto.getRandomValues(new Uint8Array(1))[0] & 1) === 1 });

@@ -1,5 +1,7 @@
 // A visitor for tests, in Node: judges by a rule, tunes, and compares on prompts and noise that were not shown.
 
+const COMPARISONS = 24;
+
 function makeVisitor(engine, pools) {
   const known = new Map(); // images of the base, which several visitors see
   const draw = async (prompt, seed, lora) => {
@@ -8,17 +10,15 @@ function makeVisitor(engine, pools) {
     if (!known.has(key)) known.set(key, await engine.draw({ prompt, seed }));
     return known.get(key);
   };
-  return async ({ taste, seed, shuffled = false, again = 2, ...more }) => {
-    const settings = { ...DEFAULTS, ...TASTES[taste].settings, ...more, seed }, { train, held } = pools[settings.pool], pool = [], log = [], measures = [];
+  return async ({ taste, seed, shuffled = false, ...more }) => {
+    const settings = { ...DEFAULTS, ...TASTES[taste].settings, ...more, seed }, { train, compared } = pools[settings.pool], pool = [], log = [], measures = [];
     for (let k = 0; k < settings.count; k++) pool.push({ prompt: train[k % train.length], ...(await draw(train[k % train.length], 1000 * seed + k)) });
     const rule = judgedBy(taste, pool.map((image) => image.pixels)), liked = shuffled ? random(seed + 99).shuffle(rule) : rule;
     const likes = pool.map(({ prompt, latents }, i) => ({ prompt, latents, liked: liked[i] })), utility = CLOSED_FORMS[settings.utility];
     const began = performance.now(), { lora } = await engine.tune(likes, { ...settings, utility }, (record) => log.push(record), () => false), ms = performance.now() - began;
-    for (let round = 0; round < again; round++) {
-      for (const [k, prompt] of held.entries()) {
-        const at = 900_000_000 + 1000 * seed + 100 * round + k;
-        measures.push([await draw(prompt, at), await draw(prompt, at, lora)].map((image) => TASTES[taste].measure(image.pixels)));
-      }
+    for (let k = 0; k < COMPARISONS; k++) {
+      const prompt = compared[k % compared.length], at = 900_000_000 + 1000 * seed + k;
+      measures.push([await draw(prompt, at), await draw(prompt, at, lora)].map((image) => TASTES[taste].measure(image.pixels)));
     }
     return {
       wins: measures.filter(([before, after]) => after > before).length, n: measures.length, before: mean(measures.map((m) => m[0])), after: mean(measures.map((m) => m[1])),
