@@ -95,7 +95,7 @@ def plot_world(ax: Axes | None = None, *, legend: bool = False) -> Axes:
 def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note: str = "") -> Axes:
     """Samples of one model, (N, 2) in paper units, over the world; the first 1500 are drawn.
 
-    Points outside the frame, or not finite, are counted in its corner. The note is text at the top of the frame.
+    Points outside the frame, or not finite, are counted in its corner, under the note.
     """
     ax = plot_world(ax)
     drawn = points[:1500].double().numpy()
@@ -103,11 +103,10 @@ def plot_cloud(points: Tensor, ax: Axes | None = None, *, title: str = "", note:
     inside = ((drawn >= low) & (drawn <= high)).all(axis=1)
     ax.scatter(*drawn[inside].T, s=2, color=COLOURS["model"], alpha=0.5, lw=0, zorder=2, rasterized=True)
     ax.set_title(title, fontsize="small")
+    lost = "" if inside.all() else f"{100 * (1 - inside.mean()):.2g} % outside"
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
-    ax.text(0.98, 0.985, note, transform=ax.transAxes, ha="right", va="top", fontsize=NOTE, zorder=4, bbox=box)
-    if not inside.all():
-        lost = f"{100 * (1 - inside.mean()):.2g} % outside"
-        ax.text(0.98, 0.02, lost, transform=ax.transAxes, ha="right", fontsize=NOTE, bbox=box)
+    text = "\n".join(filter(None, [note, lost]))
+    ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=NOTE, zorder=4, bbox=box)
     return ax
 
 
@@ -196,7 +195,7 @@ def plot_tradeoff(experiment: Experiment, names: Sequence[str], ax: Axes | None 
     itself, colour = 100 * undesirable_share(ROLES["desirable"]), COLOURS["desirable"]
     ax.axvline(itself, color=colour, ls=":", lw=1.2)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    ax.annotate("the desirable distribution itself", (itself, 1), (3, -3), **place, fontsize=9, color=colour)
+    ax.annotate("desirable itself", (itself, 1), (3, -3), **place, fontsize=9, color=colour)
     ax.set_yscale("log")
     ax.set_xlabel("undesirable share (% of samples)")
     ax.set_ylabel("KL to desirable (nats)")
