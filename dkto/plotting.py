@@ -219,7 +219,7 @@ def plot_training(records: Sequence[dict], *, window: int = 10, axes: Sequence[A
     draw(axes[1], "reward/desirable", COLOURS["desirable"], "liked")
     draw(axes[1], "reward/undesirable", COLOURS["undesirable"], "disliked")
     draw(axes[1], "reward/margin", COLOURS["model"], "margin (liked - disliked)", "--")
-    draw(axes[1], "reference_point", COLOURS["reference_point"], "reference point")
+    draw(axes[1], "reference_point", COLOURS["reference_point"], "reference point", ":")
     axes[0].set_ylabel("loss (no unit)")
     axes[1].set_ylabel(REWARD_AXIS)
     axes[1].axhline(0, color="0.8", lw=0.8, zorder=0)
@@ -259,10 +259,10 @@ def image_grid(
     cell = images[0][0].height / images[0][0].width  # a cell is 1 wide
     labels, families = drawable([*row_labels, *column_labels])
     row_labels, column_labels = labels[: len(row_labels)], labels[len(row_labels) :]
-    names = [_wrapped(label, 18) for label in row_labels]
+    names = [_wrapped(label, 22) for label in row_labels]
     margin = 0.15 + LETTER * max((len(line) for name in names for line in name.split("\n")), default=0)
     side = min(1.2, (NOTEBOOK_WIDTH - margin) / width)  # inches
-    columns = [_wrapped(label, int(side / LETTER)) for label in column_labels]
+    columns = [_wrapped(label, int(0.9 * side / LETTER)) for label in column_labels]
     if ax is None:
         header = 0.2 + CAPTION_SIZE / 72 * 1.4 * max((name.count("\n") + 1 for name in columns), default=0)
         ax = plt.subplots(figsize=(margin + side * width, header + side * cell * height), layout="constrained")[1]

@@ -130,9 +130,11 @@ class Playground(Instrument):
                 ax.add_patch(Circle(mean, 2 * DESIRABLE.std, fill=False, ec=COLOURS[role], lw=1.6))
             ax.add_patch(Circle(PRETRAINING.mean, 2 * PRETRAINING.std, fill=False, ec=COLOURS["pretraining"], ls=":"))
             ax.set(xlim=(NEAREST[0], FARTHEST[0]), ylim=(NEAREST[1], FARTHEST[1]), aspect="equal")
+            ax.set_xlabel("x", fontsize="x-small")
             name, _, settings = key.partition(" ")
             ax.set_title(f"{method_label(name, None)}\n{settings}".strip(), fontsize="x-small", parse_math=False)
             ax.tick_params(labelsize="x-small")
+        axes[0, 0].set_ylabel("y", fontsize="x-small")
         plt.close(figure)
         return figure
 
