@@ -253,7 +253,8 @@ def _smaller(encoded: str) -> str:
 
 
 def _main() -> None:
-    if len(sys.argv) > 1 and Path(sys.argv[1], RECORD_NAME).is_file():
+    # the folder of a replay holds the record of its page, too, but not its notebook under that name
+    if len(sys.argv) > 1 and Path(sys.argv[1], "notebook.ipynb").is_file():
         record = read_json(Path(sys.argv[1], RECORD_NAME), "record of a run", ["notebook"])
         kept = ROOT / "papermill_runs" / "reference" / Path(record["notebook"]).stem
         keep(Path(sys.argv[1]), kept)
