@@ -68,7 +68,7 @@ def figure(folder: str, key: str) -> str:
 def over_seeds(folder: str, key: str) -> str:
     """What stands beside a win-rate over seeds: p of one half with Holm's correction, Student's interval of the seeds.
 
-    >>> over_seeds("paper_full", "win_rate/kto_vs_kto_shuffled/world_utility")
+    >>> over_seeds("paper_0_1", "win_rate/kto_vs_kto_shuffled/world_utility")
     "; Holm's p 0.012; seeds alone [46, 69]"
     >>> over_seeds("52_a_specific_user", "win_rate/kto_vs_sft/world_redness")
     ''

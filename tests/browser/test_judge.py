@@ -31,7 +31,7 @@ def study(tmp_path):
     table = pd.read_csv(NOTEBOOKS / "likes" / "likes.csv")
     prompts = [*table["prompt"].drop_duplicates()[:4], ATTACK]
     folders = {}
-    for name, suffix in (("qwours", "-red"), ("qwtheirs", "")):
+    for name, suffix in (("tuned_on_red", "-red"), ("as_drawn", "")):
         folders[name] = tmp_path / name
         folders[name].mkdir()
         about = {"system": {}, "prompts": prompts, "images_per_prompt": 1, "seed": 0}
@@ -52,7 +52,7 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
     lab.run_all(page)
     page.wait_for_selector(".dkto-judge img")
     page.locator(".dkto-judge [tabindex='0']").focus()
-    assert "qwours" not in page.content()
+    assert "tuned_on_red" not in page.content()
     prompts = set()
     counted = "n => document.querySelector('.dkto-judge [role=status]').textContent === `${n} of 5 answered`"
     for number in range(1, 6):
@@ -71,10 +71,10 @@ def test_five_pairs_are_judged_blind_by_keyboard_and_the_result_appears(lab, unt
             page.keyboard.press(brighter)
             until(page, counted, 3)
         if number < 5:
-            assert "qwours" not in page.content()
+            assert "tuned_on_red" not in page.content()
     assert ATTACK in prompts and len(prompts) == 5
     page.wait_for_selector(".dkto-judge table")
-    assert "qwours is preferred to qwtheirs" in page.locator(".dkto-judge .dkto-result").text_content()
+    assert "tuned_on_red is preferred to as_drawn" in page.locator(".dkto-judge .dkto-result").text_content()
     picture(page.locator(".dkto-judge"), "judge_result")
     accessible(page, ".dkto-judge")
     assert study_result(study).answered == 5 and page.alerts == []
