@@ -229,7 +229,10 @@ def test_kept_intervals_are_those_of_the_kept_counts_and_seeds():
         ends = [tango_interval(*map(int, counts)) for counts in table[["wins", "ties", "losses"]].to_numpy()]
         assert np.abs(table[["low", "high"]].to_numpy() - np.array(ends)).max() < 1e-9, path
     start = len("seed-0/")
-    seeds = [{key[start:]: metrics[key] for key in metrics if key.startswith(f"seed-{seed}/")} for seed in range(metrics["seeds"])]
+    seeds = [
+        {key[start:]: metrics[key] for key in metrics if key.startswith(f"seed-{seed}/")}
+        for seed in range(metrics["seeds"])
+    ]
     pooled = {key: value for key, value in pool_metrics(seeds).items() if "orderings" not in key}
     assert len(pooled) > 1000 and {key: metrics[key] for key in pooled} == pytest.approx(pooled)
 
@@ -252,7 +255,10 @@ def test_the_papers_win_rates_are_those_of_the_kept_card():
     card = pd.read_csv(ROOT / "papermill_runs" / "reference" / "paper_full" / "cards.csv").set_index("claim")["paper"]
     shown = {FIGURE.findall(here)[0][2].split("/")[1]: paper for _, here, paper in table_rows(section("What we found"))}
     shown = {name.replace("_vs_", " over "): paper for name, paper in shown.items() if paper}
-    assert shown == {claim: card[claim].split(" (")[0].replace("NeurIPS version ", "") for claim in shown} and len(shown) >= 5
+    assert (
+        shown == {claim: card[claim].split(" (")[0].replace("NeurIPS version ", "") for claim in shown}
+        and len(shown) >= 5
+    )
 
 
 def test_scale_and_cost_are_those_of_the_benchmarks():

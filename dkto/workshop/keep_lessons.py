@@ -13,6 +13,7 @@ run of a single notebook, such as a page of `notebooks/pages/`, under its notebo
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ PAPER = "paper_full"
 TABLES = ("metrics.json", RECORD_NAME, "*.csv")  # of a replay and of each of its runs
 FIGURE = "win_rates.png"  # of the replay
 LIKES = "likes.csv"  # what a run's user was shown: of the images, which are not kept
-LARGE_FIGURE = 40_000  # bytes from which a figure is tried in 256 colours
+LARGE_FIGURE = 54_000  # characters of base64 from which a figure is tried in 256 colours
+FRAME = re.compile(r"(?<=data:image/png;base64,)[A-Za-z0-9+/=\\\n]+")  # of an animation, in lines that go on
 
 
 def outdated_lessons(root: Path = ROOT) -> dict[str, str]:
@@ -226,24 +228,24 @@ def keep_paper(folder: Path, kept: Path) -> list[str]:
 
 
 def shrink(notebook: dict) -> dict:
-    """The notebook with large figures in 256 colours where that is smaller, and without the state of live widgets."""
+    """The notebook without the state of live widgets, large figures and frames of animations in 256 colours."""
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if len(data) > 1:
                 data.pop("application/vnd.jupyter.widget-view+json", None)
-            if "image/png" in data:
+            if "image/png" in data and len(data["image/png"]) > LARGE_FIGURE:
                 data["image/png"] = _smaller(data["image/png"])
+            if "frames[" in "".join(data.get("text/html", "")):
+                data["text/html"] = FRAME.sub(lambda found: _smaller(found.group()), "".join(data["text/html"]))
         if cell["cell_type"] == "code":
             described(cell)
     return notebook
 
 
 def _smaller(encoded: str) -> str:
-    data = base64.b64decode(encoded)
-    if len(data) < LARGE_FIGURE:
-        return encoded
+    data = base64.b64decode(encoded.replace("\\\n", ""))
     image = Image.open(io.BytesIO(data))
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)

@@ -192,6 +192,22 @@ def test_large_figures_become_small_and_small_ones_stay():
     assert second == {"image/png": small} and notebook["metadata"] == {}
 
 
+def test_frames_of_an_animation_become_small_and_stay_frames():
+    """Frames of matplotlib's animation are PNGs in lines that end with a backslash."""
+    rng = np.random.default_rng(0)
+    frame = figure(rng.integers(0, 256, (60, 60, 1)).repeat(3, 2).astype(np.uint8))
+    lines = "\\\n".join(frame[start : start + 76] for start in range(0, len(frame), 76))
+    html = (
+        f'<script>frames[0] = "data:image/png;base64,{lines}\\\n"\nframes[1] = "data:image/png;base64,{lines}"</script>'
+    )
+    cell = {"cell_type": "code", "outputs": [{"data": {"text/html": html}}]}
+    found = shrink({"metadata": {}, "cells": [cell]})["cells"][0]["outputs"][0]["data"]["text/html"]
+    assert len(found) < len(html) / 2 and found.startswith("<script>frames[0] = ")
+    for part in re.findall(r'base64,([^"]*)"', found):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(part))).convert("RGB"))
+        assert (pixels == np.asarray(Image.open(io.BytesIO(base64.b64decode(frame))))).all()
+
+
 TABLES_OF_A_RUN = ("run.json", "metrics.json", "win_rates.csv")
 
 
