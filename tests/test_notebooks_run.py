@@ -101,6 +101,15 @@ SMALL: dict[str, dict[str, object]] = {
         "guidance_scales": [3.0],
         "processes": 0,
     },
+    "57_rounds": {
+        "rounds": 2,
+        "images": 16,
+        "train_steps": 2,
+        "batch_size": 4,
+        "prompts": 3,
+        "beside": 2,
+        "processes": 0,
+    },
     "51_ablations": {
         "utilities": ["kahneman_tversky", "loss_averse"],
         "gammas": [0.5, 0.8],
@@ -191,6 +200,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/54_published_checkpoints": {"prompts": 100},
     "solutions/55_a_taste_that_needs_dislikes": {},
     "solutions/56_guidance_by_dislikes": {"strengths": [1.0]},
+    "solutions/57_rounds": {},
     "solutions/61_teach_by_likes": {},
     "solutions/62_judge_blind": {},
     "solutions/63_watch_training": {},
@@ -415,6 +425,17 @@ def test_guidance_by_dislikes_is_held_against_kto_and_the_base(experiment):
     assert metrics["liked"] > metrics["disliked"] >= 1
 
 
+@pytest.mark.slow  # five trainings, each of a model that another one left
+def test_rounds_go_on_from_the_model_that_was_asked_about(experiment):
+    metrics, lesson = experiment("57_rounds")
+    for ours, theirs in (("round 2", "once"), ("round 2", "shuffled"), ("round 2", "round 1")):
+        expected = rate_counted_again(lesson / "judged" / "images", ours, theirs, "world_clean")
+        check_rate(metrics, f"win_rate/{ours}_vs_{theirs}/world_clean", expected, 3)
+    second = json.loads((lesson / "rounds" / "round-2" / "run" / "training.json").read_text())["config"]
+    assert second["model"] == str(lesson / "rounds" / "round-1" / "run" / "model"), "the reference is the round's start"
+    assert 0 < metrics["disliked/round 1"] < 1
+
+
 @pytest.mark.slow  # eight trainings; their code is that of the tables
 def test_ablations_share_their_centre(experiment):
     metrics, _ = experiment("51_ablations")
@@ -508,7 +529,12 @@ def test_every_lesson_runs_in_a_kernel_of_its_own(path, outputs, experiment, tmp
 
 TRAINS = ("30_train_with_likes", "33_train")  # solutions that start four and six trainings, each a process
 READS = ("50_win_rate_tables", "53_qualitative_grid", "55_a_taste_that_needs_dislikes")  # an experiment's folder
-READS_SLOW = ("51_ablations", "52_a_specific_user", "56_guidance_by_dislikes")  # and of those that train most
+READS_SLOW = (
+    "51_ablations",
+    "52_a_specific_user",
+    "56_guidance_by_dislikes",
+    "57_rounds",
+)  # and of those that train most
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def _replacing(kept: Path) -> Iterator[Path]:
 
 
 def keep_paper(folder: Path, kept: Path) -> list[str]:
-    """Copy numbers and tables of a replay's finished runs, and those of the whole if all ran; all or nothing.
+    """Copy tables of a replay's finished runs, and numbers of the whole or, before all ran, of each; all or nothing.
 
     Returns the names of the runs. `kept` loses what was there of another replay.
 
@@ -219,7 +219,9 @@ def keep_paper(folder: Path, kept: Path) -> list[str]:
     if not runs:
         raise FileNotFoundError(f"{folder} holds no finished run of a replay (RUN/{RECORD_NAME})")
     with _replacing(kept) as part:
-        for source, patterns in ((folder, (*TABLES, FIGURE)), *((folder / run, TABLES) for run in runs)):
+        left_out = {"metrics.json"} if (folder / "metrics.json").is_file() else set()  # those of the whole hold them
+        own = [name for name in TABLES if name not in left_out]
+        for source, patterns in ((folder, (*TABLES, FIGURE)), *((folder / run, own) for run in runs)):
             target = part / source.relative_to(folder)
             target.mkdir(exist_ok=True)
             for path in (path for pattern in patterns for path in source.glob(pattern) if path.name != LIKES):

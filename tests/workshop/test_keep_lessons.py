@@ -208,7 +208,7 @@ def test_frames_of_an_animation_become_small_and_stay_frames():
         assert (pixels == np.asarray(Image.open(io.BytesIO(base64.b64decode(frame))))).all()
 
 
-TABLES_OF_A_RUN = ("run.json", "metrics.json", "win_rates.csv")
+TABLES_OF_A_RUN = ("run.json", "win_rates.csv")
 
 
 def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
@@ -240,3 +240,6 @@ def test_of_a_replay_the_tables_are_kept_and_not_the_pictures(tmp_path):
     found = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
     assert found == {"metrics.json", "win_rates.png", *(f"tables-0/{name}" for name in TABLES_OF_A_RUN)}
     assert (kept / "tables-0" / "win_rates.csv").read_text() == "tables-0/win_rates.csv"
+    (folder / "metrics.json").unlink()  # before all ran, the numbers of each run are kept
+    keep_paper(folder, kept)
+    assert (kept / "tables-0" / "metrics.json").is_file()
