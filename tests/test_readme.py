@@ -164,7 +164,8 @@ def test_the_front_page_is_short_and_names_every_room():
 def test_every_lesson_is_listed():
     listed = {Path(target).name for target in LINK.findall((ROOT / "notebooks" / "README.md").read_text())}
     others = {"solutions", "pages", ".ipynb_checkpoints"}
-    assert {path.name for path in (ROOT / "notebooks").rglob("*.ipynb") if not others & {*path.parts}} <= listed
+    there = {path.name for path in (ROOT / "notebooks").rglob("*.ipynb") if not others & {*path.parts}}
+    assert there <= listed and f"[{len(there)} notebooks](notebooks/README.md)" in README
 
 
 def test_an_objective_is_one_function_and_one_entry():
