@@ -343,6 +343,7 @@ def test_a_simulated_judge_prefers_many_sampler_steps(tmp_path):
     assert (tmp_path / "62_judge_blind" / "preferences.png").is_file()
 
 
+@pytest.mark.slow  # the widget that it watches with is tested in tests/widgets
 def test_a_watched_training_leaves_its_curves_and_rows_of_pictures(tmp_path):
     metrics = run_small("63_watch_training", tmp_path)
     assert metrics["steps"] == 12 and metrics["sample_rows"] >= 1
@@ -502,6 +503,7 @@ def test_one_training_step_agrees_with_the_trainer(tmp_path):
     assert (tmp_path / "32_one_training_step" / "calibration.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow  # its steps are those of the demo and of the commands
 def test_train_runs_any_prepared_folder_and_its_model_is_judged_beside_published_ones(tmp_path):
     """The chain of the shipped grids for Stable Diffusion: training, then its judgement."""
     metrics = run_small("33_train", tmp_path)

@@ -25,6 +25,7 @@ def no_kernel():
         yield
 
 
+@pytest.mark.slow  # six notebooks; the tables, the runner and the page are tested by themselves
 @pytest.mark.usefixtures("no_kernel")
 def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
     settings_file = tmp_path / "settings.json"
