@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dkto.objective.losses import effective_weight
 from dkto.objective.utilities import get_utility
-from toy.exact import normal_quadrature
+from toy.exact import class_posterior, normal_quadrature
 from toy.network import one_thread, stream
 from toy.objectives import Method
 from toy.sampling import NoisePred, ancestral
 from toy.schedule import Schedule
-from toy.world import DESIRABLE, UNDESIRABLE, exact_noise_pred, to_paper_units
+from toy.world import DESIRABLE, to_paper_units
 
 NODES = 48  # at beta 10 within 0.006 of 120 nodes in every sampled point; 24 nodes are 0.02 off
 LONGEST_STEP = (
@@ -83,18 +83,10 @@ class PointwiseOptimum:
 
     def _posterior(self, noisy: Tensor, timestep: int) -> "_Posterior":
         abar = self.schedule.alphas_cumprod[timestep]
-        classes = [g.model_units() for g in (DESIRABLE, UNDESIRABLE)]
-        spread = abar * classes[0].std ** 2 + 1 - abar
-        fractions = noisy.new_tensor([self.method.desirable_fraction, 1 - self.method.desirable_fraction])
-        distances = torch.stack(
-            [(noisy - abar.sqrt() * noisy.new_tensor(g.mean)).square().sum(-1) for g in classes], dim=-1
-        )
-        return _Posterior(
-            reference=(1 - abar).sqrt() * noisy,
-            chance=torch.softmax(fractions.log() - distances / (2 * spread), dim=-1),
-            mean=torch.stack([exact_noise_pred(g, noisy, abar) for g in classes], dim=-2),
-            std=float((abar * classes[0].std ** 2 / spread).sqrt()),
-        )
+        chance, mean = class_posterior(noisy, abar, self.method.desirable_fraction)
+        variance = abar * DESIRABLE.model_units().std ** 2
+        std = float((variance / (variance + 1 - abar)).sqrt())
+        return _Posterior((1 - abar).sqrt() * noisy, chance, mean, std)
 
     def _gradient(self, noise_pred: Tensor, posterior: "_Posterior") -> Tensor:
         """Uphill direction of the expected utility by the prediction, (..., N, 2): weighted denoising.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dkto.common.names import check_name
 from dkto.objective.losses import dpo_loss, kto_loss
-from toy.sampling import SAMPLERS
+from toy.sampling import SAMPLERS, NoisePred
 from toy.schedule import Schedule
-from toy.world import DESIRABLE, ORIGIN, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
+from toy.world import DESIRABLE, ORIGIN, PRETRAINING, UNDESIRABLE, UNIT, Gaussian, exact_noise_pred
 
 REWARD_SLOPE = (0.0, 4.0)  # gradient of log p_desirable - log p_undesirable in model units: 20 y is 4 z_y
 
@@ -69,11 +69,45 @@ def dpo_optimum(schedule: Schedule, beta: float) -> AffineDenoiser:
 
     With shared noise and timestep the reward difference of a pair is linear in the points' difference, and this
     shift makes it the difference of the true rewards. It grows as 1/sqrt(abar) towards pure noise.
+
+    DGPO on groups with as many likes as dislikes has the same optimum: their rewards add up. Other methods on pairs
+    have none in closed form. DMPO wants the gap log((1 - a) / a) tanh(d / 2) of a pair whose true rewards differ by
+    d, which is no difference of two rewards. The safeguard of Diffusion-SDPO scales gradients: they belong to no loss.
     """
     reference = exact_denoiser(Gaussian((0.0, 0.0), 1.0), schedule)
     abar = schedule.alphas_cumprod
     shift = torch.tensor(REWARD_SLOPE, dtype=torch.float64) / (beta * ((1 - abar) * abar).sqrt())[:, None]
     return AffineDenoiser(reference.slope, reference.offset - shift)
+
+
+def class_posterior(noisy: Tensor, abar: Tensor, desirable_fraction: float) -> tuple[Tensor, Tensor]:
+    """Of a noisy point, for the liked and the disliked class: chances (N, 2) and means of the noise (N, 2, 2)."""
+    classes = [gaussian.model_units() for gaussian in (DESIRABLE, UNDESIRABLE)]
+    laws = [
+        Gaussian(tuple(float(abar.sqrt()) * m for m in g.mean), math.sqrt(float(abar) * g.std**2 + 1 - float(abar)))
+        for g in classes
+    ]
+    fractions = noisy.new_tensor([desirable_fraction, 1 - desirable_fraction])
+    chances = torch.softmax(fractions.log() + torch.stack([law.log_density(noisy) for law in laws], -1), -1)
+    return chances, torch.stack([exact_noise_pred(g, noisy, abar) for g in classes], -2)
+
+
+def nft_optimum(schedule: Schedule, mixing: float = 1.0, desirable_fraction: float = 0.8) -> NoisePred:
+    """The optimum of DiffusionNFT on likes in closed form, from the exact pretrained denoiser.
+
+        eps = eps_ref + ( P(liked | x_t) (eps_liked - eps_ref) - P(disliked | x_t) (eps_disliked - eps_ref) ) / mixing
+
+    with the best denoiser of each class. The loss of a noisy point is a parabola of the prediction, of curvature
+    `mixing` whatever the labels are: the brake makes up exactly for what a disliked sample bends the other way.
+    """
+
+    def best(noisy: Tensor, timestep: int) -> Tensor:
+        chances, means = class_posterior(noisy, schedule.alphas_cumprod[timestep], desirable_fraction)
+        reference = exact_noise_pred(PRETRAINING.model_units(), noisy, schedule.alphas_cumprod[timestep])
+        away = chances[..., None] * (means - reference[..., None, :])
+        return reference + (away[..., 0, :] - away[..., 1, :]) / mixing
+
+    return best
 
 
 @dataclass(frozen=True)

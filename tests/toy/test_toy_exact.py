@@ -9,11 +9,15 @@ from exact_density import affine_with_jacobian, ddim_with_density, with_jacobian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dkto.objective.felt import Errors
 from dkto.objective.losses import denoising_error, dpo_loss, implicit_reward, kto_loss
+from dkto.objective.newer_methods import dgpo, nft
 from toy.exact import (
     AffineDenoiser,
+    class_posterior,
     dpo_optimum,
     exact_denoiser,
+    nft_optimum,
     normal_quadrature,
     output_law,
     policy_optimum,
@@ -191,6 +195,57 @@ def test_dpo_optimum_in_samples():
     for beta, expected in ((10, 1.7793), (30, 1.1264), (100, 0.8979)):
         mean, std = output_law(dpo_optimum(schedule, beta), schedule)
         assert (0.8 + 0.2 * float(mean[1]), 0.2 * std) == pytest.approx((expected, 0.1941), abs=1e-4)
+
+
+@pytest.mark.parametrize("mixing", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("timestep", [2, 20, 45])
+def test_the_nft_optimum_is_stationary(timestep, mixing):
+    """The expected loss of a noisy point, by quadrature through `nft`, has no slope there and rises beside it."""
+    noisy, fraction = torch.tensor([0.4, -1.0], dtype=torch.float64), 0.6
+    abar = SCHEDULE.alphas_cumprod[timestep]
+    best = nft_optimum(SCHEDULE, mixing, fraction)(noisy, timestep).requires_grad_()
+    reference = exact_denoiser(PRETRAINING.model_units(), SCHEDULE)(noisy, timestep)
+    chances, means = class_posterior(noisy, abar, fraction)
+    nodes, weights = normal_quadrature(24)
+    noise = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij"), dim=-1).flatten(0, 1)
+    weight, variance = (weights[:, None] * weights).flatten(), abar * DESIRABLE.model_units().std ** 2
+
+    def loss(prediction):
+        total = 0
+        for index, liked in enumerate((True, False)):
+            drawn = means[index] + (variance / (variance + 1 - abar)).sqrt() * noise
+            expected = [
+                (denoising_error(p.expand_as(drawn), drawn) * weight).sum()[None] for p in (prediction, reference)
+            ]
+            shift = denoising_error(prediction[None], reference[None])
+            felt = nft(Errors(*expected, shift=shift), torch.tensor([liked]), mixing=mixing)
+            total = total + chances[index] * felt.loss
+        return total
+
+    (slope,) = torch.autograd.grad(loss(best), best)
+    assert slope.abs().max() < 1e-9
+    assert all(loss(best + 1e-2 * torch.tensor(way)) > loss(best) for way in ((1, 0), (0, 1), (-1, 0), (0, -1)))
+    assert not torch.allclose(best, reference, atol=1e-3)
+
+
+def test_dpo_optimum_is_that_of_groups_too():
+    """Of groups of two likes and two dislikes: the expected DGPO loss has no slope along the rewards."""
+    count, beta, timestep = 20_000, 3.0, 25
+    optimum, reference = dpo_optimum(SCHEDULE, beta), exact_denoiser(PRETRAINING.model_units(), SCHEDULE)
+    rng = torch.Generator().manual_seed(0)
+    liked = torch.tensor([True, False, True, False]).repeat(count)
+    noise = torch.randn(count, 2, generator=rng, dtype=torch.float64).repeat_interleave(4, 0)
+    points = torch.randn(4 * count, 2, generator=rng, dtype=torch.float64)
+    placed = [role.model_units().place(points) for role in (DESIRABLE, UNDESIRABLE)]
+    noisy = SCHEDULE.add_noise(torch.where(liked[:, None], *placed), noise, torch.full((4 * count,), timestep))
+    errors = [denoising_error(model(noisy, timestep), noise) for model in (optimum, reference)]
+    scale = torch.ones(count, 1, dtype=torch.float64, requires_grad=True)
+    trained, frozen = (error.view(count, 4) for error in errors)
+    moved = Errors(frozen + scale * (trained - frozen), frozen)
+    losses = dgpo(moved, liked.view(count, 4), beta=beta, group_size=4).loss
+    (slopes,) = torch.autograd.grad(losses.sum(), scale)
+    assert losses.shape == (count,) and slopes.std() > 0.1
+    assert abs(float(slopes.mean())) < 3 * float(slopes.std()) / count**0.5
 
 
 def test_quadrature_is_exact_for_polynomials():
