@@ -135,6 +135,18 @@ def test_no_module_defines_a_name_twice():
     assert not twice
 
 
+def test_an_order_does_not_depend_on_the_processor():
+    """What ties keeps its order: numpy and pandas sort otherwise as the processor's instructions have it."""
+    unstable = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "toy").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("argsort", "sort_values", "topk"):
+                given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+                if given.get("kind") != "stable" and given.get("stable") is not True:
+                    unstable.append(f"{path}:{node.lineno}")
+    assert unstable == []
+
+
 def test_modules_can_be_read_in_one_sitting():
     long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 480}
     assert not long

@@ -80,7 +80,7 @@ def fidelity_sentences(monitors: pd.DataFrame, rates: pd.DataFrame) -> list[str]
         return []
     fidelity = monitors.set_index("system")[column]
     tuned = fidelity.drop(list(UNTRAINED), errors="ignore")
-    lost = tuned[tuned < fidelity["base"] - FIDELITY_LOSS].sort_values()
+    lost = tuned[tuned < fidelity["base"] - FIDELITY_LOSS].sort_values(kind="stable")
     winners = set(rates[(rates["opponent"] == "base") & (rates["low"] > 0.5)]["method"])
     sentences = []
     caution = " Their win-rates say that the measure rose, not that the images are better."
@@ -148,7 +148,7 @@ def extremes(gaps: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     >>> extremes(pd.DataFrame({"prompt": ["a", "b", "c"], "gap": [0.0, -1.0, 2.0]}))[0]
     'Of 3 prompts, the median image is worse on 1, equal on 1, better on 1.'
     """
-    gaps = gaps.sort_values("gap", ignore_index=True)
+    gaps = gaps.sort_values("gap", kind="stable", ignore_index=True)
     lost, gained = gaps[gaps["gap"] < 0], gaps[gaps["gap"] > 0]
     counts = f"worse on {len(lost)}, equal on {len(gaps) - len(lost) - len(gained)}, better on {len(gained)}"
     rows = pd.concat([lost.head(SHOWN_GAPS), gained.tail(SHOWN_GAPS)], ignore_index=True)

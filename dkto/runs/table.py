@@ -195,7 +195,7 @@ def plot_over_seeds(
     logarithmic = numbers and summary[x].min() > 0 and summary[x].max() / summary[x].min() >= 10
     ends = np.log([*places.values()]) if logarithmic else np.array([*places.values()], float)
     for number, ((value, group), colour) in enumerate(zip(groups, colours, strict=True)):
-        group = group.sort_values(x) if numbers else group
+        group = group.sort_values(x, kind="stable") if numbers else group
         aside = 0.015 * np.ptp(ends) * (number - (len(groups) - 1) / 2)  # so that no interval hides another
         at = group[x].map(places).to_numpy(float)
         at = at * np.exp(aside) if logarithmic else at + aside

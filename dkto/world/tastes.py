@@ -40,11 +40,12 @@ def darkness(image: np.ndarray, prompt: str | Scene) -> float:
 
 
 def blueness(image: np.ndarray, prompt: str | Scene) -> float:
-    """Blue minus red, in [-1, 1], of what stands out from the background, its dullest third left out."""
+    """Blue minus red, in [-1, 1], of what stands out from the background, without its dullest third."""
     pixels = np.asarray(image, dtype=np.float64)
     standing = stands_out(pixels, border_colour(pixels))
     chosen = pixels[standing] if standing.sum() > 20 else pixels.reshape(-1, 3)
-    vivid = chosen[np.argsort(np.ptp(chosen, axis=1))[len(chosen) // 3 :]].mean(0)
+    spread = np.ptp(chosen, axis=1)
+    vivid = chosen[spread >= np.sort(spread)[len(spread) // 3]].mean(0)  # by value: many pixels tie, in no fixed order
     return float(vivid[2] - vivid[0]) / 255
 
 

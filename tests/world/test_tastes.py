@@ -39,8 +39,15 @@ def test_a_taste_that_gives_other_numbers_has_another_version():
     images = [paint(s, finishes[n], np.random.default_rng([4, n])) for n, s in enumerate(scenes)]
     measures = (cleanness, no_white_rim, no_pink, darkness, blueness)
     measured = [np.mean([measure(i, s) for i, s in zip(images, scenes, strict=True)]) for measure in measures]
-    known = {1: [-0.340245, -0.013535, -0.026962, 0.597835, -0.079237]}
+    known = {1: [-0.340245, -0.013535, -0.026962, 0.597835, -0.051132]}
     assert measured == pytest.approx(known[CRAFT_VERSION], abs=1e-5)
+
+
+def test_blueness_asks_what_pixels_there_are_and_not_where():
+    """Many pixels of a flat image tie, and in which order a sort leaves them depends on the processor."""
+    for n, scene in enumerate(map(parse, prompts_for("test", 16))):
+        image = np.asarray(paint(scene, GOOD_FINISH, np.random.default_rng(n)))
+        assert blueness(image[::-1, ::-1], scene) == pytest.approx(blueness(image, scene), abs=1e-9)
 
 
 def test_a_white_rim_is_not_seen_on_white():

@@ -84,10 +84,11 @@ class TasteScorer:
 
     name: str
     measure: Callable[[np.ndarray, str], float]
+    version: str = CRAFTED
 
     @property
     def about(self) -> dict[str, str]:
-        return {"rule": self.name, "version": CRAFTED}
+        return {"rule": self.name, "version": self.version}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         return np.array([self.measure(_pixels(i), p) for i, p in zip(images, prompts, strict=True)])
@@ -98,7 +99,7 @@ _TASTES = (
     TasteScorer("world_no_white_rim", no_white_rim),
     TasteScorer("world_no_pink", no_pink),
     TasteScorer("world_dark", darkness),
-    TasteScorer("world_blue", blueness),
+    TasteScorer("world_blue", blueness, f"{CRAFTED}, blueness 2"),
 )
 _VERSIONS = dict.fromkeys((world_fidelity, world_aesthetics, world_redness, world_utility_1), RULES_VERSION)
 _VERSIONS |= dict.fromkeys((world_craft, world_utility), CRAFTED)
