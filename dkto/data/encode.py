@@ -323,7 +323,7 @@ class _Job:
 
     def _latents(self, kind: str, number: int) -> tuple[dict[str, Tensor], dict]:
         rows = self._planned("feedback.parquet", number, "image")
-        paths = list(dict.fromkeys(rows))  # of a picture that was compared several times, one is encoded
+        paths = list(dict.fromkeys(rows))  # of an image that was compared several times, one is encoded
         shard: dict[str, Tensor] = {"sizes": torch.zeros(len(paths), 4, dtype=torch.int32)}
         reasons: dict[str, str] = {}
         transparent: set[str] = set()

@@ -156,7 +156,7 @@ def _tasks(task: "_Task", batch_size: int, images_per_prompt: int, few: int) -> 
 
 
 def _check_unclaimed(folder: Path) -> None:
-    """Pictures without a manifest could be of anything: they are not taken for those that are asked for."""
+    """Images without a manifest could be of anything: they are not taken for those that are asked for."""
     if not (folder / MANIFEST).exists() and any(folder.glob("p*-s*.png")):
         missing = f"no {MANIFEST} that says what they were drawn for"
         raise ValueError(f"{folder} holds images but {missing}: choose another folder")

@@ -233,10 +233,10 @@ def agreement(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> 
 
 
 def drift(images: np.ndarray, base_images: np.ndarray) -> float:
-    """How far tuning moved the pictures: mean absolute pixel distance from the base's of the same noise.
+    """How far tuning moved the images: mean absolute pixel distance from the base's of the same noise.
 
     Args:
-        images, base_images: (N, H, W, 3) uint8, picture by picture from the same seed and prompt.
+        images, base_images: (N, H, W, 3) uint8, image by image from the same seed and prompt.
 
     Returns:
         In [0, 1], share of the pixel range.
@@ -252,13 +252,13 @@ def drift(images: np.ndarray, base_images: np.ndarray) -> float:
 
 
 def diversity(images: np.ndarray) -> float:
-    """How unlike each other the pictures of one prompt are: mean absolute pixel distance over all pairs.
+    """How unlike each other the images of one prompt are: mean absolute pixel distance over all pairs.
 
     Args:
-        images: (P, n, H, W, 3) uint8, n >= 2 pictures of each prompt.
+        images: (P, n, H, W, 3) uint8, n >= 2 images of each prompt.
 
     Returns:
-        In [0, 1], share of the pixel range; 0 if every prompt always gives the same picture.
+        In [0, 1], share of the pixel range; 0 if every prompt always gives the same image.
 
     >>> diversity(np.stack([np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 51, np.uint8)], axis=1))
     0.2

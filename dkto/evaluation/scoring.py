@@ -209,7 +209,7 @@ class _Table:
         about = dict(self.about)
         if stored.pop("pictures", None) != about.pop("pictures"):
             raise ValueError(
-                f"{self.path} holds scores of other pictures (drawn for other prompts or seeds, or by another model) "
+                f"{self.path} holds scores of other images (drawn for other prompts or seeds, or by another model) "
                 f"than {self.folder / 'manifest.json'} names: {remedy} to score again"
             )
         unknown = {key for key, value in about.items() if value is None or stored.get(key) is None}

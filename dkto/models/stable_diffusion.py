@@ -92,11 +92,11 @@ class StableDiffusion(DiffusionModel):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition.
+    """Stable Diffusion XL: two text encoders, a pooled embedding, and the image's size as a condition.
 
-    The size condition, `time_ids`, holds height and width of the original picture, top and left of the crop, and the
-    size that is wanted. Prepared feedback gives each picture its own; without one it is what the pipeline
-    uses when it draws: a picture of the model's own size, not cropped.
+    The size condition, `time_ids`, holds height and width of the original image, top and left of the crop, and the
+    size that is wanted. Prepared feedback gives each image its own; without one it is what the pipeline
+    uses when it draws: an image of the model's own size, not cropped.
     """
 
     pipeline_name = "StableDiffusionXLPipeline"

@@ -48,7 +48,7 @@ def read_training(path: Path, config: Fields) -> dict:
 
 @dataclass(frozen=True)
 class System:
-    """Something that draws pictures from prompts.
+    """Something that draws images from prompts.
 
     Attributes:
         model: "small-world", a diffusers pipeline folder, or a hub id.
@@ -205,7 +205,7 @@ class System:
         (`dkto.models.onnx_unet`): equal to torch's to rounding, so images differ by one grey level of 255 at most, and
         faster. Not so in bfloat16, or if it is not to be `compiled`.
 
-        No system has a safety checker, whatever its model ships: it returns black pictures for those it objects to, and
+        No system has a safety checker, whatever its model ships: it returns black images for those it objects to, and
         would do so for a base but not for what was tuned from it, whose pipeline is written without one.
         """
         model = self.opened()
@@ -243,7 +243,7 @@ def _adapted(denoiser: nn.Module, part: str, adapter: str) -> nn.Module:
 
 
 def computes_bfloat16() -> bool:
-    """Whether pictures are drawn faster in bfloat16 here: on a GPU, or a processor with instructions for it."""
+    """Whether images are drawn faster in bfloat16 here: on a GPU, or a processor with instructions for it."""
     found = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return torch.cuda.is_available() or any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 

@@ -41,8 +41,8 @@ def write_card(folder: Path, run: Path, config: RunConfig, model: DiffusionModel
     base = Path(config.model).name if local else config.model
     tags = ["text-to-image", f"diffusion-{config.objective}", *(["lora"] if config.lora_rank else [])]
     front = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    if hasattr(config, "reward"):  # AlignProp and D3PO draw their own pictures and have a scorer judge them
-        data = f"Its own pictures of {len(config.prompts())} prompts, judged by {config.reward}"
+    if hasattr(config, "reward"):  # AlignProp and D3PO draw their own images and have a scorer judge them
+        data = f"Its own images of {len(config.prompts())} prompts, judged by {config.reward}"
     else:
         prepared = Path(config.prepared_dir) / "prepared.json"
         rows = read_json(prepared, "record of prepared feedback", ["rows"])["rows"] if prepared.exists() else 0
@@ -114,12 +114,12 @@ A {kind} of which {what} of the denoiser were trained {trained_on}.
 |---|---|
 {figures}
 
-These say how well the policy tells its training data apart, not how good its pictures are: judge those on prompts that
+These say how well the policy tells its training data apart, not how good its images are: judge those on prompts that
 were not trained on.
 
 ## Limits
 
 The model inherits the biases of the people whose likes it was trained on, and likes can reward unsafe or unwanted
-pictures (paper, section 8). Its licence is that of {base}. No safety checker was trained or is part of these weights;
+images (paper, section 8). Its licence is that of {base}. No safety checker was trained or is part of these weights;
 one that the base model has works with them as before.
 """

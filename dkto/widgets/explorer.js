@@ -44,7 +44,7 @@ function render({ model, el }) {
     state[name] = value;
     drawMoving();
     const began = event.timeStamp;
-    // after the frame: the message arrives once the picture was handed to the screen
+    // after the frame: the message arrives once the frame was handed to the screen
     requestAnimationFrame(() => {
       const channel = new MessageChannel();
       channel.port1.onmessage = () => performance.measure("dkto-explorer", { start: began, end: performance.now() });
@@ -183,7 +183,7 @@ function render({ model, el }) {
     const percent = (n, all) => (all ? `${Math.round((100 * n) / all)} % of ${all}` : "none");
     const text = gaps.length
       ? `Learning, with at least a tenth of the largest weight: liked ${percent(learning[0], totals[0])}, disliked ${percent(learning[1], totals[1])}` +
-        (outside ? `; ${outside} rewards lie outside the picture.` : ".")
+        (outside ? `; ${outside} rewards lie outside the plot.` : ".")
       : `At the reference point: liked ${short(weight(curve, state.reference_point, 1))}, disliked ${short(weight(curve, state.reference_point, -1))}.`;
     tell(text);
     panels.rewards.canvas.setAttribute("aria-label", `Rewards of the images under the slope. ${text}`);

@@ -1,7 +1,7 @@
 """Utility explorer: U and U' of every utility, the weight of a sample, and which rewards learn (paper 4.2, C.4).
 
 The browser computes every curve by itself (closed forms; a sampled table for utilities that it does not
-know), so a slider moves the picture at once. `Explorer.figure` draws the same without a browser.
+know), so a slider moves the curve at once. `Explorer.figure` draws the same without a browser.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-// Blind judging: two pictures without a name. Which is whose stays in the kernel until the last answer.
+// Blind judging: two images without a name. Which is whose stays in the kernel until the last answer.
 
 function render({ model, el }) {
   const node = root(el, "judge", "Blind judging");

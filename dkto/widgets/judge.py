@@ -13,7 +13,7 @@ from dkto.widgets.base import Instrument, figure_bytes, png_bytes, script, style
 
 
 class Judge(Instrument):
-    """Two pictures of a prompt, left and right as the study drew them; the page never learns which is whose.
+    """Two images of a prompt, left and right as the study drew them; the page never learns which is whose.
 
     Keys, while the widget has the focus: the arrows choose, z takes the last answer back. The result, with
     the names of the methods, is sent to the page only when every question is answered.
@@ -41,7 +41,7 @@ class Judge(Instrument):
         self._show()
 
     def answer(self, side: str) -> None:
-        """Prefer the left or the right picture of the pair that is shown."""
+        """Prefer the left or the right image of the pair that is shown."""
         self.session.answer(self.number, side)
         self._show()
 

@@ -1,7 +1,7 @@
-"""Pictures to be judged, and likes kept as an append-only log: resume, undo, merge, export.
+"""Images to be judged, and likes kept as an append-only log: resume, undo, merge, export.
 
 Each event holds session, time, event (like, dislike, skip, undo), prompt, seed, the image's path below
-the log's folder and its SHA-256, so that a like stays with the picture and the prompt it was given to.
+the log's folder and its SHA-256, so that a like stays with the image and the prompt it was given to.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ EVENT: Fields = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to be judged: its file, its prompt, and the seed it was drawn with where known."""
+    """One image to be judged: its file, its prompt, and the seed it was drawn with where known."""
 
     image: Path
     prompt: str
@@ -42,13 +42,13 @@ class Picture:
 
 
 def pictures_in(folder: str | Path) -> list[Picture]:
-    """The pictures of a folder: as `dkto.evaluation.generate` wrote them, or any images with their prompt in a `.txt`.
+    """The images of a folder: as `dkto.evaluation.generate` wrote them, or any images with their prompt in a `.txt`.
 
     A warning names the files in the folder that are neither, nor a table.
 
     Raises:
-        FileNotFoundError: if the folder does not exist, or a picture has no prompt.
-        ValueError: if it holds no picture, one or its prompt is a link to elsewhere, or a prompt is not UTF-8.
+        FileNotFoundError: if the folder does not exist, or an image has no prompt.
+        ValueError: if it holds no image, one or its prompt is a link to elsewhere, or a prompt is not UTF-8.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,14 +59,14 @@ def pictures_in(folder: str | Path) -> list[Picture]:
         found = [Picture(image_path(folder, p, i), about["prompts"][p], about["seed"]) for p, i in keys]
         missing = [picture.image.name for picture in found if not picture.image.exists()]
         if missing:
-            raise FileNotFoundError(f"{folder} is not complete ({missing[0]} is missing): draw the pictures again")
+            raise FileNotFoundError(f"{folder} is not complete ({missing[0]} is missing): draw the images again")
     else:
         (images, unread), inside = listed_images(folder), Folder(folder)
         found = [Picture(image, prompt_beside(image, inside)) for image in images]
-        beside = (".json", *TABLE_SUFFIXES)  # likes of these pictures lie here, and folders of what was tuned on them
+        beside = (".json", *TABLE_SUFFIXES)  # likes of these images lie here, and folders of what was tuned on them
         warn_unread(folder, [p for p in unread if p.is_file() and p.suffix.lower() not in beside], IMAGE_SUFFIXES)
     if not found:
-        raise ValueError(f"{folder} holds no picture")
+        raise ValueError(f"{folder} holds no image")
     for picture in found:  # a link that someone else made would show and keep what is in a file of the user
         if picture.image.is_symlink():
             refuse_leaving(picture.image, folder)
@@ -117,7 +117,7 @@ def read_events(path: Path, session: str) -> list[dict]:
 
 
 class LikeLog:
-    """One session's judgements of a list of pictures, kept in a log.
+    """One session's judgements of a list of images, kept in a log.
 
     Args:
         pictures: what is judged; they must lie in the log's folder or below, so that the log can move with them.
@@ -125,9 +125,9 @@ class LikeLog:
         session: a name; the same name goes on where it stopped.
 
     Raises:
-        ValueError: if the session has no name, there is no picture, one lies outside the log's folder, or a line of
+        ValueError: if the session has no name, there is no image, one lies outside the log's folder, or a line of
             the log is damaged.
-        FileNotFoundError: if a picture does not exist.
+        FileNotFoundError: if an image does not exist.
     """
 
     def __init__(self, pictures: Sequence[Picture], path: str | Path, session: str) -> None:
@@ -136,7 +136,7 @@ class LikeLog:
         if not isinstance(session, str) or not session.strip():
             raise ValueError(f"session must be a name, got {session!r}")
         if not self.pictures:
-            raise ValueError("pictures must hold at least one picture, got none")
+            raise ValueError("pictures must hold at least one image, got none")
         if not stays_inside(self.path, self.path.parent):
             raise ValueError(f"the log {self.path} is a link that leaves its folder: choose another file")
         places = _Places(self.path.parent)
@@ -150,7 +150,7 @@ class LikeLog:
             index = number.get((event["image"], event["sha256"], event["prompt"]))
             if index is not None:
                 self._apply(event["event"], index)
-            elif event["image"] in names:  # else a picture of another list
+            elif event["image"] in names:  # else an image of another list
                 changed.add(event["image"])
         if changed:
             warnings.warn(
@@ -160,29 +160,29 @@ class LikeLog:
             )
 
     def judge(self, index: int, judgement: str) -> None:
-        """Write down a judgement in place of an earlier one; an unknown picture or judgement raises a ValueError."""
+        """Write down a judgement in place of an earlier one; an unknown image or judgement raises a ValueError."""
         check_choice("judgement", judgement, JUDGEMENTS)
         if not 0 <= index < len(self.pictures):
-            raise ValueError(f"picture must be 0 to {len(self.pictures) - 1}, got {index}")
+            raise ValueError(f"image must be 0 to {len(self.pictures) - 1}, got {index}")
         self._write(judgement, index)
 
     def undo(self) -> int | None:
-        """Take the last judgement back; returns its picture, or None if there is none."""
+        """Take the last judgement back; returns its image, or None if there is none."""
         index = next(reversed(self.judgements), None)
         if index is not None:
             self._write("undo", index)
         return index
 
     def next_picture(self) -> int | None:
-        """The first picture without a judgement, or None."""
+        """The first image without a judgement, or None."""
         return next((i for i in range(len(self.pictures)) if i not in self.judgements), None)
 
     def counts(self) -> Counter:
-        """How many pictures were liked, disliked and skipped."""
+        """How many images were liked, disliked and skipped."""
         return Counter(self.judgements.values())
 
     def feedback(self) -> FeedbackTable:
-        """This session's likes and dislikes as a table; skipped pictures are left out."""
+        """This session's likes and dislikes as a table; skipped images are left out."""
         return merge_likes([self]).table
 
     def _write(self, event: str, index: int) -> None:
@@ -198,14 +198,14 @@ class LikeLog:
 
 
 class _Places:
-    """The pictures in a folder and below; each folder on the way is resolved once, so that 100,000 take seconds."""
+    """The images in a folder and below; each folder on the way is resolved once, so that 100,000 take seconds."""
 
     def __init__(self, folder: Path) -> None:
         self._root = os.path.realpath(folder)
         self._parents: dict[str, str] = {}
 
     def find(self, image: Path) -> tuple[str, str]:
-        """A picture's path below the folder, and the SHA-256 of its content."""
+        """An image's path below the folder, and the SHA-256 of its content."""
         head, tail = os.path.split(image)
         if head not in self._parents:
             self._parents[head] = os.path.realpath(head)
@@ -215,10 +215,10 @@ class _Places:
         except OSError:  # not there, or a link
             place = os.path.realpath(place)
             if not os.path.isfile(place):
-                raise FileNotFoundError(f"picture {image} does not exist") from None
+                raise FileNotFoundError(f"image {image} does not exist") from None
             digest = _digest(place)
         if not place.startswith(f"{self._root.rstrip('/')}/"):
-            raise ValueError(f"picture {image} must lie in the folder of the log, {self._root}")
+            raise ValueError(f"image {image} must lie in the folder of the log, {self._root}")
         return os.path.relpath(place, self._root) if "//" in place else place[len(self._root.rstrip("/")) + 1 :], digest
 
 
@@ -237,14 +237,14 @@ def _digest(path: str) -> str:
 class MergedLikes:
     """The likes of several sessions."""
 
-    table: FeedbackTable  # one row for each judgement: a picture judged in two sessions has two rows
+    table: FeedbackTable  # one row for each judgement: an image judged in two sessions has two rows
     sessions: dict[str, int]  # how many likes and dislikes each session gave
-    judged_twice: int  # pictures that more than one session judged
+    judged_twice: int  # images that more than one session judged
     contradictions: int  # those among them that one session liked and another disliked
 
     def __str__(self) -> str:
         return (
-            f"{self.table}; {len(self.sessions)} sessions; {self.judged_twice} pictures judged more than once, "
+            f"{self.table}; {len(self.sessions)} sessions; {self.judged_twice} images judged more than once, "
             f"{self.contradictions} of them liked and disliked"
         )
 

@@ -1,12 +1,12 @@
-// Like or dislike pictures. Every judgement goes to the kernel, which writes it down and sends the next pictures.
+// Like or dislike images. Every judgement goes to the kernel, which writes it down and sends the next images.
 
 function render({ model, el }) {
-  const node = root(el, "likes", "Like or dislike pictures");
+  const node = root(el, "likes", "Like or dislike images");
   const status = element("p", { class: "dkto-status", role: "status", "aria-live": "polite" });
-  const bar = element("progress", { "aria-label": "pictures seen" });
+  const bar = element("progress", { "aria-label": "images seen" });
   const alert = element("div", { class: "dkto-alert", role: "alert" });
-  const stage = element("div", { class: "dkto-stage", tabindex: "0", role: "group", "aria-label": "picture to judge; right arrow likes, left arrow dislikes, space skips, z takes back" });
-  let focused = -1; // the grid's picture that keys judge
+  const stage = element("div", { class: "dkto-stage", tabindex: "0", role: "group", "aria-label": "image to judge; right arrow likes, left arrow dislikes, space skips, z takes back" });
+  let focused = -1; // the grid's image that keys judge
   let waiting = false; // single view: a judgement is under way
 
   const say = {
@@ -43,7 +43,7 @@ function render({ model, el }) {
   function drawSingle() {
     const item = model.get("shown").find((one) => one.index === model.get("current"));
     stage.className = "dkto-stage dkto-single";
-    if (!item) stage.replaceChildren(element("p", { text: "All pictures are judged. Take one back with z, or go on to the training." }));
+    if (!item) stage.replaceChildren(element("p", { text: "All images are judged. Take one back with z, or go on to the training." }));
     else stage.replaceChildren(picture(item), element("p", { class: "dkto-prompt", text: item.prompt }));
   }
 
@@ -91,7 +91,7 @@ function render({ model, el }) {
   node.append(
     element("div", { class: "dkto-row" }, bar, status, view),
     stage, buttons, pager, alert, strips, mirror,
-    element("p", {}, element("kbd", { text: "→" }), " like, ", element("kbd", { text: "←" }), " dislike, ", element("kbd", { text: "space" }), " skip, ", element("kbd", { text: "z" }), " undo; in the grid ", element("kbd", { text: "↑" }), element("kbd", { text: "↓" }), " choose the picture"),
+    element("p", {}, element("kbd", { text: "→" }), " like, ", element("kbd", { text: "←" }), " dislike, ", element("kbd", { text: "space" }), " skip, ", element("kbd", { text: "z" }), " undo; in the grid ", element("kbd", { text: "↑" }), element("kbd", { text: "↓" }), " choose the image"),
   );
   const undo = [
     listen(model, ["shown", "current", "counts", "view", "message", "page"], settled(0, draw)),

@@ -1,4 +1,4 @@
-"""Like or dislike pictures by mouse or keyboard, one after another or as a grid (the data of paper 4.3)."""
+"""Like or dislike images by mouse or keyboard, one after another or as a grid (the data of paper 4.3)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +17,23 @@ from dkto.widgets.base import ROLE_COLOURS, Instrument, script, small_bytes, sty
 from dkto.widgets.likelog import JUDGEMENTS, LEAST, LikeLog, Picture, still_missing
 from dkto.world.mirror import mirror_sentences, taste_mirror, traits
 
-AHEAD = 6  # pictures that are sent before they are asked for
+AHEAD = 6  # images that are sent before they are asked for
 SIDES = {"single": 640, "grid": 256, "strip": 96}  # pixels: larger images are sent as copies of that size
 STRIP = 8  # of each kind, the last that were judged
 
 
 class Likes(Instrument):
-    """Judge pictures; every judgement is on disk before the next picture is shown.
+    """Judge images; every judgement is on disk before the next image is shown.
 
     Keys, while the widget has the focus: right or l likes, left or d dislikes, space skips, z takes back;
-    in the grid, up and down move between the pictures.
+    in the grid, up and down move between the images.
 
     Args:
         pictures: what is judged, see `dkto.widgets.likelog.pictures_in`.
-        path: log of the judgements (.jsonl), in the pictures' folder or above it.
+        path: log of the judgements (.jsonl), in the images' folder or above it.
         session: a name; the same name goes on where it stopped.
         view: "single" or "grid".
-        page_size: pictures of one page of the grid.
+        page_size: images of one page of the grid.
         least: likes, and dislikes, that are asked for.
 
     Raises:
@@ -78,12 +78,12 @@ class Likes(Instrument):
         self.observe(lambda _: self._show(), names=["page", "view"])
 
     def judge(self, index: int, judgement: str) -> None:
-        """Like, dislike or skip a picture, as the page does."""
+        """Like, dislike or skip an image, as the page does."""
         self.likes.judge(index, judgement)
         self._show()
 
     def undo(self) -> None:
-        """Take the last judgement back and show its picture again."""
+        """Take the last judgement back and show its image again."""
         index = self.likes.undo()
         if index is not None and self.view == "grid":
             self.page = index // self._page_size
@@ -102,13 +102,13 @@ class Likes(Instrument):
         return taste_mirror([self._found[index] for index in given], list(given.values()))
 
     def figure(self) -> Figure:
-        """The first judged pictures, 8 of each kind, as a static figure: liked above, disliked below."""
+        """The first judged images, 8 of each kind, as a static figure: liked above, disliked below."""
         given = self.likes.judgements
         groups = {name: [i for i in given if given[i] == name][:8] for name in ("like", "dislike")}
         groups = {name: rows for name, rows in groups.items() if rows}
         if not groups:
             figure, ax = plt.subplots(figsize=(6, 0.6))
-            ax.text(0.5, 0.5, "no picture was judged yet", ha="center")
+            ax.text(0.5, 0.5, "no image was judged yet", ha="center")
             ax.set_axis_off()
         else:
             figure, axes = plt.subplots(len(groups), 1, figsize=(7, 1.5 * len(groups)), layout="constrained")
@@ -127,7 +127,7 @@ class Likes(Instrument):
         return about | {"judgement": self.likes.judgements.get(index, "")}
 
     def _show(self, at: int | None = None) -> None:
-        """Send what the page shows: the next pictures, or one page of the grid."""
+        """Send what the page shows: the next images, or one page of the grid."""
         if self.view == "grid":
             first = self.page * self._page_size
             wanted = list(range(first, min(first + self._page_size, len(self.likes.pictures))))

@@ -1,7 +1,7 @@
-// Live view of a training. The kernel sends curves and pictures; the page draws them and has two buttons.
+// Live view of a training. The kernel sends curves and images; the page draws them and has two buttons.
 
 const STATES = {
-  ready: "ready", preparing: "preparing the pictures", running: "training", stopping: "stopping at a checkpoint",
+  ready: "ready", preparing: "preparing the images", running: "training", stopping: "stopping at a checkpoint",
   stopped: "stopped at a checkpoint; start goes on from it", finished: "finished", failed: "failed",
 };
 
@@ -77,7 +77,7 @@ function render({ model, el }) {
         showPicture(image, bytes);
         return element("td", {}, image);
       })));
-    table.replaceChildren(element("table", { "aria-label": "sample pictures" }, head, ...body));
+    table.replaceChildren(element("table", { "aria-label": "sample images" }, head, ...body));
   }
 
   node.append(element("div", { class: "dkto-row" }, start, stop, bar, status), alert,

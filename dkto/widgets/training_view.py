@@ -1,7 +1,7 @@
-"""Watch a training that runs as a sub-process: loss, rewards, reference point, sample pictures, and a stop button.
+"""Watch a training that runs as a sub-process: loss, rewards, reference point, sample images, and a stop button.
 
 A thread reads `metrics.jsonl` and sets what the page shows; the kernel stays free. A second thread draws
-sample pictures from the newest checkpoint. Stop sends SIGTERM: the trainer finishes its step, writes a
+sample images from the newest checkpoint. Stop sends SIGTERM: the trainer finishes its step, writes a
 checkpoint and ends; *Start* goes on from there.
 """
 
@@ -28,7 +28,7 @@ from dkto.widgets.base import ROLE_COLOURS, Instrument, script, small_bytes, sty
 
 POLL_SECONDS = 0.5
 MOST_POINTS = 600  # points of a curve that are sent to the page
-MOST_SAMPLES = 6  # rows of sample pictures that are kept on the page
+MOST_SAMPLES = 6  # rows of sample images that are kept on the page
 SAMPLE_SIDE = 512  # pixels: larger samples are sent as copies of that size
 SERIES = ("loss", "reward/desirable", "reward/undesirable", "reference_point")  # the page knows the last part
 
@@ -37,10 +37,10 @@ class TrainingView(Instrument):
     """One training, live.
 
     Args:
-        config: what to train; sample pictures come from its checkpoints, every `checkpoint_every` steps.
-        prompts: what the sample pictures show; none draws no pictures.
-        guidance: of the sample pictures, no unit.
-        sample_steps: sampler steps of the sample pictures: few, since they share the machine with the training.
+        config: what to train; sample images come from its checkpoints, every `checkpoint_every` steps.
+        prompts: what the sample images show; none draws no images.
+        guidance: of the sample images, no unit.
+        sample_steps: sampler steps of the sample images: few, since they share the machine with the training.
         seed: of their noise, which is the same at every step.
         threads: CPU threads of the training.
     """
@@ -97,7 +97,7 @@ class TrainingView(Instrument):
             self.process.terminate()
 
     def wait(self, seconds: float | None = None) -> str:
-        """Until the training has ended and its pictures are drawn, or the time is over; returns the state.
+        """Until the training has ended and its images are drawn, or the time is over; returns the state.
 
         The kernel answers no button while it waits.
         """
@@ -172,7 +172,7 @@ class TrainingView(Instrument):
             self.curves, self.step, self.updates = curves, records[-1]["global_step"], self.updates + 1
 
     def _sample(self, checkpoint: Path) -> None:
-        """Pictures of a checkpoint, unless the training removed it meanwhile."""
+        """Images of a checkpoint, unless the training removed it meanwhile."""
         lora, unet = checkpoint / "pytorch_lora_weights.safetensors", checkpoint / "unet"
         settings = {"model": self.config.resolved().model, "guidance": self._guidance, "steps": self._sample_steps}
         try:
@@ -183,7 +183,7 @@ class TrainingView(Instrument):
                 raise
 
     def _finish(self) -> None:
-        """What is shown at the end: pictures of the finished model."""
+        """What is shown at the end: images of the finished model."""
         system = System.of_run(self.config.output_dir, guidance=self._guidance, steps=self._sample_steps)
         self._show_samples(f"end, step {self.config.max_train_steps}", system)
 

@@ -53,10 +53,10 @@ class Tuner(TrainingView):
 
     Args:
         likes: called when the button is pressed; gives the table to train on.
-        output_dir: folder of the runs; the table's pictures must lie in it or below.
+        output_dir: folder of the runs; the table's images must lie in it or below.
         prompts: held-out prompts that are drawn before and after, from the same noise.
         model: "small-world", a pipeline folder or a hub id.
-        user: a simulated user who never saw the training pictures, for a win-rate of after against before.
+        user: a simulated user who never saw the training images, for a win-rate of after against before.
         least: likes, and dislikes, without which no training starts.
         guidance, sample_steps, seed, threads: as `TrainingView`.
         settings: fields of `TrainConfig` other than those of `dkto.world.stranger.SETTINGS`.

@@ -166,7 +166,7 @@ UNDESCRIBED = "root => [...document.querySelectorAll(`${root} img`)].filter(e =>
 
 @pytest.fixture(scope="session")
 def accessible():
-    """Every control of a widget has a name and every picture a description; at 200 % zoom nothing runs out of sight."""
+    """Every control of a widget has a name and every image a description; at 200 % zoom nothing runs out of sight."""
 
     def check(page, root):
         assert page.evaluate(UNNAMED, root) == []
@@ -187,7 +187,11 @@ def picture():
 
     def keep(locator, name):
         if os.environ.get("DKTO_SCREENSHOTS"):
+            page, height = locator.page, round(locator.bounding_box()["height"])
+            page.set_viewport_size({"width": 1400, "height": max(1000, height + 400)})  # whole, not scrolled together
+            page.wait_for_timeout(500)
             (NOTEBOOKS / "images").mkdir(exist_ok=True)
             locator.screenshot(path=NOTEBOOKS / "images" / f"{re.sub(r'[^a-z_]', '', name)}.png")
+            page.set_viewport_size({"width": 1400, "height": 1000})
 
     return keep

@@ -386,9 +386,7 @@ def test_pixels_give_the_pictures_scores_with_gradient(kind, tiny_clip, hps, ima
         assert pixels.grad.abs().sum() > 0
         exact = score(scorer, [image], [prompt])[0]
         assert value.item() == pytest.approx(exact, abs=1e-5 if kind == "hps" else 0.02 * max(1, abs(exact)))
-    with pytest.raises(
-        ValueError, match=r"pixels must have shape \(2, 3, H, W\), one picture per prompt, got \(1, 3, "
-    ):
+    with pytest.raises(ValueError, match=r"pixels must have shape \(2, 3, H, W\), one image per prompt, got \(1, 3, "):
         scorer.score_pixels(pixels, PROMPTS[:2])
 
 

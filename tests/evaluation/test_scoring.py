@@ -238,7 +238,7 @@ def test_scores_of_former_prompts_do_not_pass_for_missing_pictures(folder):
     write_json(folder / "manifest.json", {**manifest, "prompts": [f"other {p}" for p in range(6)]})
     for path in folder.glob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"brightness\.parquet holds scores of other pictures .*manifest\.json names"):
+    with pytest.raises(ValueError, match=r"brightness\.parquet holds scores of other images .*manifest\.json names"):
         score_images(folder, brightness)
 
 

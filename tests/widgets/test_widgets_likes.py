@@ -223,7 +223,7 @@ def test_sessions_merge_and_contradictions_are_counted(pictures, tmp_path):
     assert (merged.judged_twice, merged.contradictions) == (2, 1)
     assert merged.sessions == {"ann": 3, "bob": 3}
     assert merged.table.is_desirable.tolist() == [True, False, True, False, False, True]
-    assert "2 pictures judged more than once, 1 of them liked and disliked" in str(merged)
+    assert "2 images judged more than once, 1 of them liked and disliked" in str(merged)
     read = read_feedback(write_feedback(merged.table, tmp_path / "table.csv"))
     assert read.is_desirable.tolist() == merged.table.is_desirable.tolist() and read.prompts[0] == ATTACK
 
@@ -234,7 +234,7 @@ def test_nothing_judged_is_no_table(pictures, tmp_path):
 
 
 def test_wrong_pictures_and_judgements_are_refused(pictures, tmp_path):
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         LikeLog([], tmp_path / "likes.jsonl", "ann")
     with pytest.raises(ValueError, match="must lie in the folder of the log"):
         LikeLog(pictures, tmp_path / "elsewhere" / "likes.jsonl", "ann")
@@ -245,7 +245,7 @@ def test_wrong_pictures_and_judgements_are_refused(pictures, tmp_path):
     log = LikeLog(pictures, tmp_path / "likes.jsonl", "ann")
     with pytest.raises(ValueError, match="judgement must be one of like, dislike, skip, got 'love'"):
         log.judge(0, "love")
-    with pytest.raises(ValueError, match="picture must be 0 to 4, got 9"):
+    with pytest.raises(ValueError, match="image must be 0 to 4, got 9"):
         log.judge(9, "like")
     for settings, sentence in (({"view": "wall"}, "view must be one of"), ({"page_size": 0}, "page_size must be")):
         with pytest.raises(ValueError, match=sentence):
@@ -260,7 +260,7 @@ def test_pictures_of_a_folder_have_their_prompts(pictures, tmp_path):
         picture.image.with_suffix(".txt").write_text(picture.prompt + "\n")
     assert [picture.prompt for picture in pictures_in(folder)] == [picture.prompt for picture in pictures]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match="holds no image"):
         pictures_in(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         pictures_in(tmp_path / "nowhere")
@@ -286,7 +286,7 @@ def test_the_widget_shows_the_next_picture_and_says_what_it_could_not_keep(pictu
     widget.receive({"type": "undo"})
     assert widget.current == 1
     widget.receive({"type": "judge", "index": 99, "judgement": "like"})
-    assert widget.message == "not kept: picture must be 0 to 4, got 99"
+    assert widget.message == "not kept: image must be 0 to 4, got 99"
     for index in range(5):
         widget.judge(index, "skip")
     assert widget.current == -1 and widget.shown == []

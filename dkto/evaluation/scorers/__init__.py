@@ -94,7 +94,7 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
 
 
 def check_scorers(scorers: Sequence[str | Scorer], prompts: Sequence[str] = ()) -> None:
-    """See to it that every scorer is known and can be loaded, before pictures are drawn for it.
+    """See to it that every scorer is known and can be loaded, before images are drawn for it.
 
     Args:
         scorers: names in `SCORERS`, or scorers.
@@ -117,7 +117,7 @@ def check_scorers(scorers: Sequence[str | Scorer], prompts: Sequence[str] = ()) 
 
 
 def get_pixel_scorer(scorer: str | Scorer) -> PixelScorer:
-    """The differentiable form of a scorer: (B, 3, H, W) pictures in [0, 1] and prompts -> (B,) with gradient.
+    """The differentiable form of a scorer: (B, 3, H, W) images in [0, 1] and prompts -> (B,) with gradient.
 
     Raises:
         KeyError: if no scorer has that name.

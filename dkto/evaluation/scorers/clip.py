@@ -37,7 +37,7 @@ def tokenizer_folder(source: str, scorer: str) -> Path:
 
 @dataclass(frozen=True)
 class CLIPScore(ClipScorer):
-    """Cosine of a CLIP model's picture and prompt embeddings, in [-1, 1]; values of different CLIPs do not compare.
+    """Cosine of a CLIP model's image and prompt embeddings, in [-1, 1]; values of different CLIPs do not compare.
 
     ViT-H/14 trained on LAION-2B is `clip_h14`, OpenAI's ViT-L/14 `clip_l14`; some multiply by 100 or 2.5. The paper
     does not say which it used. Images and prompts are prepared as transformers does or, for open_clip's own file, as
@@ -116,7 +116,7 @@ class PickScore(ClipScorer):
 class HPS(ClipScorer):
     """HPS v2 and v2.1 (Wu et al. 2023): the cosine of open_clip's ViT-H-14 tuned on human choices, about 0.25 to 0.29.
 
-    The authors' leaderboard multiplies by 100. The picture's longer side becomes 224 and the rest is black: nothing is
+    The authors' leaderboard multiplies by 100. The image's longer side becomes 224 and the rest is black: nothing is
     cropped. Prompts are cleaned as open_clip does it: text mended by ftfy, HTML entities resolved twice. The authors
     compute in half precision, this in float32. The paper says "HPS v2"; `hpsv2.score` means v2.0 and `hpsv2.evaluate`
     v2.1.
@@ -161,7 +161,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class AestheticsPredictor(nn.Module):
-    """OpenAI's ViT-L/14, or a smaller CLIP, and the head on its picture embedding."""
+    """OpenAI's ViT-L/14, or a smaller CLIP, and the head on its image embedding."""
 
     def __init__(self, clip: ClipWithTokenizer) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class AestheticsPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class LaionAesthetics(NetworkScorer):
-    """LAION aesthetics (Schuhmann 2022): a head on CLIP ViT-L/14's picture embedding of unit length, about 1 to 10.
+    """LAION aesthetics (Schuhmann 2022): a head on CLIP ViT-L/14's image embedding of unit length, about 1 to 10.
 
     The prompt plays no part. The paper's aesthetic user likes 7 and above (section 6).
 

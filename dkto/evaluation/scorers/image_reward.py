@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): BLIP, whose text encoder looks at the picture, and a head, on transformers' BLIP."""
+"""ImageReward (Xu et al. 2023): BLIP, whose text encoder looks at the image, and a head, on transformers' BLIP."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ VISION |= {"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
 """BLIP's ViT-L/16 at 224 pixels."""
 TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072}
 TEXT |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12}
-"""The published med_config.json, with the picture encoder's width."""
+"""The published med_config.json, with the image encoder's width."""
 
 _VISION_TOP = {
     "cls_token": "embeddings.class_embedding",
@@ -38,7 +38,7 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 
 
 class ImageRewardModel(nn.Module):
-    """Picture encoder, text encoder with cross-attention, head, and BERT's tokenizer."""
+    """Image encoder, text encoder with cross-attention, head, and BERT's tokenizer."""
 
     def __init__(self, tokenizer=None) -> None:
         from dkto.common.quiet_transformers import transformers
@@ -54,7 +54,7 @@ class ImageRewardModel(nn.Module):
 
 @dataclass(frozen=True)
 class ImageReward(NetworkScorer):
-    """(head(text state of the first token, having seen the picture) - 0.167) / 1.033, about -2.3 to 2.
+    """(head(text state of the first token, having seen the image) - 0.167) / 1.033, about -2.3 to 2.
 
     Attributes:
         weights: converted safetensors file, or "" for its place in the weights folder.

@@ -1,4 +1,4 @@
-"""What scorers that are networks share: loaded at the first call, pictures in batches, a differentiable way."""
+"""What scorers that are networks share: loaded at the first call, images in batches, a differentiable way."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dkto.common.tensors import weights_variant
 from dkto.evaluation.scorers.preprocess import cropped_image, cropped_pixels
 
 KEEP_LOADED = 2  # networks that stay in memory
-BATCH_SIZE = 16  # pictures per pass
+BATCH_SIZE = 16  # images per pass
 
 
 class NetworkScorer:
@@ -46,7 +46,7 @@ class NetworkScorer:
         raise NotImplementedError
 
     def prepare_image(self, image: Image.Image, side: int) -> Tensor:
-        """(3, side, side) as the authors prepare a picture."""
+        """(3, side, side) as the authors prepare an image."""
         return cropped_image(image, side)
 
     def prepare_pixels(self, pixels: Tensor, side: int) -> Tensor:
@@ -54,7 +54,7 @@ class NetworkScorer:
         return cropped_pixels(pixels, side)
 
     def score_prepared(self, network: nn.Module, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) scores of prepared pictures."""
+        """(B,) scores of prepared images."""
         raise NotImplementedError
 
     def network(self) -> nn.Module:
@@ -62,7 +62,7 @@ class NetworkScorer:
         return _load(self, json.dumps(self.about, sort_keys=True))
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """(N,) scores of pictures, prepared exactly as the authors do."""
+        """(N,) scores of images, prepared exactly as the authors do."""
         network = self.network()
         device, found = next(network.parameters()).device, []
         for start in range(0, len(images), BATCH_SIZE):
@@ -74,19 +74,19 @@ class NetworkScorer:
         return np.concatenate(found) if found else np.zeros(0)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores with gradient with respect to the pictures (AlignProp, paper 5.1.2, needs it).
+        """Scores with gradient with respect to the images (AlignProp, paper 5.1.2, needs it).
 
         Args:
             pixels: (B, 3, H, W) float in [0, 1].
             prompts: B prompts.
 
         Returns:
-            (B,) float; equal to the scores of the pictures up to the rounding of pictures to bytes
+            (B,) float; equal to the scores of the images up to the rounding of images to bytes
             (see `dkto.evaluation.scorers.preprocess`).
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(prompts):
             raise ValueError(
-                f"pixels must have shape ({len(prompts)}, 3, H, W), one picture per prompt, got {tuple(pixels.shape)}"
+                f"pixels must have shape ({len(prompts)}, 3, H, W), one image per prompt, got {tuple(pixels.shape)}"
             )
         network = self.network()
         pixels = pixels.to(next(network.parameters()).device)
@@ -134,12 +134,12 @@ class ClipWithTokenizer(nn.Module):
         return _unit(self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask))
 
     def cosine(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) cosine of each picture and its prompt."""
+        """(B,) cosine of each image and its prompt."""
         return (self.embed_images(pixel_values) * self.embed_prompts(prompts)).sum(-1)
 
 
 class ClipScorer(NetworkScorer):
-    """A scorer whose values are the cosine of picture and prompt, or exp(logit_scale) times it where `scaled`."""
+    """A scorer whose values are the cosine of image and prompt, or exp(logit_scale) times it where `scaled`."""
 
     scaled: ClassVar[bool] = False
 

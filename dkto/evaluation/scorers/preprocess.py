@@ -1,6 +1,6 @@
-"""How a scorer sees a picture: resize, crop or pad, normalise; as its authors do it, and differentiably.
+"""How a scorer sees an image: resize, crop or pad, normalise; as its authors do it, and differentiably.
 
-The `*_image` functions take a PIL picture and resize it as the authors' own code does (Pillow's bicubic filter on bytes
+The `*_image` functions take a PIL image and resize it as the authors' own code does (Pillow's bicubic filter on bytes
 for CLIP and BLIP). The `*_pixels` functions take tensors and carry gradient; they differ from the former only by the
 rounding to bytes inside Pillow, about 0.3 grey levels of 255 on photographs.
 """
@@ -18,7 +18,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) float in [0, 1] of a picture, RGB."""
+    """(3, H, W) float in [0, 1] of an image, RGB."""
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
 
 

@@ -1,7 +1,7 @@
-"""The small world's own scorers: exact rules on pixels, and two small networks trained on its pictures.
+"""The small world's own scorers: exact rules on pixels, and two small networks trained on its images.
 
 The networks' weights ship with the package (`dkto/world/scorers/README.md` is their card); `python -m dkto.workshop
-preference` makes them. They are for 64 x 64 pictures of the small world and are neither CLIP nor PickScore.
+preference` makes them. They are for 64 x 64 images of the small world and are neither CLIP nor PickScore.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ WORLD_FOLDER = Path(__file__).parents[2] / "world" / "scorers"
 
 
 def world_fidelity(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """Share of what the prompt asks that the picture shows, in [0, 1] (see `dkto.world.truth`)."""
+    """Share of what the prompt asks that the image shows, in [0, 1] (see `dkto.world.truth`)."""
     return np.array([judge(_pixels(i), p)["fidelity"] for i, p in zip(images, prompts, strict=True)])
 
 
@@ -111,7 +111,7 @@ world_aesthetics.score_pixels, world_redness.score_pixels = aesthetics_pixels, r
 
 @dataclass(frozen=True)
 class WorldCLIP(ClipScorer):
-    """Cosine of picture and prompt by the small CLIP, in [-1, 1].
+    """Cosine of image and prompt by the small CLIP, in [-1, 1].
 
     Attributes:
         folder: holds the networks, their tokenizer and card.json.
