@@ -44,7 +44,7 @@ def test_half_of_the_images_are_liked_and_two_sides_must_match():
 def test_what_teachers_read_is_what_was_measured():
     kept = json.loads((ROOT / "papermill_runs" / "reference" / "stranger" / "guesses.json").read_text())
     (right, all_of), (by_chance, shuffled) = named(kept), named(kept, shuffled=True)
-    assert all_of == len(TRAININGS) == 10
+    assert all_of == shuffled == len(TRAININGS) == 10
     page = (ROOT / "notebooks" / "TEACHING.md").read_text()
     assert f"names the card in {right} of {all_of} trainings" in page
     assert f"shuffled likes in {by_chance} of {shuffled}" in page
