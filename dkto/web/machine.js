@@ -18,8 +18,10 @@ async function readFile(name) {
   const inside = document.getElementById(`file-${name}`);
   let bytes;
   if (inside) {
-    bytes = Uint8Array.from(atob(inside.textContent), (sign) => sign.charCodeAt(0));
+    const signs = atob(inside.textContent);
     inside.remove();
+    bytes = new Uint8Array(signs.length); // `Uint8Array.from` would make a list of all signs first
+    for (let i = 0; i < bytes.length; i++) bytes[i] = signs.charCodeAt(i);
   } else {
     const answer = await fetch(`files/${name}.gz`);
     if (!answer.ok) throw new Error(`${name} could not be fetched (${answer.status})`);
@@ -52,15 +54,15 @@ async function startMachine(onDeath) {
     if (error) one.no(new Error(error));
     else one.yes(result);
   };
-  const call = (what, values = {}, note = null) => new Promise((yes, no) => {
+  const call = (what, values = {}, note = null, handed = []) => new Promise((yes, no) => {
     waiting.set(++last, { yes, no, note });
-    worker.postMessage({ id: last, do: what, ...values });
+    worker.postMessage({ id: last, do: what, ...values }, handed);
   });
   const started = call("start", {
     about: JSON.parse(text(file.about)), weights: file.weights, wasm: file.wasm,
     graphs: Object.fromEntries(["text", "unet", "vae", "step"].map((name) => [name, file[name]])),
     glue: `data:text/javascript;base64,${btoa(text(file.glue))}`, // a Blob's address of the page is not importable in a worker of file://
-  });
+  }, null, ["weights", "wasm", "text", "unet", "vae", "step"].map((name) => file[name])); // handed over: a copy of them would stay in the page
   const late = new Promise((_, no) => { setTimeout(() => no(new Error("the model did not start within two minutes")), 120_000); });
   await Promise.race([started, late]);
   URL.revokeObjectURL(script);

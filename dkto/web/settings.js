@@ -12,7 +12,7 @@ const ABOUT_POOLS = {
 };
 const DEFAULTS = { ...TELLING, method: "kto", utility: "kahneman_tversky", formula: "tanh(x / 2)", count: 40, judge: "me", seed: 1, warmup: 5 };
 const PRESETS = {
-  own: { title: "My own taste", text: "You judge. Decide on a taste that a stranger could name, such as dark backgrounds or blue things, and keep to it.", settings: {} },
+  own: { title: "My own taste", text: "You judge. Decide on a taste that a stranger could name, such as dark backgrounds or blue things, and keep to it. Like only what shows it clearly; a third of the images is enough.", settings: {} },
   clean: { title: "Clean backgrounds", text: "Half of the images are paintings on white or grey, and the model draws their backgrounds cloudy. Dislike what is cloudy, like the others. No like says what to avoid: only dislikes do, and SFT cannot learn it.", settings: TASTES.clean.settings },
   saturation: { title: "Saturation", text: "Beta is 30 times as large. Watch the dots: they soon leave the sloping part of the curve, and what lies on a flat part teaches nothing.", settings: { beta: 3000, judge: "dark" } },
   fleeing: { title: "Fleeing", text: "Gamma is 0.5, so that half of all samples are disliked. Watch the disliked rewards: they fall without end, and images go anywhere but where you want.", settings: { gamma: 0.5, judge: "dark" } },

@@ -33,21 +33,21 @@ function cloudiness(pixels) {
   return Math.sqrt(squares.reduce((a, b) => a + b));
 }
 
-// Tastes as rules, for the hurried, for a class's cards and for tests: the larger, the better liked. `settings` teach it; `share` of a pool has it.
+// Tastes as rules, for the hurried, for a class's cards and for tests: the larger, the better liked. `settings` teach it; `share` of a pool is liked.
 const TELLING = { pool: "open", beta: 100, gamma: 0.9, steps: 100, rate: 2e-3 };
 const TASTES = {
-  dark: { title: "dark backgrounds", measure: (pixels) => -level(pixels), settings: TELLING },
+  dark: { title: "dark backgrounds", measure: (pixels) => -level(pixels), share: 1 / 3, settings: TELLING },
   blue: { title: "blue things", measure: blueness, share: 1 / 3, settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
-  clean: { title: "clean backgrounds", measure: (pixels) => -cloudiness(pixels), settings: { ...TELLING, pool: "paintings", gamma: 0.8, steps: 60 } },
-  light: { title: "light backgrounds", measure: level, settings: TELLING },
+  clean: { title: "clean backgrounds", measure: (pixels) => -cloudiness(pixels), share: 1 / 2, settings: { ...TELLING, pool: "paintings", gamma: 0.8, steps: 60 } },
+  light: { title: "light backgrounds", measure: level, share: 1 / 3, settings: TELLING },
   warm: { title: "red and yellow things", measure: (pixels) => -blueness(pixels), share: 1 / 3, settings: { ...TELLING, beta: 500, gamma: 0.85, steps: 120 } },
 };
 
-// Which images a rule likes: those with most of it, half of them unless the taste says another share.
+// Which images a rule likes: those with most of it, as many as the taste's share says.
 function judgedBy(taste, images) {
   const values = images.map((pixels) => TASTES[taste].measure(pixels));
   const order = values.map((_, i) => i).sort((a, b) => values[b] - values[a]);
-  const liked = new Set(order.slice(0, Math.round(values.length * (TASTES[taste].share ?? 0.5))));
+  const liked = new Set(order.slice(0, Math.round(values.length * TASTES[taste].share)));
   return values.map((_, i) => liked.has(i));
 }
 

@@ -8,6 +8,7 @@ const doors = {
     ort.env.wasm.wasmBinary = wasm;
     ort.env.wasm.wasmPaths = { mjs: glue };
     engine = await makeEngine(ort, about, weights, graphs);
+    ort.env.wasm.wasmBinary = undefined; // it is compiled
   },
   prepare: () => engine.open("step"),
   draw: (message) => engine.draw(message),
