@@ -42,15 +42,21 @@ async function makeEngine(ort, about, weights, graphs) {
   }
 
   // {latents, pixels}: RGBA, from starting noise or a seed. `scale` goes from the base, 0, to the tuned model, 1, and beyond.
+  // Two adapters behind one another, of liked and of disliked images, are contrasted: `scale` is the strength of the contrast.
   async function draw({ prompt, seed, noise = random(seed).normal(LATENT), scale = 0, lora = zeros, guidance = about.guidance, steps = about.steps }) {
-    const { timesteps, step } = solver(steps, cumulative), x = noise.slice(), guided = new Float32Array(LATENT);
+    const { timesteps, step } = solver(steps, cumulative), x = noise.slice(), guided = new Float32Array(LATENT), two = lora.length > zeros.length;
     const c = Float32Array.from([...(await context("")), ...(await context(prompt))]);
     for (let i = 0; i < steps; i++) {
       const both = new Float32Array(2 * LATENT);
       both.set(x);
       both.set(x, LATENT);
-      const found = await predict(both, Float32Array.of(timesteps[i], timesteps[i]), c, lora, scale);
+      const found = await predict(both, Float32Array.of(timesteps[i], timesteps[i]), c, two ? zeros : lora, two ? 0 : scale);
       for (let k = 0; k < LATENT; k++) guided[k] = found[k] + guidance * (found[LATENT + k] - found[k]);
+      if (two && scale) {
+        const prompted = c.subarray(c.length / 2), sides = [];
+        for (const side of [0, 1]) sides.push(await predict(x, Float32Array.of(timesteps[i]), prompted, adapter(lora, side), 1));
+        for (let k = 0; k < LATENT; k++) guided[k] += scale * (sides[0][k] - sides[1][k]);
+      }
       step(i, x, guided);
     }
     return { latents: x, pixels: await decode(x) };
@@ -100,8 +106,26 @@ async function makeEngine(ort, about, weights, graphs) {
     return batch;
   }
 
+  // The adapter of the liked images, 0, or of the disliked ones, 1, of those that `contrast` puts behind one another.
+  const adapter = (lora, side) => lora.slice(side * zeros.length, (side + 1) * zeros.length);
+
+  // Fine-tune one adapter on the liked images and one on the disliked ones, each for half of the steps.
+  async function contrast(likes, settings, tell, stopped) {
+    const half = Math.ceil(settings.steps / 2), both = new Float32Array(2 * zeros.length);
+    let done = 0;
+    for (const side of [0, 1]) {
+      const theirs = likes.map((row) => ({ ...row, liked: row.liked === (side === 0) })), before = done;
+      const note = (record) => tell({ ...record, step: before + record.step, sign: record.sign.map((sign) => (side ? -sign : sign)) });
+      const { lora, steps } = await tune(theirs, { ...settings, method: "sft", steps: side ? settings.steps - half : half }, note, stopped);
+      both.set(lora, side * zeros.length);
+      done += steps;
+    }
+    return { lora: both, steps: done };
+  }
+
   // Tune a fresh LoRA; `tell` gets a record a step, `stopped()` ends it between two steps.
   async function tune(likes, settings, tell, stopped) {
+    if (settings.method === "contrast") return contrast(likes, settings, tell, stopped);
     await open("step");
     const lora = freshLora(about.lora, about.rank, settings.seed), state = adamw(lora.length), next = random(settings.seed + 1);
     const felt = feeling(settings), gamma = settings.method === "sft" ? 1 : settings.gamma;
@@ -116,5 +140,5 @@ async function makeEngine(ort, about, weights, graphs) {
   }
 
   for (const name of ["text", "unet", "vae"]) await open(name);
-  return { open, encode, context, draw, kto, table, feeling, tune, file: (lora) => loraFile(lora, about.lora, about.rank) };
+  return { open, encode, context, draw, kto, table, feeling, tune, file: (lora, side = 0) => loraFile(adapter(lora, side), about.lora, about.rank) };
 }

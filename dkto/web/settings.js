@@ -1,6 +1,6 @@
 // What a visitor can set, telling states of it, and the link that holds it.
 
-const METHODS = { kto: "Diffusion-KTO", sft: "SFT: liked images alone" };
+const METHODS = { kto: "Diffusion-KTO", sft: "SFT: liked images alone", contrast: "Guidance by dislikes: two adapters" };
 const UTILITY_TITLES = {
   kahneman_tversky: "Kahneman-Tversky: sigmoid(x)", loss_averse: "loss-averse: log sigmoid(x)",
   risk_seeking: "risk-seeking: −log sigmoid(−x)", linear: "linear: x", own: "a formula of your own",

@@ -22,15 +22,17 @@ const linkNow = () => {
 function buildTaking() {
   const likes = button("Likes and images (likes.zip)", async () => saveAs("likes.zip", await likesZip(), "application/zip"), { id: "save-likes" });
   const lora = button("The LoRA (safetensors)", () => saveAs("pytorch_lora_weights.safetensors", state.tuned.file), { id: "save-lora" });
+  const disliked = button("The LoRA of the dislikes", () => saveAs("disliked_lora_weights.safetensors", state.tuned.disliked), { id: "save-disliked" });
   const link = element("input", { type: "text", class: "link", readonly: true, id: identifier() }), copied = element("span", { role: "status", class: "note" });
   const copy = button("Copy", async () => {
     link.select();
     try { await navigator.clipboard.writeText(link.value); copied.textContent = "Copied."; } catch { copied.textContent = "Select the link and copy it."; }
   });
-  host("take").append(element("div", { class: "dkto-row" }, likes, lora), element("label", { for: link.id, text: "A link with these settings; no image and no answer is in it" }), element("div", { class: "dkto-row" }, link, copy, copied));
+  host("take").append(element("div", { class: "dkto-row" }, likes, lora, disliked), element("label", { for: link.id, text: "A link with these settings; no image and no answer is in it" }), element("div", { class: "dkto-row" }, link, copy, copied));
   parts.take = () => {
     likes.disabled = !judged().length;
-    lora.disabled = !state.tuned?.file || Boolean(state.tuning);
+    lora.disabled = disliked.disabled = !state.tuned?.file || Boolean(state.tuning);
+    disliked.hidden = !state.tuned?.disliked;
     link.value = linkNow();
     copied.textContent = "";
   };

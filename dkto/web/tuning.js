@@ -13,8 +13,9 @@ async function runTuning() {
     state.log.push({ ...record, rows: record.rows.map((row) => places[row]) });
     redraw("curve", "live");
   });
-  const ms = performance.now() - began, file = await state.machine.call("file", { lora });
-  state.tuned = { lora, file, settings: { ...settings }, shuffled, steps: done, ms };
+  const ms = performance.now() - began, fileOf = (side) => state.machine.call("file", { lora, side });
+  const file = await fileOf(0), disliked = method === "contrast" ? await fileOf(1) : null;
+  state.tuned = { lora, file, disliked, settings: { ...settings }, shuffled, steps: done, ms };
   state.tuning = null;
   say(`Tuned in ${(state.tuned.ms / 1000).toFixed(0)} seconds. Now move the slider, then compare blind.`);
   redraw("judging", "tuning", "live", "held", "blind", "take");

@@ -73,6 +73,7 @@ function health(log, slope, method = "kto") {
   if (log.some((step) => !Number.isFinite(step.norm))) return { state: "broken", text: "A gradient was not a number, and its step was left out. Lower beta." };
   if (disliked < FLED) return { state: "flees", text: `Disliked rewards fall away (${text(disliked)}): the model flees what you disliked instead of looking for what you like. Raise gamma.` };
   if (method === "sft") return { state: "sft", text: `SFT learns from liked images alone: their reward is ${text(liked)}. It never sees a dislike.` };
+  if (method === "contrast") return { state: "sft", text: "One adapter is fine-tuned on the liked images, then one on the disliked ones; no loss compares them. The slider is the strength of their contrast." };
   const largest = Math.max(...Array.from({ length: 65 }, (_, i) => Math.abs(slope(-4 + i / 8))));
   const pulling = mean(last.flatMap((step) => step.pull.map((pull) => (Math.abs(pull) > FLAT * largest ? 1 : 0))));
   if (pulling < 0.5) return { state: "saturated", text: `Saturated: only ${Math.round(100 * pulling)} % of the samples are where the utility has a slope; the others teach nothing. Lower beta.` };

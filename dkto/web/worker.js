@@ -17,7 +17,7 @@ const doors = {
     return engine.tune(likes, utilityOf(settings), tell, () => stopped);
   },
   stop: async () => { stopped = true; },
-  file: async ({ lora }) => engine.file(lora),
+  file: async ({ lora, side }) => engine.file(lora, side),
 };
 
 self.onmessage = async ({ data: message }) => {

@@ -217,5 +217,5 @@ def test_the_page_says_whether_a_tuning_is_healthy(tmp_path):
     body = """
       const run = (liked, disliked, pull, norm = 1, steps = 20) => Array.from({ length: steps }, () => ({ reward: [liked, disliked], sign: [1, -1], pull: [pull, -pull], point: 0, norm }));
       const states = (log, method) => health(log, CLOSED_FORMS.kahneman_tversky.slope, method).state;
-      return [states(run(1, -1, 0.2)), states(run(1, -7, 0.2)), states(run(30, -4, 0.001)), states(run(0, 0.5, 0.2)), states(run(1, -1, 0.2, NaN)), states(run(1, -1, 0.2, 1, 3)), states(run(1, 0, 1), "sft")];"""
-    assert in_node(body, tmp_path) == ["healthy", "flees", "saturated", "mixed", "broken", "early", "sft"]
+      return [states(run(1, -1, 0.2)), states(run(1, -7, 0.2)), states(run(30, -4, 0.001)), states(run(0, 0.5, 0.2)), states(run(1, -1, 0.2, NaN)), states(run(1, -1, 0.2, 1, 3)), states(run(1, 0, 1), "sft"), states(run(1, 0, 1), "contrast")];"""
+    assert in_node(body, tmp_path) == ["healthy", "flees", "saturated", "mixed", "broken", "early", "sft", "sft"]

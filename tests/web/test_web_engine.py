@@ -140,6 +140,35 @@ def test_a_stop_ends_between_two_steps_and_a_likes_batch_is_biased(machine, tmp_
     assert signs.count(1) > 8  # of 16, at gamma 0.9
 
 
+def test_guidance_by_dislikes_trains_two_adapters_and_draws_as_python_does(machine, tmp_path):
+    """Each is what SFT makes of its side; the contrast of the two is `dkto.models.dislike_guidance`'s."""
+    body = """
+      const next = random(5), likes = Array.from({ length: 6 }, (_, i) => ({ prompt: "a toy of a star", latents: next.normal(1024), liked: i < 2 }));
+      const settings = { method: "contrast", utility: CLOSED_FORMS.kahneman_tversky, beta: 100, gamma: 0.9, steps: 5, rate: 2e-3, warmup: 2, seed: 3 }, log = [];
+      const { lora, steps } = await engine.tune(likes, settings, (record) => log.push(record), () => false);
+      const alone = async (side, steps) => (await engine.tune(likes.map((row) => ({ ...row, liked: row.liked === side })), { ...settings, method: "sft", steps }, () => {}, () => false)).lora;
+      const apart = [...(await alone(true, 3)), ...(await alone(false, 2))];
+      const strong = lora.map((x) => 2 * x), images = [];
+      for (const scale of [0, 1.5]) images.push(bytes((await engine.draw({ prompt: given.prompt, noise: floats(given.noise), scale, lora: strong })).pixels));
+      const file = (side) => bytes(engine.file(strong, side));
+      return { steps, log, same: apart.every((x, i) => x === lora[i]), images, liked: file(0), disliked: file(1) };"""
+    noise = torch.randn((1, 4, 16, 16), generator=noise_generator(1, 2, 0))
+    found = in_node(START + body, tmp_path, folder=str(machine), prompt=HELD[0], noise=packed(noise))
+    assert found["same"] and found["steps"] == 5 and [record["step"] for record in found["log"]] == [1, 2, 3, 4, 5]
+    assert [{sign > 0 for sign in record["sign"]} for record in found["log"]] == 3 * [{True}] + 2 * [{False}]
+    for side in ("liked", "disliked"):
+        (tmp_path / f"{side}.safetensors").write_bytes(base64.b64decode(found[side]))
+    adapters = {"lora": str(tmp_path / "liked.safetensors"), "disliked_lora": str(tmp_path / "disliked.safetensors")}
+    drawn = []
+    for system, image in zip((System(), System(**adapters, dislike_strength=1.5)), found["images"], strict=True):
+        pipeline = system.load()
+        pipeline.prepare_latents = lambda *_, **__: noise.clone()
+        drawn += draw(pipeline, HELD[:1], [noise_generator(0, 0, 0)], system)
+        pixels = np.frombuffer(base64.b64decode(image), np.uint8).reshape(64, 64, 4)[..., :3]
+        assert np.abs(np.asarray(drawn[-1], int) - pixels).max() <= 1
+    assert np.abs(np.subtract(*(np.asarray(image, int) for image in drawn))).max() > 8
+
+
 VISITS = """
   const visit = makeVisitor(engine, given.pools), found = [];
   for (const one of given.visits) found.push(await visit(one));

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dkto.data.feedback import read_feedback
 from dkto.models import System, draw, noise_generator
@@ -256,6 +257,19 @@ def test_stop_ends_a_tuning_and_shuffled_likes_are_a_control(visit):
     page.click("#stop")
     wait_until(page, "Boolean(state.tuned)")
     assert 2 <= page.evaluate("state.tuned.steps") < 100 and page.evaluate("state.tuned.shuffled")
+
+
+def test_guidance_by_dislikes_leaves_two_adapters(visit, tmp_path):
+    page = visit("served", "#count=4&steps=4&judge=dark&method=contrast")
+    wait_until(page, "Boolean(state.machine)")
+    assert page.locator("#save-disliked").is_hidden()
+    page.click("#draw")
+    wait_until(page, "state.pool.length === 4 && !working")
+    page.click("#tune")
+    wait_until(page, "Boolean(state.tuned) && state.held[0].at.has(1)")
+    assert page.evaluate("state.log.length") == 4
+    liked, disliked = (load_file(download(page, f"#save-{name}", tmp_path)) for name in ("lora", "disliked"))
+    assert liked.keys() == disliked.keys() and any(not torch.equal(liked[key], disliked[key]) for key in liked)
 
 
 @pytest.mark.parametrize("preset", ["clean", "saturation", "fleeing", "wrong"])
