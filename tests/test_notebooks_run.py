@@ -91,7 +91,7 @@ SMALL: dict[str, dict[str, object]] = {
         "processes": 0,
     },
     "56_guidance_by_dislikes": {
-        "pool_prompts": 24,
+        "pool_prompts": 40,
         "train_steps": 2,
         "batch_size": 4,
         "prompts": 3,
