@@ -46,7 +46,7 @@ def figure(folder: str, key: str) -> str:
         KeyError: if the run has no such key.
 
     >>> figure("52_a_specific_user", "win_rate/kto_vs_sft/world_redness")
-    '84 % [76, 90], n = 100'
+    '86 % [78, 91], n = 100'
     """
     record = _kept(folder)
     metrics, parameters = record["metrics"], record["parameters"]
