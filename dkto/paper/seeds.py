@@ -45,8 +45,9 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
     """One flat table: the main tables' numbers as they are, those of other runs under their name.
 
     Runs whose names differ by a number at the end ("ablations-0", "ablations-1") are seeds of one run: their numbers
-    are pooled (`pool_metrics`), and each seed's are under `seed-<n>/`. `seconds/` are those of each run's last
-    execution, which reads what an earlier one left on disk.
+    are pooled (`pool_metrics`), and each seed's are under `seed-<n>/`, but for those by style, which are many: the run's
+    `win_rates_by_style.csv` has them. `seconds/` are those of each run's last execution, which reads what an earlier
+    one left on disk.
     """
     metrics: dict[str, float] = {}
     runs = seeds_of(results)
@@ -55,7 +56,8 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
         metrics |= {f"{under}{key}": value for key, value in pool_metrics([results[name] for name in seeds]).items()}
         for name in seeds if len(seeds) > 1 else ():
             seed = f"seed-{name.rpartition('-')[2]}"
-            metrics |= {f"{seed}/{under}{key}": value for key, value in results[name].items()}
+            own = {key: value for key, value in results[name].items() if not key.startswith("style_win_rate/")}
+            metrics |= {f"{seed}/{under}{key}": value for key, value in own.items()}
     metrics["seeds"] = len(runs.get(MAIN, ()))
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     return metrics | {"seconds/total": round(sum(seconds.values()), 1)}
