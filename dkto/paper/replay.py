@@ -25,7 +25,6 @@ from dkto.runs.runner import results_of, run_sweep
 from dkto.runs.sweeps import CHECKOUT, SHIPPED, read_sweep
 
 PROFILES = {"quick": "paper_quick", "default": "paper", "full": "paper_full"}
-SETTINGS_FILE = "papermill_runs/paper_settings.json"
 PAGE = CHECKOUT / "notebooks" / "pages" / "what_did_the_replay_show.ipynb"
 
 
@@ -33,7 +32,7 @@ def run_paper(
     output_dir: str | Path = "papermill_runs/outputs/paper",
     profile: str = "default",
     *,
-    settings_file: str = SETTINGS_FILE,
+    settings_file: str = "",
     steps: Sequence[str] = (),
     processes: int = PROCESSES,
 ) -> dict[str, float]:
@@ -42,7 +41,7 @@ def run_paper(
     Args:
         output_dir: the runs land in `output_dir/profile`, numbers and page there and here.
         profile: quick, default, full, or a sweep file of your own with the same names of runs.
-        settings_file: a search result; "full" makes its own in its folder.
+        settings_file: a search result for every run; "" takes those that the profile names, and "full" makes its own.
         steps: names of runs; only these and those that they read are run, and no numbers and no page are written.
         processes: that train, draw and score; 0 trains in the notebooks' own.
 
@@ -56,7 +55,7 @@ def run_paper(
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, or a sweep file, got {profile!r}")
     folder, searches = Path(output_dir) / (profile if profile in PROFILES else path.stem), profile == "full"
     settings_file = str(folder / "paper_settings.json") if searches else settings_file
-    changes = {"settings_file": settings_file, "processes": processes}
+    changes: dict[str, object] = {"processes": processes} | ({"settings_file": settings_file} if settings_file else {})
     if not computes_bfloat16():
         changes["precision"] = "float32"  # the other would take many times as long here
     plan = read_sweep(path, folder, changes).only(steps)
@@ -67,6 +66,8 @@ def run_paper(
     if steps:
         print(f"\nran {', '.join(names)}; numbers and page of the whole: call without steps")
         return combine(*results_of(folder, names))
+    trained = [str(run.parameters["settings_file"]) for run in plan.runs if "settings_file" in run.parameters]
+    settings_file = trained[0]  # of the tables, which come first
     about = {"replay_dir": str(folder), "runs": names, "settings_file": settings_file}
     executed = folder / "report.ipynb"
     metrics = run_notebook(PAGE, executed, {**about, "profile": profile, "output_dir": str(folder)}, progress=False)

@@ -45,9 +45,9 @@ def combine(results: Mapping[str, Mapping[str, float]], seconds: Mapping[str, fl
     """One flat table: the main tables' numbers as they are, those of other runs under their name.
 
     Runs whose names differ by a number at the end ("ablations-0", "ablations-1") are seeds of one run: their numbers
-    are pooled (`pool_metrics`), and each seed's are under `seed-<n>/`, but for those by style, which are many: the run's
-    `win_rates_by_style.csv` has them. `seconds/` are those of each run's last execution, which reads what an earlier
-    one left on disk.
+    are pooled (`pool_metrics`), and each seed's are under `seed-<n>/`, but for those by style: they are many, and the
+    run's `win_rates_by_style.csv` has them. `seconds/` are those of each run's last execution, which reads what an
+    earlier one left on disk.
     """
     metrics: dict[str, float] = {}
     runs = seeds_of(results)

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from in_process import in_this_process
 
-from dkto.paper.replay import PROFILES, SETTINGS_FILE, run_paper
+from dkto.paper.replay import PROFILES, run_paper
 from dkto.paper.seeds import MAIN
+from dkto.paper.train_all import read_settings
 from dkto.runs.sweeps import SHIPPED, read_sweep
 
 TINY = str(Path(__file__).parents[1] / "files" / "paper_tiny.yaml")
@@ -19,6 +20,16 @@ def test_every_profile_is_a_sweep_of_the_main_tables_first_with_one_settings_fil
         assert run.inputs or (run.parameters["settings_file"], run.parameters["processes"]) == ("x", 1)
 
 
+@pytest.mark.parametrize("profile", ["quick", "default"])
+def test_settings_were_searched_for_trainings_about_as_long_and_under_the_judge_of_the_tables(profile):
+    """A learning rate that is best after 120 steps hardly moves a model in 40."""
+    for run in read_sweep(SHIPPED / f"{PROFILES[profile]}.yaml").runs:
+        if "settings_file" in run.parameters:
+            search = read_settings(run.parameters["settings_file"])["search"]
+            steps = run.parameters["train_steps"]
+            assert search["scorer"] == "world_utility" and 0.6 < steps / search["train_steps"] < 1.7, run.name
+
+
 @pytest.fixture
 def no_kernel():
     with in_this_process():
@@ -29,7 +40,7 @@ def no_kernel():
 @pytest.mark.usefixtures("no_kernel")
 def test_a_tiny_replay_leaves_numbers_and_a_page_and_goes_on(tmp_path):
     settings_file = tmp_path / "settings.json"
-    settings = json.loads(Path(SETTINGS_FILE).read_text())
+    settings = json.loads(Path("papermill_runs/paper_settings.json").read_text())
     settings_file.write_text(json.dumps(settings))
     options = {"settings_file": str(settings_file), "processes": 0}
     part = run_paper(tmp_path, TINY, steps=[MAIN], **options)
