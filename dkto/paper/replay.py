@@ -46,7 +46,8 @@ def run_paper(
         processes: that train, draw and score; 0 trains in the notebooks' own.
 
     Raises:
-        ValueError: if the profile or a step is unknown, or a run was made with other parameters.
+        ValueError: if the profile or a step is unknown, no run has a settings_file, or one was made with other
+            parameters.
         FileNotFoundError: outside a checkout, where there are no sweeps.
         RuntimeError: if runs failed; the sentence names each with its error.
     """
@@ -59,6 +60,9 @@ def run_paper(
     if not computes_bfloat16():
         changes["precision"] = "float32"  # the other would take many times as long here
     plan = read_sweep(path, folder, changes).only(steps)
+    files = [str(run.parameters["settings_file"]) for run in plan.runs if "settings_file" in run.parameters]
+    if not files and not steps:
+        raise ValueError(f"{path} must hold a run with a settings_file: the page says where its settings come from")
     if searches and not Path(settings_file).exists():
         search_settings(SearchConfig(folder / "search"), settings_file)
     run_sweep(plan, in_turn=True, renew=True)
@@ -66,8 +70,7 @@ def run_paper(
     if steps:
         print(f"\nran {', '.join(names)}; numbers and page of the whole: call without steps")
         return combine(*results_of(folder, names))
-    trained = [str(run.parameters["settings_file"]) for run in plan.runs if "settings_file" in run.parameters]
-    settings_file = trained[0]  # of the tables, which come first
+    settings_file = files[0]  # of the tables, which come first
     about = {"replay_dir": str(folder), "runs": names, "settings_file": settings_file}
     executed = folder / "report.ipynb"
     metrics = run_notebook(PAGE, executed, {**about, "profile": profile, "output_dir": str(folder)}, progress=False)

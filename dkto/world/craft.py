@@ -26,7 +26,7 @@ from dkto.world.painter import GRID, IMAGE_SIZE, Place, compose, distance_to, sh
 from dkto.world.scenes import BACKGROUNDS, COLOURS, PAIR_SIZE, SIZES, Scene, Thing, parse
 from dkto.world.truth import border_colour, check_image, patch_of
 
-CRAFT_VERSION = 1  # one more whenever a part, or a measure of `dkto.world.tastes`, gives another number
+CRAFT_VERSION = 1  # one more whenever a part gives another number; one taste alone has its own, in the scorers
 SCALES = {"colour": 12.0, "background": 9.0, "clean": 4.0, "fill": 6.0, "edge": 0.16, "shape": 0.08, "layout": 1.0}
 WEIGHTS = {"colour": 2.0, "background": 1.5, "clean": 2.0, "fill": 1.0, "edge": 1.5, "shape": 1.5, "layout": 1.5}
 DEEPEST = 4.0  # x / scale at which a part stops falling; what is missing counts as much

@@ -72,6 +72,14 @@ def test_an_unknown_profile_is_refused(tmp_path):
         run_paper(tmp_path, "qick")
 
 
+def test_a_sweep_without_a_settings_file_is_refused_before_anything_is_made(tmp_path):
+    sweep = tmp_path / "mine.yaml"
+    sweep.write_text("notebook: notebooks/30_train_with_likes.ipynb\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml must hold a run with a settings_file"):
+        run_paper(tmp_path / "out", str(sweep))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_step_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(
         ValueError, match=r"sweep paper_full has no run 'qualitative'; did you mean 'qualitative_grid'\?"
